@@ -1,0 +1,335 @@
+"""Images, datasets, the split by case, and the cache of what the frozen encoders say of each image."""
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from .files import Fail, save_tensors
+from .weights import TensorFile, file_sha256
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+MAX_PIXELS, MIN_SIDE = 8192 * 8192, 16
+Image.MAX_IMAGE_PIXELS = None           # load_rgb checks the size itself, and before it reads the pixels
+
+
+# ---- images --------------------------------------------------------------------------------------------------------
+
+def load_rgb(path):
+    """An image file -> PIL image in RGB, upright by its EXIF tag, transparency on white, 16 bits scaled to 8.
+
+    The one reader of train.py, sample.py and fid.py. Fails with the file's name on what is no single readable image of
+    16 pixels to 8192 x 8192.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS or min(image.size) < MIN_SIDE:
+                raise Fail(f"{path} has {image.width} x {image.height} pixels; a patch has a side of {MIN_SIDE} at least and "
+                           f"{MAX_PIXELS // 10 ** 6} megapixels at most: remove it, or cut patches from it")
+            if getattr(image, "n_frames", 1) > 1:
+                raise Fail(f"{path} has {image.n_frames} frames; save the one you mean as a single image")
+            return _to_rgb(ImageOps.exif_transpose(image), path)
+    except FileNotFoundError:
+        raise Fail(f"{path} does not exist") from None
+    except UnidentifiedImageError:
+        raise Fail(f"{path} is not an image, whatever its name says: remove it from the folder") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError) as problem:   # Pillow's for damage
+        raise Fail(f"{path} cannot be read ({problem}): restore or remove it") from None
+
+
+def _to_rgb(image, path):
+    if image.mode.startswith("I"):      # 16 bits; Pillow's own conversion would clip all above 255 to white
+        pixels = np.asarray(image).astype(np.float64)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise Fail(f"{path} has more than 16 bits per channel; save it as 8 or 16 bits")
+        return Image.fromarray((pixels / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise Fail(f"{path} holds floating-point pixels of unknown range; save it as 8 or 16 bits")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit(image, size, filter=Image.Resampling.LANCZOS):
+    """Resize the shorter side to `size` with antialiasing, then crop the centre: torchvision's Resize and CenterCrop."""
+    short = min(image.size)
+    w, h = (int(size * side / short) for side in image.size)
+    if (w, h) != image.size:
+        image = image.resize((w, h), filter)
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    return image if w == h else image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(images, size):
+    """PIL images -> x (B, 3, size, size) in [-1, 1]."""
+    x = np.stack([np.asarray(fit(image, size)) for image in images])
+    return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_images(x):
+    """x (B, 3, H, W) in about [-1, 1] -> PIL images: x/2 + 1/2, clamped, times 255, rounded."""
+    x = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(image) for image in x.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def contact_sheet(groups, columns=8, tile=256, gap=4):
+    """Groups of PIL images of one size (a reference and its samples) -> one image; a group is never broken over two rows."""
+    per_row = max(1, columns // max(map(len, groups)))
+    rows = [sum(groups[i:i + per_row], []) for i in range(0, len(groups), per_row)]
+    side = min(tile, groups[0][0].width)
+    sheet = Image.new("RGB", (max(map(len, rows)) * (side + gap) - gap, len(rows) * (side + gap) - gap), "white")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (j * (side + gap), i * (side + gap)))
+    return sheet
+
+
+def list_images(folder):
+    """The image files under a folder, at any depth and in any case of suffix, sorted; hidden ones left out."""
+    found = [Path(base, name) for base, folders, names in os.walk(folder) for name in names
+             if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+             and not any(part.startswith(".") for part in Path(base).relative_to(folder).parts)]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+# ---- datasets ------------------------------------------------------------------------------------------------------
+
+CLASSES = ("normal", "serrated", "adenocarcinoma", "adenoma")       # labels 0 to 3 of the Chaoyang format
+CASE = re.compile(r"(?P<case>\d+)\S*?-IMG\d+x\d+")                   # <case>-<slide>-IMG<row>x<col>-<label>.JPG
+
+
+@dataclass(frozen=True)
+class Patch:
+    """name: path within the dataset, with slashes. case: what must stay together. part: of the official split, or None."""
+    name: str
+    label: str
+    case: str
+    part: str | None = None
+
+
+def read_dataset(root):
+    """A folder -> [Patch], sorted by name.
+
+    Three layouts: train.json and test.json as Chaoyang has them; one subfolder per class; or a flat folder (one class,
+    "all"). The case is the leading number of a name such as 353042_4-IMG005x014-1.JPG, else the folder below the class
+    (class/case/patch.png), else every patch is its own case.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise Fail(f"--data {root}: no such folder")
+    lists = [root / f"{part}.json" for part in ("train", "test") if (root / f"{part}.json").is_file()]
+    if lists:
+        patches = [patch for path in lists for patch in _read_json(path, root)]
+    else:
+        names = [path.relative_to(root).as_posix() for path in list_images(root)]
+        patches = [Patch(name, _folder_class(name), _case(name)) for name in names]
+    repeated = [name for name, n in Counter(p.name for p in patches).items() if n > 1]
+    if repeated:
+        raise Fail(f"{root}: {len(repeated)} images are listed twice, such as {repeated[0]}")
+    if not patches:
+        raise Fail(f"--data {root} holds no images; expected train.json and test.json, one folder per class, or images")
+    return sorted(patches, key=lambda p: p.name)
+
+
+def _folder_class(name):
+    return name.split("/")[0] if "/" in name else "all"
+
+
+def _case(name):
+    *folders, base = name.split("/")
+    if m := CASE.match(base):
+        return m["case"]
+    return "/".join(folders[:2]) if len(folders) > 1 else name
+
+
+def _read_json(path, root):
+    if path.stat().st_size > 2 ** 28:
+        raise Fail(f"{path} is larger than 256 MiB; a list of patches is not")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise Fail(f"{path} is not valid JSON ({problem})") from None
+    if not isinstance(rows, list):
+        raise Fail(f'{path} must hold a list of {{"name": ..., "label": ...}}')
+    inside, undecided = root.resolve(), 0
+    for i, row in enumerate(rows):
+        name = row.get("name") if isinstance(row, dict) else None
+        if not isinstance(name, str) or "\0" in name:
+            raise Fail(f'{path}: entry {i} has no "name"')
+        file = root / name
+        if name.startswith("/") or "\\" in name or ".." in name.split("/") or not file.resolve().is_relative_to(inside):
+            raise Fail(f"{path}: entry {i} names a file outside the folder: {name!r}")
+        if not file.is_file():
+            raise Fail(f"{path}: entry {i} names {name!r}, which is not there")
+        label = row["label"] if "label" in row else _majority([row.get(f"label_{x}") for x in "ABC"])
+        if label is None:
+            undecided += 1
+            continue
+        if type(label) is not int or not 0 <= label < len(CLASSES):
+            raise Fail(f"{path}: entry {i} has the label {label!r}; it must be 0 to {len(CLASSES) - 1} ({', '.join(CLASSES)})")
+        yield Patch(Path(name).as_posix(), CLASSES[label], _case(name), path.stem)
+    if undecided:
+        print(f"{path}: {undecided} patches on whose class the annotators do not agree are left out")
+
+
+def _majority(votes):
+    """The label that two of three annotators gave, or None."""
+    label, n = Counter(map(repr, votes)).most_common(1)[0]
+    return next(v for v in votes if repr(v) == label) if n >= 2 else None
+
+
+# ---- the split -----------------------------------------------------------------------------------------------------
+
+PROPORTIONS = dict(train=5398, val=387, test=375)       # the paper's counts; its split itself is not published
+
+
+def split_patches(patches, parts=PROPORTIONS):
+    """[Patch] -> {part: [names]}, with every case whole in one part and each class near its proportion in all.
+
+    Deterministic: cases from the largest down (ties by hash) go where they bring the counts n of part and class nearest
+    to their targets m, by the increase of Σ (n - m)²/m. Each part gets one case at least.
+    """
+    cases = {}
+    for p in patches:
+        cases.setdefault(p.case, []).append(p)
+    if len(cases) < len(parts):
+        raise Fail(f"{len(patches)} patches of {len(cases)} cases cannot be split into {', '.join(parts)} without a case in "
+                   "two of them; add cases, or pass a split file with --split")
+    total = Counter(p.label for p in patches)
+    target = {(part, c): n * share / sum(parts.values()) for part, share in parts.items() for c, n in total.items()}
+    count, chosen = Counter(), {part: [] for part in parts}
+    order = sorted(cases, key=lambda case: (-len(cases[case]), hashlib.sha256(case.encode()).hexdigest()))
+    for left, case in zip(range(len(order), 0, -1), order):
+        add = Counter(p.label for p in cases[case])
+        empty = [part for part in parts if not chosen[part]]
+        cost = {part: sum(n * (2 * (count[part, c] - target[part, c]) + n) / target[part, c] for c, n in add.items())
+                for part in (empty if len(empty) == left else parts)}
+        part = min(cost, key=cost.get)
+        chosen[part] += cases[case]
+        count.update({(part, c): n for c, n in add.items()})
+    return {part: sorted(p.name for p in chosen[part]) for part in parts}
+
+
+def make_split(patches, how):
+    """how: "paper" (pooled, the paper's proportions), "official" (test.json kept, a validation part taken from train.json)
+    or the path of a split file -> {"train": [names], "val": [...], "test": [...]}.
+    """
+    if how == "paper":
+        return split_patches(patches)
+    if how == "official":
+        test = [p for p in patches if p.part == "test"]
+        rest = [p for p in patches if p.part == "train"]
+        if not test or not rest:
+            raise Fail("--split official needs a dataset with train.json and test.json")
+        shared = {p.case for p in test} & {p.case for p in rest}
+        if shared:
+            print(f"note: {len(shared)} cases are in both train.json and test.json: scores on this test part are too good")
+        return split_patches(rest, {part: PROPORTIONS[part] for part in ("train", "val")}) | {"test": [p.name for p in test]}
+    return read_split(how, patches)
+
+
+def read_split(path, patches):
+    """Read and check a split file against the dataset."""
+    try:
+        split = json.loads(Path(path).read_text(encoding="utf-8"))
+        split = {part: split[part] for part in PROPORTIONS}
+        names = [name for part in split.values() for name in part]
+        strangers = set(names) - {p.name for p in patches}
+    except FileNotFoundError:
+        raise Fail(f"--split {path}: no such file; pass paper, official, or a split.json") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as problem:
+        raise Fail(f"{path} is not a split file with lists of names under train, val and test ({problem})") from None
+    if strangers or len(set(names)) < len(names):
+        raise Fail(f"{path}: {f'{min(strangers)} is not in the dataset' if strangers else 'a name stands in it twice'}")
+    if not split["train"] or not split["val"]:
+        raise Fail(f"{path}: train and val must not be empty")
+    return split
+
+
+def describe_split(split, patches):
+    """The split as the text of its file: counts by part and class first, so that a person can review it, then the names."""
+    by_name = {p.name: p for p in patches}
+    counts = {part: dict(sorted(Counter(by_name[n].label for n in names).items())) for part, names in split.items()}
+    cases = {part: len({by_name[n].case for n in names}) for part, names in split.items()}
+    return json.dumps({"patches": counts, "cases": cases, **split}, indent=1, ensure_ascii=False) + "\n"
+
+
+# ---- the cache -----------------------------------------------------------------------------------------------------
+
+class Cache:
+    """What the frozen encoders say of images: posterior mean and log-variance of each image and of its mirror image, and
+    the embedding of the image as it is.
+
+    One folder per (VAE, encoder, size), named by the hash of their contents; in it shards of up to 32 images, each image
+    known by the hash of its file. Nothing in it can be stale; a shard is there whole or not at all, so that an interrupted
+    run goes on where it was and two runs may share a folder.
+    """
+    SHARD = 32
+
+    def __init__(self, folder, vae_sha256, encoder_sha256, size):
+        key = f"1 {vae_sha256} {encoder_sha256} {size}"
+        self.folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
+        self.rows = {}                              # image hash -> (mean, logvar (2, 4, h, w), embedding (d_e,)), mapped
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._read(path)
+
+    @property
+    def width(self):
+        """d_e, the width of the embeddings."""
+        return len(next(iter(self.rows.values()))[2])
+
+    def _read(self, path):
+        file = TensorFile(path)
+        try:
+            images = json.loads(file.header["images"])
+            shard = [file.get(name) for name in ("mean", "logvar", "embedding")]
+        except (KeyError, ValueError):
+            raise Fail(f"{path} is not a shard of the cache; remove it, it will be made again") from None
+        for i, image in enumerate(images):
+            self.rows[image] = [tensor[i] for tensor in shard]
+
+    def fill(self, paths, encoders, size):
+        """Add the images that are missing. encoders() -> (encode, embed): called only then, and let go of at the end.
+
+        encode: x (B, 3, size, size) -> mean, logvar; embed: PIL images -> e. Returns the hash of each path's file.
+        """
+        with ThreadPoolExecutor() as pool:
+            hashes = list(tqdm(pool.map(file_sha256, paths), "reading images", len(paths), disable=None, leave=False))
+            missing = {h: path for h, path in zip(hashes, paths) if h not in self.rows}
+            if missing:
+                encode, embed = encoders()
+                todo = list(missing.items())
+                with tqdm(total=len(todo), desc="caching", unit="image", disable=None) as bar:
+                    for start in range(0, len(todo), self.SHARD):
+                        shard = todo[start:start + self.SHARD]
+                        self._write(shard, list(pool.map(load_rgb, [path for _, path in shard])), encode, embed, size, bar)
+        return hashes
+
+    def _write(self, shard, images, encode, embed, size, bar):
+        rows = []
+        for i in range(0, len(images), 4):          # in fours: small enough for 12 GB at 512 px
+            x = to_tensor(images[i:i + 4], size)
+            mean, logvar = encode(torch.cat([x, x.flip(-1)]))
+            rows.append([t.unflatten(0, (2, -1)).transpose(0, 1) for t in (mean, logvar)] + [embed(images[i:i + 4])])
+            bar.update(len(x))
+        tensors = dict(zip(("mean", "logvar", "embedding"), (torch.cat(column) for column in zip(*rows))))
+        names = json.dumps([h for h, _ in shard])
+        path = self.folder / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.safetensors"
+        save_tensors(path, tensors, {"images": names})
+        self._read(path)
+
+    def gather(self, hashes, mirrored):
+        """Image hashes and a flag for each -> mean, logvar (B, 4, h, w) and embeddings (B, d_e)."""
+        rows = [self.rows[h] for h in hashes]
+        mean, logvar = (torch.stack([row[k][int(m)] for row, m in zip(rows, mirrored)]) for k in (0, 1))
+        return mean, logvar, torch.stack([row[2] for row in rows])

@@ -1,0 +1,127 @@
+"""What the three programs share at their doors: clear failures, whole files, and the choice of device."""
+import argparse
+import os
+import re
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+class Fail(Exception):
+    """A mistake that the user can mend: one line that says what is wrong and what to do. `run` turns it into exit code 2."""
+
+
+def run(main):
+    """Call main() as a program: no traceback for what the user can mend, 130 for Ctrl-C."""
+    try:
+        main()
+    except Fail as problem:
+        sys.exit(_complain(problem))
+    except OSError as problem:              # disk full, read-only folder, no permission: the message names the file
+        sys.exit(_complain(f"{problem.strerror or problem}: {problem.filename or 'no file named'}"))
+    except torch.OutOfMemoryError as problem:
+        sys.exit(_complain(f"out of memory; try a smaller --batch or --size ({str(problem).splitlines()[0]})"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _complain(problem):
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(problem).split())}", file=sys.stderr)
+    return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the defaults in --help and one line, not the whole usage, for a wrong argument."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise Fail(f"{message}; --help lists the arguments")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=26, width=118)
+
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help
+        return action.help + (" (default: %(default)s)" if shown else "")
+
+
+def number(kind, low, high=float("inf"), open_low=False):
+    """An argparse type: an int or float between low and high; nan is refused, and low itself where open_low."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high or (open_low and value == low) or abs(value) == float("inf"):
+            article = "a whole number" if kind is int else "a number"
+            bounds = f"above {low}" if open_low else f"from {low}"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {article} {bounds}{'' if high == float('inf') else f' to {high}'}")
+        return value
+    return parse
+
+
+def pick_device(name="auto"):
+    """'auto' (CUDA, then Apple's MPS, then the CPU) or a name of torch's -> torch.device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as problem:
+        raise Fail(f"--device {name} cannot be used here: {str(problem).splitlines()[0]}") from None
+
+
+def frozen_dtype(device):
+    """bfloat16 for the frozen U-Net where the GPU has it, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+@contextmanager
+def whole(path):
+    """Yield a temporary path beside `path`; on success it is flushed to the disk and renamed to it, else removed.
+
+    So a file under its final name is whole, whatever happens, and an old one stays until the new one is there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_tensors(path, tensors, header):
+    """Write {name: tensor} with a header of strings as one safetensors file, whole or not at all."""
+    with whole(path) as temporary:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata=header)
+
+
+def save_text(path, text):
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def safe_name(text):
+    """A file name that every system accepts: letters of any alphabet, digits, dot, dash and underscore."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("._")[:100] or "image"

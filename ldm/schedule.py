@@ -1,0 +1,53 @@
+"""The DDPM noise schedule of Stable Diffusion 1.5, as functions of tensors. Everything is float32, whatever the U-Net is.
+
+In bfloat16 ᾱ rounds to 1 at t = 0 and 1, so that no noise is added there, and a sampler drifts by 1 % over 30 steps.
+"""
+import torch
+
+T = 1000
+
+
+def alpha_bar():
+    """ᾱ (1000,) in float64: the product of 1 - β, with √β linear from √0.00085 to √0.012.
+
+    The paper writes α_t for it. Source: CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml.
+    """
+    beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - beta, dim=0)
+
+
+def add_noise(z0, noise, t):
+    """z_t = √ᾱ_t z_0 + √(1-ᾱ_t) ε   (eq. 1).   z0, noise (B, 4, h, w); t (B,) integers in 0..999."""
+    a = alpha_bar().float().to(z0.device)[t][:, None, None, None]
+    return a.sqrt() * z0 + (1 - a).sqrt() * noise
+
+
+def timesteps(steps=30):
+    """The timesteps from noise to image: k · (1000 // steps) + 1 for k = steps-1 .. 0 (30 steps: 958, 925, ..., 34, 1).
+
+    This is Diffusers' `leading` spacing with `steps_offset` 1, which SD1.5's scheduler config asks for.
+    """
+    if not 1 <= steps < T:
+        raise ValueError(f"steps must be between 1 and {T - 1}, not {steps}")
+    return [k * (T // steps) + 1 for k in reversed(range(steps))]
+
+
+def ddpm_coefficients(t, previous):
+    """(c_0, c_t, σ) of the reverse step t -> previous (None after the last): z_previous = c_0 ẑ_0 + c_t z_t + σ · noise.
+
+    Ho et al. 2020, eqs. (6)-(7), for steps of any length; σ² is the posterior variance (Diffusers' `fixed_small`).
+    """
+    ab = alpha_bar()
+    ab_t, ab_p = ab[t].item(), 1.0 if previous is None else ab[previous].item()
+    a = ab_t / ab_p
+    c_0 = ab_p ** 0.5 * (1 - a) / (1 - ab_t)
+    c_t = a ** 0.5 * (1 - ab_p) / (1 - ab_t)
+    return c_0, c_t, ((1 - a) * (1 - ab_p) / (1 - ab_t)) ** 0.5
+
+
+def ddpm_step(z, eps, noise, t, previous):
+    """One reverse step: z_t and the predicted ε -> z_previous; all (B, 4, h, w) in float32."""
+    ab_t = alpha_bar()[t].item()
+    z0 = (z - (1 - ab_t) ** 0.5 * eps) / ab_t ** 0.5       # eq. (1), solved for z_0
+    c_0, c_t, sigma = ddpm_coefficients(t, previous)
+    return c_0 * z0 + c_t * z + sigma * noise

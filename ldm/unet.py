@@ -1,0 +1,227 @@
+"""Stable Diffusion 1.5's U-Net ε_θ(z_t, t, c), with the tensor names of Diffusers.
+
+Shapes: B images, C channels, H x W latent pixels, L = H·W positions, N condition tokens of width d_c.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class UNet(nn.Module):
+    """Predict the noise ε in z_t. The defaults are SD1.5: 859,520,964 parameters in 686 tensors.
+
+    channels: width of each level; all levels but the last have attention. layers: residual blocks per level on the way
+    down (one more on the way up). context: d_c, the width of a condition token. heads: heads of every attention (what
+    SD1.5's config calls `attention_head_dim: 8`).
+    """
+
+    def __init__(self, channels=(320, 640, 1280, 1280), layers=2, context=768, heads=8, latent=4):
+        super().__init__()
+        levels, first, last, time = len(channels), channels[0], channels[-1], 4 * channels[0]
+        self.latent, self.context = latent, context
+
+        def attend(c, n):
+            return [Transformer(c, heads, context) for _ in range(n)]
+
+        self.conv_in = nn.Conv2d(latent, first, 3, padding=1)
+        self.time_embedding = TimeEmbedding(first, time)
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        width, skips = first, [first]                       # the widths that the way down leaves for the way up
+        for i, c in enumerate(channels):
+            is_last = i == levels - 1
+            self.down_blocks.append(Level(
+                resnets=[ResBlock(width if j == 0 else c, c, time) for j in range(layers)],
+                attentions=attend(c, 0 if is_last else layers),
+                downsamplers=[] if is_last else [Downsample(c)]))
+            width, skips = c, skips + [c] * (layers if is_last else layers + 1)
+        self.mid_block = Level(resnets=[ResBlock(last, last, time) for _ in range(2)], attentions=attend(last, 1))
+        for i, c in enumerate(reversed(channels)):
+            self.up_blocks.append(Level(
+                resnets=[ResBlock((width if j == 0 else c) + skips.pop(), c, time) for j in range(layers + 1)],
+                attentions=attend(c, 0 if i == 0 else layers + 1),
+                upsamplers=[] if i == levels - 1 else [Upsample(c)]))
+            width = c
+        self.conv_norm_out = nn.GroupNorm(32, first, eps=1e-5)
+        self.conv_out = nn.Conv2d(first, latent, 3, padding=1)
+
+    def forward(self, z, t, c):
+        """z (B, 4, H, W), t (B,) integer timesteps, c (B, N, d_c) -> ε (B, 4, H, W).
+
+        Computed in the network's dtype, returned in that of z: the state outside stays float32 around a bfloat16 network.
+        """
+        dtype = self.conv_in.weight.dtype
+        t, c = self.time_embedding(t), c.to(dtype)          # (B, 4 C₀), (B, N, d_c)
+        h = self.conv_in(z.to(dtype))
+        skips = [h]
+        for level in self.down_blocks:
+            for j, resnet in enumerate(level.resnets):
+                h = resnet(h, t)
+                if level.attentions:
+                    h = level.attentions[j](h, c)
+                skips.append(h)
+            for down in level.downsamplers:
+                h = down(h)
+                skips.append(h)
+        h = self.mid_block.resnets[0](h, t)
+        h = self.mid_block.attentions[0](h, c)
+        h = self.mid_block.resnets[1](h, t)
+        for level in self.up_blocks:
+            for j, resnet in enumerate(level.resnets):
+                h = resnet(torch.cat([h, skips.pop()], dim=1), t)
+                if level.attentions:
+                    h = level.attentions[j](h, c)
+            for up in level.upsamplers:
+                h = up(h)
+        return self.conv_out(F.silu(self.conv_norm_out(h))).to(z.dtype)
+
+
+class TimeEmbedding(nn.Module):
+    """Integer timesteps (B,) -> (B, width)."""
+
+    def __init__(self, dim, width):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, t):
+        wave = sinusoid(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(wave)))
+
+
+def sinusoid(t, dim):
+    """t (B,) -> (B, dim) in float32: cosines, then sines, of t · 10000^(-2i/dim)."""
+    half = dim // 2
+    frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = t[:, None].float() * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Level(nn.Module):
+    """The modules of one resolution under Diffusers' names; the network's forward joins them."""
+
+    def __init__(self, resnets, attentions=(), downsamplers=(), upsamplers=()):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList(downsamplers)
+        self.upsamplers = nn.ModuleList(upsamplers)
+
+
+class ResBlock(nn.Module):
+    """x (B, c_in, H, W) -> (B, c_out, H, W). time: width of the time embedding; None in the VAE, which has no time."""
+
+    def __init__(self, c_in, c_out, time=None, eps=1e-5):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        if time is not None:
+            self.time_emb_proj = nn.Linear(time, c_out)
+        self.norm2 = nn.GroupNorm(32, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, t=None):
+        h = self.conv1(F.silu(self.norm1(x)))
+        if t is not None:
+            h = h + self.time_emb_proj(F.silu(t))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+
+
+class Transformer(nn.Module):
+    """Self-attention over the positions, cross-attention to the condition, feed-forward; residual throughout."""
+
+    def __init__(self, c, heads, context):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, c, eps=1e-6)
+        self.proj_in = nn.Conv2d(c, c, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(c, heads, context)])
+        self.proj_out = nn.Conv2d(c, c, 1)
+
+    def forward(self, x, c):
+        h = self.proj_in(self.norm(x))
+        h = h.flatten(2).transpose(1, 2)                    # (B, L, C)
+        h = self.transformer_blocks[0](h, c)
+        h = h.transpose(1, 2).reshape(x.shape)              # (B, C, H, W)
+        return self.proj_out(h) + x
+
+
+class TransformerBlock(nn.Module):
+    """h (B, L, C), c (B, N, d_c) -> (B, L, C)."""
+
+    def __init__(self, c, heads, context):
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(c), Attention(c, c, heads)
+        self.norm2, self.attn2 = nn.LayerNorm(c), Attention(c, context, heads)
+        self.norm3, self.ff = nn.LayerNorm(c), FeedForward(c)
+
+    def forward(self, h, c):
+        x = self.norm1(h)
+        h = self.attn1(x, x) + h
+        h = self.attn2(self.norm2(h), c) + h
+        return self.ff(self.norm3(h)) + h
+
+
+class Attention(nn.Module):
+    """Queries from x (B, L, C), keys and values from c (B, N, context) -> (B, L, C). bias: of Q, K and V."""
+
+    def __init__(self, dim, context, heads, bias=False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias)
+        self.to_k = nn.Linear(context, dim, bias)
+        self.to_v = nn.Linear(context, dim, bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x, c):
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)          # (B, heads, L or N, C / heads)
+                   for y in (self.to_q(x), self.to_k(c), self.to_v(c)))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](h.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """h (B, L, C) -> (B, L, C) through GEGLU of inner width 4C, with the exact (erf) GELU."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])
+
+    def forward(self, h):
+        return self.net[2](self.net[0](h))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, c, inner):
+        super().__init__()
+        self.proj = nn.Linear(c, 2 * inner)
+
+    def forward(self, h):
+        h, gate = self.proj(h).chunk(2, dim=-1)
+        return h * F.gelu(gate)
+
+
+class Downsample(nn.Module):
+    """Halve H and W. The VAE pads right and bottom only; padding all around there costs 0.8 relative error in latents."""
+
+    def __init__(self, c, asymmetric=False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Double H and W: nearest neighbour, then a convolution."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,285 @@
+"""Weights from files: read lazily, renamed to Diffusers' names, loaded strictly into a network built on the meta device.
+
+Stable Diffusion 1.5 is met in three layouts: a Diffusers folder with the VAE's attention named `to_q`, the same with it
+named `query` (the official float32 file), and one CompVis file (`model.diffusion_model.*`, `first_stage_model.*`).
+"""
+import hashlib
+import json
+import pickle
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .files import Fail
+from .unet import UNet
+from .vae import VAE
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SD15_SHA256 = {     # of the files of that repository
+    "unet/diffusion_pytorch_model.safetensors": "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+    "unet/diffusion_pytorch_model.fp16.safetensors": "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21",
+    "vae/diffusion_pytorch_model.safetensors": "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+    "vae/diffusion_pytorch_model.fp16.safetensors": "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c",
+}
+
+
+class TensorFile:
+    """The tensors of a safetensors file or of a pickled state dict, under our names; memory-mapped, read when asked for.
+
+    rename: name in the file -> our name, or None to leave the tensor out. shapes: {our name: shape}.
+    """
+
+    def __init__(self, path, rename=lambda name: name):
+        self.path = Path(path)
+        check_download(self.path)
+        if self.path.suffix == ".safetensors":
+            with self._open() as f:
+                shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+                self.header = f.metadata() or {}
+            self._pickled = None
+        else:
+            self._pickled, self.header = _unpickle(self.path), {}
+            shapes = {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
+        self.names = {ours: name for name in shapes if (ours := rename(name)) is not None}
+        self.shapes = {ours: shapes[name] for ours, name in self.names.items()}
+
+    def _open(self):
+        try:
+            return safe_open(self.path, "pt")
+        except SafetensorError as problem:
+            raise Fail(f"{self.path} is not a whole safetensors file ({problem}); download it again") from None
+
+    def get(self, name):
+        """One tensor, mapped from the file: opened afresh each time, so that it is unmapped when it is no longer used."""
+        if self._pickled is not None:
+            return self._pickled[self.names[name]]
+        with self._open() as f:
+            return f.get_tensor(self.names[name])
+
+    def fingerprint(self):
+        """sha256 over our names and the tensors' bytes: the same for every layout that holds the same network."""
+        def digest(name):
+            data = self.get(name).contiguous().flatten().view(torch.uint8).numpy()
+            return hashlib.sha256(data).hexdigest()
+        with ThreadPoolExecutor() as pool:
+            names = sorted(self.names)
+            return hashlib.sha256("\n".join(f"{n} {d}" for n, d in zip(names, pool.map(digest, names))).encode()).hexdigest()
+
+
+def check_download(path):
+    """Refuse what is no weights file at all: missing, a Git LFS pointer, or shorter than its own header says."""
+    if not path.is_file():
+        raise Fail(f"{path} does not exist or is not a file")
+    with open(path, "rb") as f:
+        head = f.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        raise Fail(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` there, or download the file itself")
+    if path.suffix != ".safetensors":
+        return
+    size, header = path.stat().st_size, int.from_bytes(head[:8], "little")
+    if size < 8 or header + 8 > size:
+        raise Fail(f"{path} is truncated or no safetensors file: {size} bytes, and its header alone should have {header}; "
+                   "download it again")
+
+
+def _unpickle(path):
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as problem:
+            if "mmap" not in str(problem):
+                raise
+            state = torch.load(path, map_location="cpu", weights_only=True)     # the format before torch 1.6
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as problem:
+        raise Fail(f"{path} is not a plain file of tensors, or is truncated "
+                   f"({str(problem).strip().splitlines()[0][:120]}); download it again, or pass a .safetensors file") from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise Fail(f"{path} holds no state dict of tensors; pass the file that holds only the weights")
+    return state
+
+
+def load(build, file, device="cpu", dtype=torch.float32, hint=""):
+    """build() -> a frozen network with the tensors of `file`, which must match it name by name and shape by shape.
+
+    Built on the meta device and filled tensor by tensor: memory peaks at the network's size in `dtype` plus one tensor,
+    and nothing is copied where the file has the wanted dtype and the device is the CPU. hint: what to do on a mismatch.
+    """
+    with torch.device("meta"):
+        network = build()
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    missing = [n for n in wanted if n not in file.shapes]
+    unexpected = [n for n in file.shapes if n not in wanted]
+    wrong = [f"{n} {file.shapes[n]} instead of {s}" for n, s in wanted.items()
+             if n in file.shapes and file.shapes[n] not in (s, (*s, 1, 1))]
+    for what, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", wrong)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise Fail(f"{file.path}: {len(names)} tensors {what}: {', '.join(names[:3])}{more}. {hint}")
+    state = {}
+    for name, shape in wanted.items():
+        tensor = file.get(name)
+        if not tensor.dtype.is_floating_point:
+            raise Fail(f"{file.path}: {name} is {tensor.dtype}, not floating point (a quantised file?). {hint}")
+        state[name] = tensor.reshape(shape).to(device, dtype)   # CompVis keeps the VAE's attention as 1x1 convolutions
+    network.load_state_dict(state, strict=True, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+# ---- Stable Diffusion 1.5 ------------------------------------------------------------------------------------------
+
+def open_sd15(source):
+    """A Diffusers folder, a CompVis .safetensors file or a Hugging Face repository -> (U-Net, VAE) as TensorFiles."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        files = [TensorFile(path, _compvis_unet_name), TensorFile(path, _compvis_vae_name)]
+        if not files[0].names:
+            raise Fail(f"{path} holds no `model.diffusion_model.*` tensors: pass the whole Stable Diffusion 1.5 file, "
+                       "or the folder that holds unet/ and vae/")
+    elif path.is_dir():
+        files = [TensorFile(_find(path, part), rename) for part, rename in (("unet", str), ("vae", _vae_attention_name))]
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        files = [TensorFile(hub_file(str(source), _candidates(part), SD15_SHA256 if source == SD15 else {}), rename)
+                 for part, rename in (("unet", str), ("vae", _vae_attention_name))]
+    else:
+        raise Fail(f"--sd15 {source}: no such folder or file; pass a Diffusers folder, a CompVis .safetensors file, or a "
+                   f"Hugging Face repository such as {SD15}")
+    _refuse_other_models(files[0])
+    return files
+
+
+def load_unet(file, device="cpu", dtype=torch.float32):
+    """The U-Net of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors say."""
+    s = file.shapes
+    channels, layers = _geometry(file, "down_blocks")
+    context = s.get("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", (0, 768))[-1]
+    latent = s.get("conv_in.weight", (0, 4))[1]
+    return load(lambda: UNet(channels, layers, context, latent=latent), file, device, dtype, _HINT)
+
+
+def load_vae(file, device="cpu", dtype=torch.float32):
+    """The VAE of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors say."""
+    channels, layers = _geometry(file, "encoder.down_blocks")
+    latent = file.shapes.get("post_quant_conv.weight", (4,))[0]
+    return load(lambda: VAE(channels, layers, latent), file, device, dtype, _HINT)
+
+
+_HINT = f"It does not fit Stable Diffusion 1.5; the reference files are those of {SD15}"
+
+
+def _geometry(file, prefix):
+    """(width of each level, residual blocks per level), read off the shapes."""
+    channels = []
+    while shape := file.shapes.get(f"{prefix}.{len(channels)}.resnets.0.conv1.weight"):
+        channels.append(shape[0])
+    layers = sum(bool(re.fullmatch(rf"{prefix}\.0\.resnets\.\d+\.conv1\.weight", n)) for n in file.shapes)
+    if not channels or any(c % 32 for c in channels):
+        raise Fail(f"{file.path}: no {prefix}.*.resnets with widths that are multiples of 32. {_HINT}")
+    return tuple(channels), layers
+
+
+def _refuse_other_models(unet):
+    s = unet.shapes
+    proj_in = s.get("down_blocks.0.attentions.0.proj_in.weight") or s.get("down_blocks.1.attentions.0.proj_in.weight", ())
+    other = ("SDXL" if any(n.startswith(("add_embedding", "label_emb")) for n in s) else
+             "Stable Diffusion 2" if len(proj_in) == 2 else
+             "an inpainting or image-editing variant" if s.get("conv_in.weight", (0, 4))[1] in (8, 9) else None)
+    if other:
+        raise Fail(f"{unet.path} looks like {other}; this program needs Stable Diffusion 1.5 ({SD15})")
+
+
+def _candidates(part):
+    return [f"{part}/diffusion_pytorch_model.safetensors", f"{part}/diffusion_pytorch_model.fp16.safetensors"]
+
+
+def _find(folder, part):
+    for name in _candidates(part):
+        if (folder / name).is_file():
+            return folder / name
+    raise Fail(f"{folder} holds neither {' nor '.join(_candidates(part))}; pass the folder that contains unet/ and vae/")
+
+
+def _vae_attention_name(name):
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        name = name.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+    return name
+
+
+def _compvis_unet_name(name):
+    if not name.startswith("model.diffusion_model."):
+        return None                     # the VAE, the text encoder, the schedule, or the EMA copy
+    name = name.removeprefix("model.diffusion_model.")
+    if m := re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.(.*)", name):
+        side, block, slot, rest = m[1], int(m[2]), int(m[3]), m[4]
+        if side == "input" and block == 0:
+            name = f"conv_in.{rest}"
+        elif side == "input" and rest.startswith("op."):
+            name = f"down_blocks.{block // 3 - 1}.downsamplers.0.conv.{rest[3:]}"
+        elif side == "output" and rest.startswith("conv."):
+            name = f"up_blocks.{block // 3}.upsamplers.0.{rest}"
+        else:
+            level, j = divmod(block - 1 if side == "input" else block, 3)
+            blocks = "down_blocks" if side == "input" else "up_blocks"
+            name = f"{blocks}.{level}.{'attentions' if slot else 'resnets'}.{j}.{rest}"
+    for old, new in ((r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
+                     (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"),
+                     (r"^middle_block\.0", "mid_block.resnets.0"), (r"^middle_block\.1", "mid_block.attentions.0"),
+                     (r"^middle_block\.2", "mid_block.resnets.1"), (r"\.in_layers\.0\.", ".norm1."),
+                     (r"\.in_layers\.2\.", ".conv1."), (r"\.emb_layers\.1\.", ".time_emb_proj."),
+                     (r"\.out_layers\.0\.", ".norm2."), (r"\.out_layers\.3\.", ".conv2."),
+                     (r"\.skip_connection\.", ".conv_shortcut.")):
+        name = re.sub(old, new, name)
+    return name
+
+
+def _compvis_vae_name(name):
+    if not name.startswith("first_stage_model."):
+        return None
+    name = name.removeprefix("first_stage_model.")
+    name = re.sub(r"down\.(\d)\.block\.(\d)", r"down_blocks.\1.resnets.\2", name)
+    name = re.sub(r"down\.(\d)\.downsample", r"down_blocks.\1.downsamplers.0", name)
+    name = re.sub(r"up\.(\d)\.block\.(\d)", lambda m: f"up_blocks.{3 - int(m[1])}.resnets.{m[2]}", name)
+    name = re.sub(r"up\.(\d)\.upsample", lambda m: f"up_blocks.{3 - int(m[1])}.upsamplers.0", name)
+    for old, new in (("mid.block_1", "mid_block.resnets.0"), ("mid.block_2", "mid_block.resnets.1"),
+                     ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"), ("mid.attn_1.q", "mid_block.attentions.0.to_q"),
+                     ("mid.attn_1.k", "mid_block.attentions.0.to_k"), ("mid.attn_1.v", "mid_block.attentions.0.to_v"),
+                     ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"), ("nin_shortcut", "conv_shortcut"),
+                     ("norm_out", "conv_norm_out")):
+        name = name.replace(old, new)
+    return name
+
+
+# ---- the Hugging Face hub ------------------------------------------------------------------------------------------
+
+def hub_file(repository, candidates, sha256=None, gated=""):
+    """The first of the candidate files of a repository: from the hub's cache, or else downloaded after saying so.
+
+    Of the files that may be downloaded the last one is taken (of SD1.5: float16, half as large, and finer than the
+    bfloat16 that it is used in). sha256: {file: hash} to check a download against. gated: how to get access.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+    for name in candidates:
+        if isinstance(path := try_to_load_from_cache(repository, name), str):
+            return Path(path)
+    name = candidates[-1]
+    try:
+        size = get_hf_file_metadata(hf_hub_url(repository, name)).size
+        print(f"downloading {name} of {repository} ({(size or 0) / 1e9:.2f} GB) to {HF_HUB_CACHE}", flush=True)
+        path = Path(hf_hub_download(repository, name))
+    except Exception as problem:            # the hub's client has a dozen kinds, and several libraries beneath it
+        kind = type(problem).__name__
+        raise Fail(f"cannot get {name} of {repository} ({kind}: {str(problem).strip().splitlines()[0][:160]}). "
+                   f"{gated or 'Check the name and the connection, or download it elsewhere and pass the local path.'}") from None
+    expected = (sha256 or {}).get(name)
+    if expected and expected != (found := file_sha256(path)):
+        path.resolve().unlink()
+        raise Fail(f"the download of {name} has sha256 {found[:12]}..., not {expected[:12]}...; it was removed, try again")
+    return path
+
+
+def file_sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+"""New patches with the morphology of a reference (Algorithm 2).
+
+    python sample.py --ref patch.png --cfg 1.3
+    python sample.py --split val --cfg 1.0 1.3 1.5        # one sample for every validation patch, at three guidances
+
+Writes OUT/real/*.png (the references at the model's size), OUT/cfg1.3/*.png (the samples, named by reference, seed and
+guidance) and OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.
+"""
+import json
+from pathlib import Path
+
+import torch
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from ldm.data import contact_sheet, fit, list_images, load_rgb, read_dataset, read_split, to_images
+from ldm.files import Fail, Parser, frozen_dtype, number, pick_device, run, safe_name, save_text, whole
+from ldm.schedule import ddpm_step, timesteps
+from ldm.weights import file_sha256, load_unet, load_vae, open_sd15
+from lora import fold, load_adapter, open_adapter
+from projector import embed, load_encoder, open_encoder
+
+
+@torch.no_grad()
+def sample(e, projector, unet, w, steps, seeds, latent):
+    """Algorithm 2: embeddings e (B, d_e), guidance w, one seed per image, latent shape (4, h, w) -> z_0 (B, 4, h, w).
+
+    Each image has a generator of its own, on the CPU, which draws z_T and then the noise of every step: the image does not
+    depend on the batch that it is made in. The state is float32, whatever the U-Net is.
+    """
+    device = projector.null.device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def noise():
+        return torch.stack([torch.randn(latent, generator=g) for g in generators]).to(device)
+
+    c = projector(e.to(device))                                                 # 2: project both embeddings once
+    c_null = projector(projector.null).expand_as(c)
+    both = torch.cat([c_null, c])
+    z = noise()                                                                 # 3: z_T
+    ts = timesteps(steps)
+    for t, previous in zip(ts, ts[1:] + [None]):                                # 4
+        t_batch = torch.full((len(z),), t, device=device)
+        if w == 1:
+            eps = unet(z, t_batch, c)
+        else:
+            eps = guide(*unet(z.repeat(2, 1, 1, 1), t_batch.repeat(2), both).chunk(2), w)   # 5, both in one batch
+        z = ddpm_step(z, eps, noise(), t, previous)                             # 6
+    return z                                                                    # 7: `decode` turns z_0 into images
+
+
+def guide(eps_null, eps_c, w):
+    """ε̃ = ε_θ(z_t, t, c_∅) + w (ε_θ(z_t, t, c) - ε_θ(z_t, t, c_∅))   (eq. 5)."""
+    return eps_null + w * (eps_c - eps_null)
+
+
+@torch.no_grad()
+def decode(vae, z0):
+    """z_0 (B, 4, h, w) -> PIL images; four at a time, to stay small at 512 px."""
+    device = next(vae.parameters()).device
+    return [image for part in z0.split(4) for image in to_images(vae.decode(part.to(device)))]
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
+
+def main():
+    parser = Parser(__doc__)
+    what = parser.add_argument_group("what to sample")
+    what.add_argument("--ref", nargs="+", metavar="PATH", help="reference patches: images, or folders of images")
+    what.add_argument("--split", choices=("train", "val", "test"), help="or every patch of this part of the run's split")
+    what.add_argument("--cfg", nargs="+", type=number(float, 0), default=[1.3], metavar="W", help="guidance scales (default: 1.3)")
+    what.add_argument("--n", type=number(int, 1), default=1, help="samples per reference")
+    what.add_argument("--steps", type=number(int, 1, 999), default=30, help="denoising steps")
+    what.add_argument("--seed", type=number(int, 0, 2 ** 62), default=0, help="image i uses seed + i, in the order of references")
+    model = parser.add_argument_group("with which model")
+    model.add_argument("--run", metavar="DIR", help="a run of train.py (default: the newest under runs/); its best adapter is used")
+    model.add_argument("--adapter", metavar="FILE", help="or an adapter file")
+    model.add_argument("--sd15", metavar="PATH", help="Stable Diffusion 1.5 (default: the one trained with)")
+    model.add_argument("--uni2h", metavar="PATH", help="UNI2-h (default: the one trained with)")
+    model.add_argument("--other-base", action="store_true", help="accept a base other than the adapter's, say a float16 copy")
+    how = parser.add_argument_group("how")
+    how.add_argument("--batch", type=number(int, 1), default=16, help="images at a time; does not change them")
+    how.add_argument("--out", metavar="DIR", help="default: samples/ beside the adapter, then the step that it was trained to")
+    how.add_argument("--device", default="auto", help="cuda, mps or cpu")
+    args = parser.parse_args()
+    if bool(args.ref) == bool(args.split):
+        raise Fail("pass either --ref with images or folders, or --split with a part of the run's split")
+    device = pick_device(args.device)
+    adapter = find_adapter(args.run, args.adapter)
+    header, config = adapter.header, read_config(adapter.path.parent)
+    size = int(header["resolution"])
+    references = find_references(args, config, adapter.path.parent)
+    out = Path(args.out) if args.out else adapter.path.parent / "samples" / f"step{int(header['step']):06d}"
+    claim(out, {"adapter_sha256": file_sha256(adapter.path), "steps": args.steps, "resolution": size})
+
+    jobs = [(w, r, args.seed + i * args.n + k) for w in dict.fromkeys(args.cfg)
+            for i, r in enumerate(references) for k in range(args.n)]
+    path_of = {(w, r, seed): out / f"cfg{w:g}" / f"{r}_seed{seed}_cfg{w:g}.png" for w, r, seed in jobs}
+    real = {r: out / "real" / f"{r}.png" for r in references}
+    for r, path in tqdm(references.items(), "references", disable=None, leave=False):
+        if not real[r].exists():
+            save_image(real[r], fit(load_rgb(path), size))
+    todo = [job for job in jobs if not path_of[job].exists()]
+    if len(todo) < len(jobs):
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already")
+    if todo:
+        encoder_source = args.uni2h or config.get("uni2h") or header["encoder"]
+        e = embed_all(encoder_source, header, {r: references[r] for _, r, _ in todo}, args.batch, device)
+        unet, vae, projector = load_model(args.sd15 or config.get("sd15") or header["base"], adapter, device, args.other_base)
+        latent = (unet.latent, size // vae.factor, size // vae.factor)
+        with tqdm(total=len(todo), desc="sampling", unit="image", disable=None) as bar:
+            for w in dict.fromkeys(args.cfg):
+                mine = [job for job in todo if job[0] == w]
+                for batch in (mine[i:i + args.batch] for i in range(0, len(mine), args.batch)):
+                    z0 = sample(torch.stack([e[r] for _, r, _ in batch]), projector, unet, w, args.steps,
+                                [seed for _, _, seed in batch], latent)
+                    for job, image in zip(batch, decode(vae, z0)):
+                        save_image(path_of[job], image, reference=job[1], seed=job[2], cfg=w, steps=args.steps)
+                    bar.update(len(batch))
+    for w in dict.fromkeys(args.cfg):
+        shown = list(references)[::max(1, len(references) // 32)][:32]
+        sheet = contact_sheet([[load_rgb(p) for p in (real[r], *(path_of[job] for job in jobs if job[:2] == (w, r)))] for r in shown])
+        save_image(out / f"sheet-cfg{w:g}.png", sheet)
+    print(f"{len(jobs)} images in {out}; references in {out / 'real'}, contact sheet in {out / f'sheet-cfg{args.cfg[0]:g}.png'}")
+
+
+def find_adapter(run_folder, path):
+    """--run and --adapter -> the open adapter: the one named, or the best (else the last) of the run, or of the newest run."""
+    if path is None:
+        if run_folder is None:
+            found = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda p: p.stat().st_mtime)
+            if not found:
+                raise Fail("there is no run under runs/; train one first with `python train.py`, or pass --adapter")
+            run_folder = found[-1].parent
+        names = [Path(run_folder) / name for name in ("adapter-best.safetensors", "adapter.safetensors")]
+        path = next((p for p in names if p.is_file()), None)
+        if path is None:
+            raise Fail(f"--run {run_folder} holds no adapter.safetensors; pass a folder that train.py made")
+    return open_adapter(path)
+
+
+def read_config(folder):
+    """The arguments of the run in `folder`; {} for an adapter that stands alone."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["args"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return {}
+
+
+def find_references(args, config, run_folder):
+    """{name of the reference, with its class's folder: path}, in order; names are unique."""
+    if args.split:
+        if not (run_folder / "split.json").is_file() or not config.get("data"):
+            raise Fail(f"{run_folder} holds no split.json; pass --ref")
+        patches = {p.name: p for p in read_dataset(config["data"])}
+        split = read_split(run_folder / "split.json", list(patches.values()))
+        found = [(f"{patches[n].label}/{Path(n).stem}", Path(config["data"]) / n) for n in split[args.split]]
+    else:
+        found = []
+        for path in map(Path, args.ref):
+            if path.is_dir():
+                below = list_images(path)
+                if not below:
+                    raise Fail(f"--ref {path}: the folder holds no images")
+                found += [(p.relative_to(path).with_suffix("").as_posix(), p) for p in below]
+            else:
+                found.append((path.stem, path))
+    references = {}
+    for name, path in found:
+        name = unique = "/".join(map(safe_name, name.split("/")))
+        number_ = 2
+        while unique in references:
+            unique, number_ = f"{name}-{number_}", number_ + 1
+        references[unique] = path
+    return references
+
+
+def claim(out, settings):
+    """Make sure that `out` holds images of this adapter and these settings only, so that finished ones can be kept."""
+    path = out / "samples.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
+        raise Fail(f"{out} holds samples of another adapter, size or number of steps; pass another --out")
+    save_text(path, json.dumps(settings, indent=1) + "\n")
+
+
+def embed_all(source, header, paths, batch, device):
+    """{name: path} -> {name: e (d_e,)} by the encoder that the adapter was trained with, which is then let go of."""
+    file = open_encoder(source)
+    if file.fingerprint() != header["encoder_sha256"]:
+        raise Fail(f"{file.path} is not the encoder that the adapter was trained with ({header['encoder']}); "
+                   "pass that one with --uni2h")
+    encoder, names, e = load_encoder(file, device), list(paths), {}
+    for part in tqdm([names[i:i + batch] for i in range(0, len(names), batch)], "embedding", disable=None, leave=False):
+        e |= zip(part, embed(encoder, [load_rgb(paths[name]) for name in part]))
+    return e
+
+
+def load_model(source, adapter, device, other_base=False):
+    """-> (U-Net with the LoRA merged in float32 and then cast, VAE in float32, projector in float32), on the device."""
+    unet_file, vae_file = open_sd15(source)
+    if not other_base and unet_file.fingerprint() != adapter.header["base_sha256"]:
+        raise Fail(f"{source} is another base than the one {adapter.path} was trained on ({adapter.header['base']}); "
+                   "pass that one with --sd15, or --other-base to use this one all the same")
+    unet = load_unet(unet_file, device)
+    projector = load_adapter(adapter, unet)
+    fold(unet)
+    return unet.to(frozen_dtype(device)), load_vae(vae_file, device), projector
+
+
+def save_image(path, image, **text):
+    """Write a PNG, whole or not at all, with what made it as text chunks."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, str(value))
+    with whole(path) as temporary:
+        image.save(temporary, pnginfo=info)
+
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,426 @@
+#!/usr/bin/env python3
+"""Adapt Stable Diffusion 1.5 to patches seen through UNI2-h (Algorithm 1). The defaults are the paper's baseline.
+
+    python train.py --data chaoyang/ --rank 4 --tokens 4        # the paper's best configuration
+    python train.py --resume runs/chaoyang-512px-r4-t4          # go on with a run; to repeat its command does the same
+
+Writes runs/NAME: config.json, split.json, log.csv, grids/, adapter.safetensors (the last), adapter-best.safetensors (lowest
+validation loss) and state.safetensors (to go on from). What is computed once per image is kept in runs/cache.
+"""
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ldm.data import Cache, contact_sheet, describe_split, fit, load_rgb, make_split, read_dataset, read_split
+from ldm.files import Fail, Parser, frozen_dtype, number, pick_device, run, safe_name, save_tensors, save_text
+from ldm.schedule import T, add_noise
+from ldm.vae import draw_latent
+from ldm.weights import SD15, TensorFile, load_unet, load_vae, open_sd15
+from lora import inject, lora_parameters, save_adapter
+from projector import UNI2H, Projector, embed, load_encoder, open_encoder
+from sample import decode, sample, save_image
+
+DROPOUT = 0.05                                      # of the projector's hidden units
+BETAS = (0.9, 0.999)
+WEIGHT_DECAY = dict(lora=1e-3, projector=1e-4)
+MAX_GRAD_NORM = 1.0         # the paper names no clipping; this is the default of Diffusers' training scripts
+PREVIEW_CFG = 1.5           # the paper's guidance while it trains
+COMMIT_SECONDS = 300
+
+
+# ---- everything random is a function of (seed, step) -----------------------------------------------------------------
+
+STEP, ORDER, VALIDATION = range(3)
+
+
+def generator(*key):
+    """A CPU generator seeded by whole numbers, such as (seed, STEP, step); other keys give independent streams."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+def draw(g, batch, latent, p, hidden):
+    """All that one step draws, for a whole batch. latent: (4, h, w); p: of CFG dropout; hidden: (depth-1, d_h)."""
+    return SimpleNamespace(
+        mirrored=torch.rand(batch, generator=g) < 0.5,
+        posterior=torch.randn(batch, *latent, generator=g),     # the paper does not say whether E(x) is the mean or a draw;
+        noise=torch.randn(batch, *latent, generator=g),         # Diffusers' training scripts draw
+        t=torch.randint(0, T, (batch,), generator=g),           # the paper's {1, ..., T}, counted from 0
+        m=torch.rand(batch, 1, generator=g) < p,
+        keep=(torch.rand(hidden[0], batch, hidden[1], generator=g) >= DROPOUT) / (1 - DROPOUT))
+
+
+def draw_validation(n, latent):
+    """The fixed draws of the validation loss: timesteps spread evenly over the images, no dropout, no mirror image."""
+    r = draw(generator(VALIDATION), n, latent, p=0, hidden=(0, 0))
+    r.mirrored[:], r.keep = False, None
+    r.t = ((torch.arange(n) + 0.5) * T / n).long()[torch.randperm(n, generator=generator(VALIDATION, 1))]
+    return r
+
+
+def batch_of_step(seed, step, batch, n):
+    """Indices of the images of a step: each epoch goes through a permutation of its own.
+
+    The last batch of an epoch is filled up from the head of the permutation, as DistributedSampler does, so that every
+    batch is whole: 5,398 images make 338 steps. (The paper does not say; dropping the rest would make 337.)
+    """
+    epoch, k = divmod(step, math.ceil(n / batch))
+    order = torch.randperm(n, generator=generator(seed, ORDER, epoch))
+    return order[torch.arange(k * batch, (k + 1) * batch) % n].tolist()
+
+
+# ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
+
+def noise_prediction_loss(unet, projector, mean, logvar, e, r):
+    """Lines 4 to 10 of Algorithm 1 -> ‖ε - ε_θ(z_t, t, c)‖² of each image, as a mean over its latent, (B,).
+
+    mean, logvar (B, 4, h, w) and e (B, d_e): what the frozen encoders say of the images x. r: what `draw` drew.
+    """
+    z0 = draw_latent(mean, logvar, r.posterior)                     # 4: encode to latent space
+    z_t = add_noise(z0, r.noise, r.t)                               # 5, 6: forward diffusion (eq. 1)
+    e = torch.where(r.m, projector.null, e)                         # 7, 8: replace with the null embedding
+    c = projector(e, r.keep)                                        # 9: project to cross-attention space (eqs. 3, 4)
+    return (r.noise - unet(z_t, r.t, c)).square().mean((1, 2, 3))   # 10: noise prediction loss (eq. 2)
+
+
+def learning_rate_factor(step, warm_up, total):
+    """Linear up to 1 over `warm_up` steps, then a cosine down to 0 at `total` (the paper names no floor)."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+
+
+class Trainer:
+    """The trainable parts, their optimizer and the log so far: all that a run is, and `commit` writes all of it."""
+
+    def __init__(self, args, unet, projector, cache, train, latent, device):
+        """train: [(name, hash)] of the training images. latent: (4, h, w)."""
+        self.args, self.cache, self.train, self.latent, self.device = args, cache, train, latent, device
+        self.unet, self.projector = unet, projector
+        compiled = device.type == "cuda" and not args.no_compile
+        self.network = torch.compile(unet, dynamic=False) if compiled else unet
+        self.hidden = (projector.shape["depth"] - 1, projector.shape["hidden"])
+        self.steps_per_epoch = math.ceil(len(train) / args.batch)
+        self.total = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
+        self.warm_up = min(self.steps_per_epoch, max(1, self.total // 2))
+        lora, rest = lora_parameters(unet), dict(projector.named_parameters())
+        self.named = {f"unet.{n}": p for n, p in lora.items()} | {f"projector.{n}": p for n, p in rest.items()}
+        self.parameters = [p.requires_grad_() for p in self.named.values()]
+        self.optimizer = torch.optim.AdamW([
+            dict(params=list(lora.values()), base=args.lr, weight_decay=WEIGHT_DECAY["lora"]),
+            dict(params=list(rest.values()), base=args.lr * args.lr_ratio, weight_decay=WEIGHT_DECAY["projector"])],
+            lr=args.lr, betas=BETAS)
+        self.step, self.history, self.losses, self.best = 0, [], [], math.inf
+
+    def epoch_is_due(self):
+        """Whether the end of an epoch, or of the run, is reached and its row of the log is still to be written."""
+        at_end = self.step % self.steps_per_epoch == 0 or self.step == self.total
+        return at_end and self.step > (self.history[-1]["step"] if self.history else 0)
+
+    def gather(self, hashes, r):
+        """The cached images and the draws of a batch, on the device."""
+        r = SimpleNamespace(**{k: v if v is None else v.to(self.device) for k, v in vars(r).items()})
+        return [x.to(self.device) for x in self.cache.gather(hashes, r.mirrored.tolist())], r
+
+    def train_step(self):
+        """One turn of Algorithm 1's loop. Fails, before anything is changed, if the loss or its gradient is not finite."""
+        args = self.args
+        indices = batch_of_step(args.seed, self.step, args.batch, len(self.train))                      # 3
+        r = draw(generator(args.seed, STEP, self.step), args.batch, self.latent, args.cfg_drop, self.hidden)
+        images, r = self.gather([self.train[i][1] for i in indices], r)
+        loss = noise_prediction_loss(self.network, self.projector, *images, r).mean()                   # 4 to 10
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+        value, norm = loss.item(), norm.item()
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise Fail(f"step {self.step}: loss {value}, gradient norm {norm}; nothing was updated, and the last good state is "
+                       f"kept. timesteps {r.t.tolist()}, images {', '.join(self.train[i][0] for i in indices)}. "
+                       "Try a lower --lr, or look at these images")
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * learning_rate_factor(self.step, self.warm_up, self.total)
+        self.optimizer.step()                                                                           # 11
+        self.step += 1
+        self.losses.append(value)
+        return value, norm
+
+    @torch.no_grad()
+    def validation_loss(self, hashes):
+        """Mean over the images on fixed noise and timesteps; batches are whole, the last one filled up and cut off again."""
+        n, size, losses = len(hashes), self.args.batch, []
+        draws = draw_validation(n, self.latent)
+        for start in range(0, n, size):
+            at = torch.arange(start, start + size) % n
+            r = SimpleNamespace(**{k: v if v is None else v[at] for k, v in vars(draws).items()})
+            images, r = self.gather([hashes[i] for i in at.tolist()], r)
+            losses.append(noise_prediction_loss(self.network, self.projector, *images, r)[:n - start])
+        return torch.cat(losses).mean().item()
+
+    def commit(self, folder, header):
+        """Write the adapter and the state; each is there whole or as it was before."""
+        save_adapter(folder / "adapter.safetensors", self.unet, self.projector, header | {"step": str(self.step)})
+        moments = {f"{name}/{key}": self.optimizer.state[p][key] for name, p in self.named.items()
+                   if p in self.optimizer.state for key in ("exp_avg", "exp_avg_sq")}
+        save_tensors(folder / "state.safetensors", {**self.named, **moments}, {
+            "step": str(self.step), "best": repr(self.best), "losses": json.dumps(self.losses), "history": json.dumps(self.history)})
+
+    @torch.no_grad()
+    def restore(self, path):
+        """Go back to what `commit` wrote."""
+        file = TensorFile(path)
+        self.step, self.best = int(file.header["step"]), float(file.header["best"])
+        self.losses, self.history = json.loads(file.header["losses"]), json.loads(file.header["history"])
+        state = {}
+        for i, (name, p) in enumerate(self.named.items()):
+            p.copy_(file.get(name))
+            if f"{name}/exp_avg" in file.names:
+                state[i] = {"step": torch.tensor(float(self.step))} | {
+                    key: file.get(f"{name}/{key}").clone() for key in ("exp_avg", "exp_avg_sq")}
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
+
+def parse_args():
+    parser = Parser(__doc__)
+    data = parser.add_argument_group("data and weights")
+    data.add_argument("--data", metavar="DIR", help="train.json and test.json as in Chaoyang, or a folder per class, or images")
+    data.add_argument("--split", default="paper", metavar="HOW", help="paper (pooled, by case, 5398:387:375), official, or a file")
+    data.add_argument("--sd15", default=SD15, metavar="PATH", help="Diffusers folder, CompVis file, or hub repository")
+    data.add_argument("--uni2h", default=UNI2H, metavar="PATH", help="folder or file of the weights, or the hub's repository")
+    data.add_argument("--size", type=number(int, 8), default=512, help="side of the images in pixels")
+    data.add_argument("--limit", type=number(int, 1), metavar="N", help="use at most N images of each part")
+    model = parser.add_argument_group("model")
+    model.add_argument("--rank", type=number(int, 1), default=8, help="r of LoRA")
+    model.add_argument("--alpha", type=number(float, 0, open_low=True), help="α of LoRA (default: the rank)")
+    model.add_argument("--tokens", type=number(int, 1), default=4, help="condition tokens n_c")
+    model.add_argument("--hidden", type=number(int, 1), default=1024, help="width d_h of the projector")
+    model.add_argument("--depth", type=number(int, 2, 3), default=2, help="linear layers of the projector, 2 or 3")
+    model.add_argument("--token-norm", action="store_true", help="LayerNorm on the tokens (another reading of Table 2)")
+    train = parser.add_argument_group("training")
+    train.add_argument("--lr", type=number(float, 0), default=5e-5, help="learning rate of LoRA")
+    train.add_argument("--lr-ratio", type=number(float, 0), default=10.0, help="projector's learning rate over LoRA's")
+    train.add_argument("--cfg-drop", type=number(float, 0, 1), default=0.1, help="p of the null embedding, per image")
+    train.add_argument("--epochs", type=number(int, 1), default=12, help="passes over the training images")
+    train.add_argument("--batch", type=number(int, 1), default=16, help="images per step")
+    train.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps, the schedule shortened to them")
+    train.add_argument("--seed", type=number(int, 0, 2 ** 63), default=0, help="of all that is random, but for the split")
+    where = parser.add_argument_group("run")
+    where.add_argument("--run", metavar="DIR", help="folder of the run (default: under runs/, named by its settings)")
+    where.add_argument("--resume", metavar="DIR", help="go on with this run, with its own settings")
+    where.add_argument("--previews", type=number(int, 0), default=8, metavar="N", help="reference | sample pairs per epoch")
+    where.add_argument("--device", default="auto", help="cuda, mps or cpu")
+    where.add_argument("--no-compile", action="store_true", help="do not torch.compile the U-Net (it is done on CUDA only)")
+    args = parser.parse_args()
+    if args.resume:
+        try:
+            saved = json.loads((Path(args.resume) / "config.json").read_text(encoding="utf-8"))["args"]
+        except (OSError, ValueError, KeyError):
+            raise Fail(f"--resume {args.resume}: no run of train.py is there") from None
+        device, no_compile = args.device, args.no_compile
+        vars(args).update(saved, run=args.resume, device=device, no_compile=no_compile)
+    if not args.data:
+        raise Fail("pass --data with a folder of patches (and --sd15 and --uni2h, unless the hub's copies are to be used)")
+    if args.alpha is None:
+        args.alpha = float(args.rank)
+    for name in ("data", "sd15", "uni2h"):
+        if (path := Path(getattr(args, name)).expanduser()).exists():
+            setattr(args, name, str(path.resolve()))
+    if args.run is None:
+        args.run = f"runs/{safe_name(Path(args.data).name)}-{args.size}px-r{args.rank}-t{args.tokens}"
+    return args
+
+
+def main():
+    args, signals = parse_args(), Signals()
+    device, folder = pick_device(args.device), Path(args.run)
+
+    # what can be wrong with the arguments is found here, on the meta device, before anything is computed or written
+    unet_file, vae_file = open_sd15(args.sd15)
+    encoder_file = open_encoder(args.uni2h)
+    latent = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), args.size)
+    patches = read_dataset(args.data)
+    split_file = folder / "split.json"
+    split = read_split(split_file, patches) if split_file.exists() else make_split(patches, args.split)
+    names = {part: thin(split[part], args.limit) for part in ("train", "val")}
+
+    sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
+    cache = Cache(folder.parent / "cache", sha256["vae"], sha256["encoder"], args.size)
+    encoders = partial(load_encoders, vae_file, encoder_file, device)
+    hashes = {part: cache.fill([Path(args.data) / name for name in names[part]], encoders, args.size) for part in names}
+    sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    claim(folder, args, sha256)
+    save_text(split_file, describe_split(split, patches))
+
+    torch.manual_seed(args.seed)
+    unet = inject(load_unet(unet_file, device, frozen_dtype(device)), args.rank, args.alpha)
+    projector = Projector(cache.width, args.hidden, args.tokens, unet.context, args.depth, args.token_norm).to(device)
+    print(parameter_table(unet, projector))
+    trainer = Trainer(args, unet, projector, cache, list(zip(names["train"], hashes["train"])), latent, device)
+    header = {key: str(value) for key, value in dict(
+        base=public_name(args.sd15), base_sha256=sha256["base"], vae_sha256=sha256["vae"], encoder=public_name(args.uni2h),
+        encoder_sha256=sha256["encoder"], resolution=args.size, seed=args.seed).items()}
+    if (folder / "state.safetensors").exists():
+        trainer.restore(folder / "state.safetensors")
+        print(f"{folder}: found, goes on after step {trainer.step} of {trainer.total}")
+
+    preview = thin(sorted(zip(names["val"], hashes["val"]), key=lambda pair: {p.name: p.label for p in patches}[pair[0]]), args.previews)
+    with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step", disable=None) as bar:
+        clock, step_then, committed = time.time(), trainer.step, time.time()
+        while True:
+            if trainer.epoch_is_due():
+                speed = (trainer.step - step_then) * args.batch / (time.time() - clock)
+                row = dict(epoch=math.ceil(trainer.step / trainer.steps_per_epoch), step=trainer.step,
+                           train_loss=sum(trainer.losses) / len(trainer.losses), val_loss=trainer.validation_loss(hashes["val"]),
+                           **{f"lr_{k}": g["lr"] for k, g in zip(("lora", "projector"), trainer.optimizer.param_groups)},
+                           images_per_second=round(speed, 2), peak_memory_gb=round(peak_memory(device), 2))
+                if preview:
+                    save_image(folder / "grids" / f"epoch{row['epoch']:02d}.png",
+                               preview_grid(trainer, preview, Path(args.data), vae_file))
+                if row["val_loss"] < trainer.best:
+                    trainer.best = row["val_loss"]
+                    save_adapter(folder / "adapter-best.safetensors", unet, projector, header | {"step": str(trainer.step)})
+                trainer.history, trainer.losses = trainer.history + [row], []
+                trainer.commit(folder, header)
+                save_text(folder / "log.csv", as_csv(trainer.history))
+                bar.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+                clock, step_then, committed = time.time(), trainer.step, time.time()
+            if trainer.step == trainer.total:
+                break
+            with signals.deferred():
+                loss, norm = trainer.train_step()
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.3f}", lr=f"{trainer.optimizer.param_groups[0]['lr']:.1e}",
+                                images_per_s=f"{(trainer.step - step_then) * args.batch / (time.time() - clock):.1f}", refresh=False)
+                if trainer.epoch_is_due() or signals.received or time.time() - committed > COMMIT_SECONDS:
+                    trainer.commit(folder, header)
+                    committed = time.time()
+    print(f"{folder}: complete after {trainer.step} steps; best validation loss {trainer.best:.4f}; peak memory "
+          f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref PATCH.png --cfg 1.3")
+
+
+class Signals:
+    """SIGINT and SIGTERM end the program with 130 or 143: at once, or at the end of `deferred`; a second one always at once."""
+
+    def __init__(self):
+        self.received, self.waiting = None, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        if not self.waiting:
+            sys.exit(128 + number)
+
+    @contextmanager
+    def deferred(self):
+        self.waiting = True
+        yield
+        self.waiting = False
+        if self.received:
+            sys.exit(128 + self.received)
+
+
+def thin(items, n):
+    """At most n of the items, spread evenly over them; all where n is None."""
+    return list(items) if n is None else [items[i * len(items) // n] for i in range(n)] if len(items) > n else list(items)
+
+
+def latent_shape(unet, vae, size):
+    """(4, h, w) of an image with this side."""
+    multiple = vae.factor * 2 ** (len(unet.down_blocks) - 1)
+    if size % multiple:
+        raise Fail(f"--size {size} must be a multiple of {multiple} for this base; the nearest is "
+                   f"{max(1, round(size / multiple)) * multiple}")
+    return unet.latent, size // vae.factor, size // vae.factor
+
+
+def load_encoders(vae_file, encoder_file, device):
+    """-> (encode, embed) for Cache.fill, which lets go of them, and so of the two networks, before training starts."""
+    vae, encoder = load_vae(vae_file, device), load_encoder(encoder_file, device)
+
+    @torch.no_grad()
+    def encode(x):
+        return [part.cpu() for part in vae.encode(x.to(device))]
+    return encode, partial(embed, encoder)
+
+
+def claim(folder, args, sha256):
+    """Write config.json, or make sure that the run that is there has the same settings, networks and images."""
+    settings = {k: v for k, v in vars(args).items() if k != "resume"}
+    path = folder / "config.json"
+    if not path.exists():
+        environment = dict(python=platform.python_version(), torch=torch.__version__, platform=platform.platform())
+        save_text(path, json.dumps(dict(args=settings, sha256=sha256, command=sys.argv, environment=environment), indent=1) + "\n")
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    same = set(settings) - {"run", "data", "sd15", "uni2h", "split", "device", "no_compile", "previews"}
+    for was, now, keys in ((there["args"], settings, same), (there["sha256"], sha256, sha256)):
+        for key in sorted(keys):
+            if was.get(key) != now[key]:
+                raise Fail(f"{folder} is a run with {key} {was.get(key)}, not {now[key]}; pass another --run for a new one")
+
+
+def preview_grid(trainer, chosen, root, vae_file):
+    """One sample for each of [(name, hash)] beside its reference; image i uses seed i."""
+    args, device = trainer.args, trainer.device
+    e = trainer.cache.gather([h for _, h in chosen], [False] * len(chosen))[2]
+    z0 = [sample(part, trainer.projector, trainer.unet, PREVIEW_CFG, 30, range(i * args.batch, i * args.batch + len(part)), trainer.latent)
+          for i, part in enumerate(e.split(args.batch))]
+    images = decode(load_vae(vae_file, device), torch.cat(z0))
+    return contact_sheet([[fit(load_rgb(root / name), args.size), image] for (name, _), image in zip(chosen, images)])
+
+
+def parameter_table(unet, projector):
+    """The trainable parameters in the form of the paper's Table 2."""
+    lora, null = (sum(p.numel() for p in ps) for ps in (lora_parameters(unet).values(), [projector.null]))
+    mlp = sum(p.numel() for p in projector.parameters()) - null
+    total, frozen = lora + mlp + null, sum(p.numel() for p in unet.parameters()) - lora
+    rows = [(name, f"{n:,}", f"{n / total:.1%}") for name, n in (
+        ("LoRA adapters", lora), ("Projector MLP", mlp), ("Null embedding", null), ("Total trainable", total))]
+    rows += [("Stable Diffusion backbone (frozen)", f"{frozen:,}", ""), ("Trainable/backbone", "", f"{total / frozen:.2%}")]
+    return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in [("Component", "Parameters", "Share")] + rows)
+
+
+def as_csv(rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def public_name(source):
+    """What an adapter's header says of a source: a hub repository as it is, of a local path its last part only."""
+    return Path(source).name if Path(source).exists() else source
+
+
+def peak_memory(device):
+    """Peak in GB (1e9 bytes): allocated on the GPU, or resident on the CPU (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:         # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+if __name__ == "__main__":
+    run(main)
