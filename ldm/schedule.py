@@ -10,7 +10,8 @@ T = 1000
 def alpha_bar():
     """ᾱ (1000,) in float64: the product of 1 - β, with √β linear from √0.00085 to √0.012.
 
-    The paper writes α_t for it. Source: CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml.
+    The paper writes α_t for it. Source: CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml. Accumulated in
+    float64 as there; Diffusers does it in float32, and differs by 8e-7.
     """
     beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float64) ** 2
     return torch.cumprod(1 - beta, dim=0)
@@ -18,8 +19,9 @@ def alpha_bar():
 
 def add_noise(z0, noise, t):
     """z_t = √ᾱ_t z_0 + √(1-ᾱ_t) ε   (eq. 1).   z0, noise (B, 4, h, w); t (B,) integers in 0..999."""
-    a = alpha_bar().float().to(z0.device)[t][:, None, None, None]
-    return a.sqrt() * z0 + (1 - a).sqrt() * noise
+    a = alpha_bar()
+    signal, sigma = (table.sqrt().to(z0)[t][:, None, None, None] for table in (a, 1 - a))
+    return signal * z0 + sigma * noise
 
 
 def timesteps(steps=30):

@@ -1,0 +1,130 @@
+"""Fixtures: narrow networks of SD1.5's and UNI2-h's depth and names, and a small dataset, all made here from seeds.
+
+What is too large for the project is looked for in ../shared, or where MORPH_SHARED says; a test that needs it is skipped
+with the reason where it is absent.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHARED = Path(os.environ.get("MORPH_SHARED", ROOT.parent / "shared"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long or gigabytes large; run with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The plain run leaves the slow tests out; `-m slow` runs them, and a test that is named is always run."""
+    if config.option.markexpr or any("::" in arg for arg in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """shared("weights/x") -> the path of a large file, or a skip."""
+    def find(name):
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"{name} is not in {SHARED} (set MORPH_SHARED to where it is)")
+        return path
+    return find
+
+
+@pytest.fixture(scope="session")
+def diffusers_networks():
+    """(U-Net, VAE) of Diffusers, narrow, as deep as SD1.5, float32, with every tensor random."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=64, block_out_channels=(32, 64, 128, 128), cross_attention_dim=768, attention_head_dim=8)
+    vae = AutoencoderKL(sample_size=512, block_out_channels=(32, 64, 64, 64), layers_per_block=2, latent_channels=4,
+                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    with torch.no_grad():
+        for network in (unet, vae):         # the norms start as identities, which would hide a norm left out or exchanged
+            for name, p in network.named_parameters():
+                if p.ndim == 1:
+                    p.add_(0.1 * torch.randn_like(p))
+    return unet.eval().requires_grad_(False), vae.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def base(diffusers_networks, tmp_path_factory):
+    """A narrow checkpoint of SD1.5's depth, as a Diffusers folder."""
+    folder = tmp_path_factory.mktemp("base")
+    for network, part in zip(diffusers_networks, ("unet", "vae")):
+        network.save_pretrained(folder / part)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def uni2h(tmp_path_factory):
+    """A narrow UNI2-h (192 wide, 2 blocks) as the pickle that MahmoodLab's repository has."""
+    import timm
+    torch.manual_seed(0)
+    encoder = timm.create_model(
+        "vit_giant_patch14_224", img_size=224, patch_size=14, depth=2, num_heads=3, init_values=1e-5, embed_dim=192,
+        mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True, mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU,
+        reg_tokens=8, dynamic_img_size=True)
+    folder = tmp_path_factory.mktemp("uni2h")
+    torch.save(encoder.state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+def texture(seed, size=72):
+    """A smooth pink and violet pattern, unlike every other seed's."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / size
+    waves = sum(np.sin(2 * np.pi * (rng.uniform(-4, 4) * x + rng.uniform(-4, 4) * y + rng.uniform())) for _ in range(4)) / 4
+    colour = np.array([200, 120, 180]) + rng.normal(0, 20, 3)
+    return Image.fromarray((colour + waves[..., None] * [60, 50, 40]).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """36 images of 12 cases in the Chaoyang format."""
+    root = tmp_path_factory.mktemp("dataset")
+    rows = {"train": [], "test": []}
+    for i in range(36):
+        case, part = i // 3, "train" if i < 27 else "test"
+        name = f"{part}/{5000 + case}_{i % 2}-IMG{i:03d}x{case:03d}-{case % 4}.JPG"
+        (root / part).mkdir(exist_ok=True)
+        texture(i).save(root / name, quality=95)
+        rows[part].append({"name": name, "label": case % 4})
+    for part, entries in rows.items():
+        (root / f"{part}.json").write_text(json.dumps(entries))
+    return root
+
+
+def program(name, *args, cwd, check=True, **environment):
+    """Run train.py, sample.py or fid.py as a user would -> CompletedProcess with the output as text."""
+    result = subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment, timeout=600)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="session")
+def small(base, uni2h, dataset):
+    """Arguments of a training run that takes seconds."""
+    return ["--data", dataset, "--sd15", base, "--uni2h", uni2h, "--size", 64, "--rank", 2, "--hidden", 32, "--batch", 4]
+
+
+@pytest.fixture(scope="session")
+def trained(small, tmp_path_factory):
+    """A finished run of two epochs -> its folder."""
+    cwd = tmp_path_factory.mktemp("trained")
+    program("train.py", *small, "--epochs", 2, "--previews", 2, "--run", "runs/x", cwd=cwd)
+    return cwd / "runs" / "x"

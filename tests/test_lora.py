@@ -1,0 +1,189 @@
+"""LoRA equals PEFT's, counts as the paper counts, and survives the way through its file."""
+import json
+
+import pytest
+import torch
+
+from ldm.files import Fail
+from ldm.unet import UNet
+from lora import (adapter_tensors, fold, inject, load_adapter, lora_layers, lora_parameters, merge, open_adapter, save_adapter,
+                  unmerge)
+from projector import Projector
+
+CHANNELS = (32, 64, 128, 128)
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@pytest.fixture
+def unet(diffusers_networks):
+    unet = UNet(CHANNELS)
+    unet.load_state_dict(diffusers_networks[0].float().state_dict())
+    return unet.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def inputs():
+    g = torch.Generator().manual_seed(3)
+    return torch.randn(2, 4, 16, 16, generator=g), torch.tensor([4, 801]), torch.randn(2, 4, 768, generator=g)
+
+
+def randomise(unet, scale=0.05):
+    """B starts at zero; give it values, so that the adapter does something."""
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in lora_layers(unet).values():
+            layer.B.copy_(scale * torch.randn(layer.B.shape, generator=g))
+    return unet
+
+
+@pytest.mark.parametrize("rank, expected", [(4, 797_184), (8, 1_594_368), (16, 3_188_736), (1, 199_296)])
+def test_the_full_size_network_has_the_papers_number_of_lora_parameters(rank, expected):
+    with torch.device("meta"):
+        unet = inject(UNet(), rank)
+    assert len(lora_layers(unet)) == 128
+    assert sum(p.numel() for p in lora_parameters(unet).values()) == expected
+
+
+# rank, tokens, depth, hidden of Table 3's twelve runs (the learning-rate ratio adds no parameter: four rows are alike);
+# counted by hand: 199,296 r + 1536 h + h + 2h + (depth 3: h² + h + 2h) + 768 n (h + 1) + 1536
+@pytest.mark.parametrize("rank, tokens, depth, hidden, expected", [
+    (8, 4, 2, 1024, 6_320_640), (4, 4, 2, 1024, 5_523_456), (16, 4, 2, 1024, 7_915_008), (8, 1, 2, 1024, 3_959_040),
+    (8, 2, 2, 1024, 4_746_240), (8, 8, 2, 1024, 9_469_440), (8, 4, 3, 1024, 7_372_288), (8, 4, 2, 512, 3_959_808),
+    (8, 4, 2, 2048, 11_042_304), (8, 4, 2, 1024, 6_320_640), (8, 4, 2, 1024, 6_320_640), (8, 4, 2, 1024, 6_320_640)])
+def test_all_twelve_configurations_count_as_their_equations_say(rank, tokens, depth, hidden, expected):
+    formula = (199_296 * rank + 1536 * hidden + 3 * hidden + (depth - 2) * (hidden ** 2 + 3 * hidden)
+               + 768 * tokens * (hidden + 1) + 1536)
+    with torch.device("meta"):
+        lora = sum(p.numel() for p in lora_parameters(inject(UNet(), rank)).values())
+        projector = Projector(d_h=hidden, n_c=tokens, depth=depth)
+    assert lora + sum(p.numel() for p in projector.parameters()) == formula == expected
+
+
+def test_the_adapted_network_equals_the_frozen_one_bit_for_bit_at_the_start(unet, inputs):
+    with torch.no_grad():
+        frozen = unet(*inputs)
+        assert torch.equal(inject(unet, 4)(*inputs), frozen)
+
+
+@pytest.mark.parametrize("rank, alpha", [(4, 4), (8, 2)])
+def test_forward_and_gradients_equal_peft(rank, alpha, unet, inputs, diffusers_networks):
+    import copy
+
+    from peft import LoraConfig
+    ours = randomise(inject(unet, rank, alpha))
+    theirs = copy.deepcopy(diffusers_networks[0]).float()
+    theirs.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=False))
+    parameters = {n.replace(".default.weight", "").replace("lora_", ""): p for n, p in theirs.named_parameters() if "lora_" in n}
+    assert parameters.keys() == lora_parameters(ours).keys()
+    with torch.no_grad():
+        for name, p in lora_parameters(ours).items():
+            parameters[name].copy_(p)
+    z, t, c = inputs
+    ours.double(), theirs.double()
+    z, c = z.double(), c.double()
+    expected = theirs(z, t, c).sample
+    assert (ours(z, t, c) - expected).abs().max() < 1e-10 * expected.abs().max()
+    ours(z, t, c).square().mean().backward()
+    expected.square().mean().backward()
+    for name, p in lora_parameters(ours).items():
+        assert (p.grad - parameters[name].grad).norm() < 1e-9 * parameters[name].grad.norm(), name
+    assert all(p.grad is None for name, p in ours.named_parameters() if name not in lora_parameters(ours))
+
+
+def test_merged_equals_unmerged_and_unmerging_gives_the_same_bits_back(unet, inputs):
+    randomise(inject(unet, 4))
+    before = {n: t.clone() for n, t in unet.state_dict().items()}
+    with torch.no_grad():
+        apart = unet(*inputs)
+        merge(unet)
+        merged = unet(*inputs)
+        assert (merged - apart).abs().max() < 2e-5 * apart.abs().max()
+        layer = next(iter(lora_layers(unet).values()))
+        assert torch.allclose(layer.weight, layer.frozen + layer.B @ layer.A, atol=1e-6) and not torch.equal(layer.weight, layer.frozen)
+        merge(unet)                                                         # a second time changes nothing
+        assert torch.equal(unet(*inputs), merged)
+        unmerge(unet)
+        assert all(torch.equal(t, before[n]) for n, t in unet.state_dict().items())
+        assert torch.equal(unet(*inputs), apart)
+
+
+def test_folding_leaves_a_plain_network_with_the_merged_weights(unet, inputs):
+    names = list(unet.state_dict())
+    randomise(inject(unet, 4))
+    with torch.no_grad():
+        apart = unet(*inputs)
+        fold(unet)
+        assert sorted(unet.state_dict()) == sorted(names) and not lora_layers(unet)
+        assert (unet(*inputs) - apart).abs().max() < 2e-5 * apart.abs().max()
+
+
+def test_the_update_of_a_bfloat16_network_is_summed_in_float32(unet):
+    layer = next(iter(lora_layers(randomise(inject(unet.bfloat16(), 4))).values()))
+    exact = layer.weight.double() + layer.scale * layer.B.double() @ layer.A.double()
+    layer.merge()
+    assert layer.weight.dtype == torch.bfloat16 and layer.A.dtype == torch.float32
+    assert torch.equal(layer.weight, exact.float().bfloat16())
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_an_impossible_rank_is_refused(rank, unet):
+    with pytest.raises(Fail, match="rank"):
+        inject(unet, rank)
+
+
+@pytest.fixture
+def adapter(unet, tmp_path):
+    torch.manual_seed(2)
+    projector = Projector(d_e=24, d_h=32, n_c=2, depth=3, token_norm=True)
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, randomise(inject(unet, 4, alpha=2)), projector, {"base": "x", "step": "7"})
+    return path, projector
+
+
+def test_an_adapter_survives_the_way_through_its_file(adapter, unet, inputs, diffusers_networks):
+    path, projector = adapter
+    fresh = UNet(CHANNELS)
+    fresh.load_state_dict(diffusers_networks[0].float().state_dict())
+    file = open_adapter(path)
+    loaded = load_adapter(file, fresh)
+    assert file.header["rank"] == "4" and float(file.header["alpha"]) == 2 and file.header["step"] == "7"
+    assert "CC BY-NC-ND" in file.header["licence"]
+    e = torch.randn(2, 24)
+    assert torch.equal(loaded(e), projector(e)) and torch.equal(loaded.null, projector.null)
+    with torch.no_grad():
+        assert torch.equal(fresh(*inputs), unet(*inputs))
+
+
+def test_diffusers_loads_the_adapter_file_as_it_is(adapter, unet, inputs, diffusers_networks):
+    import copy
+
+    from diffusers import StableDiffusionPipeline
+    path, _ = adapter
+    state, _ = StableDiffusionPipeline.lora_state_dict(str(path))       # refuses files with a name that lacks "lora"
+    assert len([name for name in state if name.startswith("unet.")]) == 256
+    theirs = copy.deepcopy(diffusers_networks[0]).float()
+    theirs.load_lora_adapter(str(path), prefix="unet")
+    z, t, c = inputs
+    with torch.no_grad():
+        expected = unet(z, t, c)
+        assert (theirs(z, t, c).sample - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_an_adapter_for_another_width_names_its_base(adapter):
+    with pytest.raises(Fail, match="trained on another base, x"):
+        load_adapter(open_adapter(adapter[0]), UNet((64, 64, 128, 128)))
+
+
+def test_peft_names_and_configuration_are_in_the_file(adapter):
+    from safetensors import safe_open
+    with safe_open(adapter[0], "pt") as f:
+        names, header = set(f.keys()), f.metadata()
+    assert "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight" in names
+    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0.lora_B.weight" in names
+    assert json.loads(header["lora_adapter_metadata"]) == {"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": TARGETS}
+
+
+def test_the_file_holds_every_trainable_tensor_and_no_other(adapter, unet):
+    _, projector = adapter
+    trainable = len(lora_parameters(unet)) + len(list(projector.parameters()))
+    assert len(adapter_tensors(unet, projector)) == trainable == len(open_adapter(adapter[0]).names)

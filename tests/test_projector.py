@@ -1,0 +1,93 @@
+"""The projector is eqs. (3)-(4); UNI2-h is timm's, with MahmoodLab's preprocessing."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data import load_rgb
+from projector import Projector, embed, load_encoder, open_encoder, preprocess
+
+UNI2H = dict(img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True,
+             act_layer=torch.nn.SiLU, reg_tokens=8, dynamic_img_size=True)       # from MahmoodLab/UNI2-h's page
+
+
+def test_tokens_are_eqs_3_and_4_written_out():
+    torch.manual_seed(0)
+    f = Projector(d_e=6, d_h=5, n_c=2, d_c=3).double().requires_grad_(False)
+    with torch.no_grad():
+        f.norm[0].weight.normal_(), f.norm[0].bias.normal_()
+    e = torch.randn(4, 6, dtype=torch.float64)
+    h = e @ f.linear[0].weight.T + f.linear[0].bias
+    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * f.norm[0].weight + f.norm[0].bias
+    h = h / (1 + torch.exp(-h))
+    c = (h @ f.out.weight.T + f.out.bias).reshape(4, 2, 3)
+    assert (f(e) - c).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({}, 4_724_736 + 1536),                 # Table 2's 4,726,272 with the null embedding inside; its total counts it twice
+    (dict(token_norm=True), 4_726_272 + 1536),                                   # the other reading
+    (dict(depth=3), 4_724_736 + 1024 * 1024 + 3 * 1024 + 1536)])
+def test_parameters_count_as_table_2_says(options, expected):
+    with torch.device("meta"):
+        projector = Projector(**options)
+    assert sum(p.numel() for p in projector.parameters()) == expected
+
+
+def test_table_2s_total_is_the_sum_of_its_rows():
+    assert 1_594_368 + 4_726_272 + 1_536 == 6_322_176 and round(100 * 6_322_176 / 859_520_964, 2) == 0.74
+    assert round(100 * (797_184 + 4_726_272) / 859_520_964, 2) == 0.64 and round((797_184 + 4_726_272) / 1e6, 2) == 5.52
+
+
+def test_the_null_embedding_starts_at_a_hundredth():
+    torch.manual_seed(0)
+    null = Projector().null
+    assert null.shape == (1, 1536) and null.requires_grad
+    assert null.std().item() == pytest.approx(0.01, rel=0.05) and abs(null.mean().item()) < 0.001
+
+
+def test_dropout_takes_hidden_units_away_and_scales_the_rest():
+    torch.manual_seed(0)
+    f = Projector(d_e=6, d_h=8, n_c=1, d_c=3, depth=3)
+    e, keep = torch.randn(2, 6), torch.ones(2, 2, 8)
+    assert torch.equal(f(e, keep), f(e))
+    keep[1] = 0
+    assert torch.allclose(f(e, keep), f.out.bias.view(1, 1, 3).expand(2, 1, 3))
+
+
+def test_the_token_norm_normalises_each_token():
+    c = Projector(d_e=6, d_h=8, n_c=2, d_c=64, token_norm=True)(torch.randn(3, 6))
+    assert c.mean(-1).abs().max() < 1e-6 and (c.var(-1, unbiased=False) - 1).abs().max() < 1e-2
+
+
+def mahmoodlab_transform():
+    """What `create_transform(**resolve_data_config(model.pretrained_cfg))` gives for the model of the hub."""
+    from timm.data import create_transform
+    return create_transform((3, 224, 224), is_training=False, interpolation="bilinear", mean=(0.485, 0.456, 0.406),
+                            std=(0.229, 0.224, 0.225), crop_pct=1.0, crop_mode="center")
+
+
+@pytest.mark.parametrize("size", [(512, 512), (220, 220), (224, 224), (97, 97), (331, 250), (250, 331), (1000, 300)])
+def test_preprocessing_equals_timms_pipeline(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    assert (preprocess([image])[0] - mahmoodlab_transform()(image)).abs().max() < 1e-6
+
+
+def test_embeddings_equal_timms_own(uni2h, dataset):
+    import timm
+    theirs = timm.create_model("vit_giant_patch14_224", depth=2, num_heads=3, embed_dim=192, mlp_layer=timm.layers.SwiGLUPacked, **UNI2H)
+    theirs.load_state_dict(torch.load(uni2h / "pytorch_model.bin", weights_only=True), strict=True)
+    images = [load_rgb(path) for path in sorted((dataset / "train").iterdir())[:3]]
+    ours = embed(load_encoder(open_encoder(uni2h)), images)
+    with torch.no_grad():
+        expected = theirs.eval()(torch.stack([mahmoodlab_transform()(image) for image in images]))
+    assert ours.shape == (3, 192) and ours.dtype == torch.float32
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_folder_a_pickle_and_a_safetensors_file_hold_the_same_encoder(uni2h, tmp_path):
+    from safetensors.torch import save_file
+    save_file(torch.load(uni2h / "pytorch_model.bin", weights_only=True), tmp_path / "model.safetensors")
+    fingerprints = {open_encoder(path).fingerprint() for path in (
+        uni2h, uni2h / "pytorch_model.bin", tmp_path, tmp_path / "model.safetensors")}
+    assert len(fingerprints) == 1
