@@ -1,0 +1,359 @@
+"""Training: the recipe, what it moves, that it goes on where it was; and the way from a run to samples and scores."""
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, program
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from ldm.schedule import alpha_bar
+from ldm.unet import UNet
+from lora import inject, lora_parameters
+from projector import Projector
+from train import Trainer, batch_of_step, draw, draw_validation, generator, learning_rate_factor, noise_prediction_loss
+
+
+def test_every_step_of_an_epoch_has_a_whole_batch_and_every_image_comes_once():
+    steps = [batch_of_step(0, step, 16, 5398) for step in range(338)]
+    assert {len(s) for s in steps} == {16}
+    seen = [i for s in steps for i in s]
+    assert sorted(seen[:5398]) == list(range(5398)) and seen[5398:] == seen[:10]
+    assert batch_of_step(0, 338, 16, 5398) != steps[0] != batch_of_step(1, 0, 16, 5398)
+    assert batch_of_step(0, 5, 16, 5398) == steps[5]
+    assert sorted(set(batch_of_step(0, 0, 16, 5))) == list(range(5))
+
+
+def test_draws_are_a_function_of_seed_and_step_and_have_the_papers_distributions():
+    n = 20_000
+    r, again, other = (draw(generator(3, 0, step), n, (1, 2, 2), 0.1, (1, 4)) for step in (7, 7, 8))
+    assert all(torch.equal(vars(r)[k], vars(again)[k]) and not torch.equal(vars(r)[k], vars(other)[k]) for k in vars(r))
+    assert r.mirrored.float().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert r.m.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert (r.t.min(), r.t.max()) == (0, 999) and r.t.float().mean().item() == pytest.approx(499.5, abs=10)
+    assert (r.keep == 0).float().mean().item() == pytest.approx(0.05, abs=0.005) and r.keep.max().item() == pytest.approx(1 / 0.95)
+    assert r.noise.std().item() == pytest.approx(1, abs=0.02)
+    assert abs((r.noise * r.posterior).mean().item()) < 0.02
+
+
+def test_validation_draws_are_fixed_and_spread_over_all_timesteps():
+    r, again = draw_validation(10, (4, 2, 2)), draw_validation(10, (4, 2, 2))
+    assert sorted(r.t.tolist()) == list(range(50, 1000, 100)) and torch.equal(r.noise, again.noise)
+    assert not r.m.any() and not r.mirrored.any() and r.keep is None
+
+
+def test_the_learning_rate_rises_over_the_first_epoch_and_follows_a_cosine_to_zero():
+    factor = [learning_rate_factor(step, 338, 4056) for step in range(4056)]
+    assert factor[0] == pytest.approx(1 / 338) and factor[337] == 1 and factor[338] == 1
+    assert factor[338 + (4056 - 338) // 2] == pytest.approx(0.5) and 0 < factor[-1] < 1e-6
+    assert factor[1000] == pytest.approx(0.5 * (1 + math.cos(math.pi * (1000 - 338) / (4056 - 338))))
+
+
+def test_the_loss_is_algorithm_1_written_out():
+    torch.manual_seed(0)
+    projector, calls = Projector(d_e=6, d_h=8, n_c=2, d_c=5), []
+
+    def unet(z_t, t, c):
+        calls.append((z_t, t, c))
+        return 0.3 * z_t
+    mean, logvar, e = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.randn(3, 6)
+    r = draw(generator(1), 3, (4, 2, 2), 0, (1, 8))
+    r.m[1], r.keep = True, None
+    loss = noise_prediction_loss(unet, projector, mean, logvar, e, r)
+    [(z_t, t, c)] = calls
+    a = alpha_bar()[r.t].float().view(3, 1, 1, 1)
+    z0 = 0.18215 * (mean + (logvar / 2).exp() * r.posterior)
+    assert torch.allclose(z_t, a.sqrt() * z0 + (1 - a).sqrt() * r.noise, atol=1e-6) and torch.equal(t, r.t)
+    assert torch.allclose(c, projector(torch.stack([e[0], projector.null[0], e[2]])), atol=1e-6)
+    assert torch.allclose(loss, ((r.noise - 0.3 * z_t) ** 2).flatten(1).mean(1), atol=1e-6)
+
+
+ARGS = SimpleNamespace(lr=5e-5, lr_ratio=10.0, seed=0, batch=4, cfg_drop=0.1, epochs=12, max_steps=None, no_compile=True)
+
+
+class Memory:
+    """A stand-in for the cache: named latents and embeddings."""
+
+    def __init__(self, n, d_e):
+        g = torch.Generator().manual_seed(0)
+        self.rows = {f"h{i}": (torch.randn(2, 4, 16, 16, generator=g), torch.full((2, 4, 16, 16), -9.0), torch.randn(d_e, generator=g))
+                     for i in range(n)}
+
+    def gather(self, hashes, mirrored):
+        rows = [self.rows[h] for h in hashes]
+        return (*(torch.stack([row[k][int(m)] for row, m in zip(rows, mirrored)]) for k in (0, 1)),
+                torch.stack([row[2] for row in rows]))
+
+
+def trainer(n=8, **changes):
+    torch.manual_seed(0)
+    unet = inject(UNet((32, 64, 64, 64)).requires_grad_(False), 2)
+    projector = Projector(d_e=12, d_h=16, n_c=2)
+    args = SimpleNamespace(**vars(ARGS) | changes)
+    return Trainer(args, unet, projector, Memory(n, 12), [(f"{i}.png", f"h{i}") for i in range(n)], (4, 16, 16), torch.device("cpu"))
+
+
+def test_the_optimizer_has_the_papers_two_groups():
+    t = trainer()
+    t.train_step()
+    lora, rest = t.optimizer.param_groups
+    assert isinstance(t.optimizer, torch.optim.AdamW) and lora["betas"] == rest["betas"] == (0.9, 0.999)
+    assert (lora["base"], lora["weight_decay"]) == (5e-5, 1e-3)
+    assert (rest["base"], rest["weight_decay"]) == (pytest.approx(5e-4), 1e-4)
+    assert {id(p) for p in lora["params"]} == {id(p) for p in lora_parameters(t.unet).values()}
+    assert {id(p) for p in rest["params"]} == {id(p) for p in t.projector.parameters()} and any(p is t.projector.null for p in rest["params"])
+
+
+def test_training_moves_lora_projector_and_null_embedding_and_nothing_else():
+    t = trainer(cfg_drop=0.5)
+    frozen = {n: p.clone() for n, p in t.unet.state_dict().items() if not n.endswith((".A", ".B"))}
+    before = {n: p.detach().clone() for n, p in t.named.items()}
+    for _ in range(3):
+        t.train_step()
+    unmoved = [n for n, p in t.named.items() if torch.equal(p, before[n])]
+    assert unmoved == [] and "projector.null" in before
+    assert all(torch.equal(p, t.unet.state_dict()[n]) for n, p in frozen.items())
+    assert {id(p) for p in t.unet.parameters() if p.requires_grad} == {id(p) for p in lora_parameters(t.unet).values()}
+
+
+@pytest.mark.parametrize("rate", [float("inf"), float("nan")])
+def test_a_loss_that_is_not_finite_stops_before_anything_moves(rate):
+    t = trainer()
+    t.train_step()
+    before = {n: p.detach().clone() for n, p in t.named.items()}
+    t.cache.rows["h3"][0].fill_(rate)
+    with pytest.raises(train.Fail, match=r"step \d+.*timesteps.*3\.png"):
+        for _ in range(4):
+            before = {n: p.detach().clone() for n, p in t.named.items()}
+            t.train_step()
+    assert all(torch.equal(p, before[n]) for n, p in t.named.items())
+
+
+def test_a_restored_run_ends_with_the_same_bits(tmp_path):
+    whole = trainer()
+    for _ in range(6):
+        whole.train_step()
+    first = trainer()
+    for _ in range(3):
+        first.train_step()
+    first.commit(tmp_path, {})
+    second = trainer()
+    second.restore(tmp_path / "state.safetensors")
+    assert second.step == 3 and second.losses == first.losses
+    for _ in range(3):
+        second.train_step()
+    assert all(torch.equal(p, whole.named[n]) for n, p in second.named.items())
+    assert second.losses == whole.losses
+
+
+def test_a_validation_loss_does_not_depend_on_the_batch_size():
+    a, b = trainer(batch=4), trainer(batch=3)
+    hashes = [f"h{i}" for i in range(7)]
+    assert a.validation_loss(hashes) == pytest.approx(b.validation_loss(hashes), rel=1e-5)
+
+
+# ---- as programs ---------------------------------------------------------------------------------------------------
+
+def test_a_run_leaves_what_the_readme_says(trained):
+    rows = list(csv.DictReader(open(trained / "log.csv")))
+    assert [int(row["epoch"]) for row in rows] == [1, 2] and all(float(row["val_loss"]) > 0 for row in rows)
+    split = json.loads((trained / "split.json").read_text())
+    assert all(split[part] for part in ("train", "val", "test"))
+    assert Image.open(trained / "grids/epoch02.png").size == (4 * 64 + 3 * 4, 64)         # two pairs
+    best, last = load_file(trained / "adapter-best.safetensors"), load_file(trained / "adapter.safetensors")
+    assert best.keys() == last.keys() and len(last) == 256 + 2 + 2 + 2 + 1
+    config = json.loads((trained / "config.json").read_text())
+    assert config["args"]["rank"] == 2 and set(config["sha256"]) == {"vae", "encoder", "base", "images"}
+    assert not [p for p in trained.rglob(".*")]                                           # no temporary files
+
+
+def test_the_cache_is_used_again_and_repeating_the_command_goes_on(trained, small):
+    cwd = trained.parent.parent
+    shards = {p: p.stat().st_mtime_ns for p in (cwd / "runs/cache").rglob("*.safetensors")}
+    before = (trained / "adapter.safetensors").read_bytes()
+    result = program("train.py", *small, "--epochs", 2, "--previews", 2, "--run", "runs/x", cwd=cwd)
+    assert "found, goes on after step" in result.stdout and "complete" in result.stdout
+    assert (trained / "adapter.safetensors").read_bytes() == before
+    assert shards == {p: p.stat().st_mtime_ns for p in (cwd / "runs/cache").rglob("*.safetensors")}
+
+
+def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_had_been(small, tmp_path):
+    """SIGTERM in training commits and exits with 143; SIGKILL loses at most what was not committed."""
+    arguments = [*small, "--epochs", 12, "--previews", 0]
+    program("train.py", *arguments, "--run", "runs/whole", cwd=tmp_path)
+    expected = load_file(tmp_path / "runs/whole/adapter.safetensors")
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--run", "runs/broken"]
+    codes = []
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        state, then = tmp_path / "runs/broken/state.safetensors", None
+        for _ in range(2000):           # until a commit of its own is there
+            now = state.stat().st_mtime_ns if state.exists() else None
+            then = now if _ == 0 else then
+            if now != then:
+                break
+            time.sleep(0.02)
+        process.send_signal(kind)
+        codes.append(process.wait())
+    assert codes[0] in (143, 0) and codes[1] in (-signal.SIGKILL, 0)
+    result = program("train.py", "--resume", "runs/broken", cwd=tmp_path)
+    assert "complete" in result.stdout
+    assert all(torch.equal(t, expected[n]) for n, t in load_file(tmp_path / "runs/broken/adapter.safetensors").items())
+
+
+def test_samples_are_named_seeded_and_not_made_twice(trained, tmp_path):
+    cwd = trained.parent.parent
+    out = tmp_path / "out"
+    arguments = ["--run", trained, "--split", "val", "--cfg", 1, 1.5, "--n", 2, "--steps", 3, "--seed", 5, "--out", out]
+    program("sample.py", *arguments, cwd=cwd)
+    split = json.loads((trained / "split.json").read_text())
+    real = sorted(p.relative_to(out / "real").with_suffix("").as_posix() for p in (out / "real").rglob("*.png"))
+    assert len(real) == len(split["val"])
+    made = sorted((out / "cfg1.5").rglob("*.png"))
+    assert len(made) == 2 * len(real) and Image.open(made[0]).size == (64, 64)
+    seeds = sorted(int(p.stem.split("_seed")[1].split("_")[0]) for p in made)
+    assert seeds == list(range(5, 5 + 2 * len(real))) and all(p.stem.endswith("_cfg1.5") for p in made)
+    assert (out / "sheet-cfg1.png").exists() and (out / "sheet-cfg1.5.png").exists()
+    times = {p: p.stat().st_mtime_ns for p in made}
+    made[0].unlink()
+    again = program("sample.py", *arguments, "--batch", 1, cwd=cwd)
+    assert "are there already" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in made[1:]} == {p: t for p, t in times.items() if p != made[0]}
+
+
+def test_one_reference_gives_the_same_image_as_among_others(trained, dataset, tmp_path):
+    """Another batch size may round differently, by one grey level at most."""
+    import numpy as np
+    cwd, references = trained.parent.parent, sorted((dataset / "test").iterdir())[:3]
+    for name, which, seed in (("many", references, 0), ("one", references[1:2], 1)):
+        program("sample.py", "--run", trained, "--ref", *which, "--steps", 3, "--seed", seed, "--out", tmp_path / name, cwd=cwd)
+    [one] = (tmp_path / "one/cfg1.3").glob("*.png")
+    many = tmp_path / "many/cfg1.3" / one.name
+    pixels = [np.asarray(Image.open(p)).astype(int) for p in (one, many)]
+    assert abs(pixels[0] - pixels[1]).max() <= 1
+
+
+BAD_TRAIN = [
+    (["--data", "nowhere"], "nowhere"), (["--rank", "0"], "--rank"), (["--lr", "nan"], "--lr"), (["--cfg-drop", "1.5"], "--cfg-drop"),
+    (["--size", "100"], "multiple of 64"), (["--sd15", "nowhere"], "nowhere"), (["--uni2h", "nowhere"], "nowhere"),
+    (["--split", "nowhere.json"], "nowhere.json"), (["--device", "abacus"], "abacus"), (["--resume", "nowhere"], "nowhere"),
+    (["--depth", "4"], "--depth"), (["--unknown"], "--unknown")]
+
+
+@pytest.mark.parametrize("extra, culprit", BAD_TRAIN)
+def test_a_wrong_argument_of_training_fails_in_one_line_and_writes_nothing(extra, culprit, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, small), *extra])
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(train.Fail) as problem:
+            train.main()
+    finally:
+        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
+    assert culprit in str(problem.value) and "\n" not in str(problem.value)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("name, arguments, culprit", [
+    ("train.py", [], "--data"), ("sample.py", ["--ref", "missing.png", "--run", "{run}"], "missing.png"),
+    ("sample.py", ["--ref", "{run}/grids", "--cfg", "nan"], "--cfg"), ("fid.py", ["nowhere", "nowhere"], "nowhere"),
+    ("sample.py", ["--ref", "{run}/log.csv", "--run", "{run}"], "log.csv"), ("sample.py", [], "--ref")])
+def test_a_failing_program_prints_one_line_and_exits_with_2(name, arguments, culprit, trained, tmp_path):
+    result = program(name, *[a.format(run=trained) for a in arguments], cwd=tmp_path, check=False)
+    assert result.returncode == 2 and culprit in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr
+
+
+def test_a_run_with_other_settings_is_not_overwritten(trained, small):
+    before = (trained / "config.json").read_bytes()
+    result = program("train.py", *small, "--epochs", 3, "--run", "runs/x", cwd=trained.parent.parent, check=False)
+    assert result.returncode == 2 and "epochs" in result.stderr and (trained / "config.json").read_bytes() == before
+
+
+def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path):
+    import shutil
+
+    from safetensors.torch import save_file
+    other = shutil.copytree(base, tmp_path / "other")
+    path = other / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_in.bias"] = tensors["conv_in.bias"] + 1
+    path.unlink()
+    save_file(tensors, path)
+    arguments = ["--adapter", trained / "adapter.safetensors", "--ref", next((dataset / "test").iterdir()), "--steps", 1,
+                 "--out", tmp_path / "out", "--sd15", other]
+    refused = program("sample.py", *arguments, cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "another base" in refused.stderr and "--other-base" in refused.stderr
+    program("sample.py", *arguments, "--other-base", cwd=tmp_path)
+    assert list((tmp_path / "out/cfg1.3").glob("*.png"))
+
+
+def damage(base, target, change):
+    """A copy of the base whose U-Net file is changed by `change(path)`."""
+    import shutil
+    shutil.copytree(base, target)
+    change(target / "unet/diffusion_pytorch_model.safetensors")
+    return target
+
+
+def pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3438167540\n")
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def headless(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def edited(change):
+    def apply(path):
+        from safetensors.torch import save_file
+        tensors = {n: t.clone() for n, t in load_file(path).items()}
+        path.unlink()
+        change(tensors)
+        save_file(tensors, path)
+    return apply
+
+
+def flatten_proj_in(tensors):
+    for name in [n for n in tensors if n.endswith("proj_in.weight")]:
+        tensors[name] = tensors[name][:, :, 0, 0].contiguous()
+
+
+@pytest.mark.parametrize("change, words", [
+    (pointer, "Git LFS pointer"), (truncated, "download it again"), (headless, "download it again"),
+    (edited(lambda t: t.update({"add_embedding.linear_1.weight": t["conv_in.bias"].clone()})), "SDXL"),
+    (edited(flatten_proj_in), "Stable Diffusion 2"), (edited(lambda t: t.pop("conv_out.bias")), "missing: conv_out.bias"),
+    (edited(lambda t: t.update(stranger=t["conv_in.bias"].clone())), "unexpected: stranger"),
+    (edited(lambda t: t.update({"conv_in.bias": t["conv_in.bias"][:5].clone()})), "wrong shape: conv_in.bias (5,) instead of (32,)"),
+    (edited(lambda t: t.update({"conv_in.bias": t["conv_in.bias"].int()})), "not floating point")])
+def test_a_checkpoint_that_is_none_is_refused_by_name(change, words, base, tmp_path):
+    from ldm.weights import load_unet, open_sd15
+    with pytest.raises(train.Fail) as problem:
+        load_unet(open_sd15(str(damage(base, tmp_path / "sd", change)))[0])
+    assert words in str(problem.value) and "\n" not in str(problem.value)
+
+
+def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
+    from projector import open_encoder
+    witness = tmp_path / "ran"
+
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {witness}",)
+    torch.save({"patch_embed.proj.weight": Attack()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(train.Fail, match="not a plain file of tensors"):
+        open_encoder(tmp_path)
+    assert not witness.exists()
