@@ -1,0 +1,211 @@
+"""FID and KID equal the tools whose numbers they claim, on real tissue with the real network."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import program, texture
+from PIL import Image
+from safetensors.torch import load_file
+
+import fid
+from ldm.files import Fail
+from ldm.weights import load
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(shared):
+    return shared("weights/inception-2015-12-05.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pth(weights, tmp_path_factory):
+    """The same weights as pytorch-fid's release file has them: with a classifier and counters."""
+    state = load_file(weights)
+    state |= {n.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for n in state if n.endswith("running_mean")}
+    state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    path = tmp_path_factory.mktemp("pth") / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def network(weights):
+    return load(fid.Inception, fid.open_inception(weights))
+
+
+@pytest.fixture(scope="module")
+def folders(shared, tmp_path_factory):
+    """Two folders of 12 and 14 real patches."""
+    images = sorted(shared("data/ebhi-colon/train").iterdir())
+    root = tmp_path_factory.mktemp("real")
+    for name, chosen in (("a", images[::80][:12]), ("b", images[7::70][:14])):
+        (root / name).mkdir()
+        for image in chosen:
+            shutil.copy(image, root / name)
+    return root / "a", root / "b"
+
+
+def ours(folders, network, resize):
+    return [fid.read_set(f, lambda files: fid.extract_features(files, network, fid.RESIZERS[resize], CPU, 8), resize, "w")
+            for f in folders]
+
+
+def exact(x, y):
+    """The Fréchet distance by eigenvalues of the Gram matrix: tr (Σ₁Σ₂)^½ = Σ √λ(X₁X₂ᵀ X₂X₁ᵀ), another way than fid.py's."""
+    a, b = (x - x.mean(0)) / np.sqrt(len(x) - 1), (y - y.mean(0)) / np.sqrt(len(y) - 1)
+    cross = a @ b.T
+    root = np.sqrt(np.linalg.eigvalsh(cross @ cross.T).clip(0)).sum()
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + (a ** 2).sum() + (b ** 2).sum() - 2 * root
+
+
+def test_fid_equals_pytorch_fids_on_the_same_folders(folders, network, pth, weights, monkeypatch, tmp_path):
+    import pytorch_fid.inception
+    from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: torch.load(pth))
+    theirs = pytorch_fid.inception.InceptionV3([3])
+    features = [get_activations(sorted(map(str, f.iterdir())), theirs, 4, num_workers=0) for f in folders]
+    sets = ours(folders, network, "pytorch-fid")
+    for mine, reference in zip(sets, features):
+        assert np.abs(mine.features - reference).max() < 1e-4
+    value = fid.compare(*sets)["fid"]
+    theirs = calculate_frechet_distance(*(s for f in features for s in (f.mean(0), np.cov(f, rowvar=False))))
+    print(f"pytorch-fid {theirs:.6f}, ours {value:.6f}, difference {abs(value - theirs):.1e}")
+    assert abs(value - theirs) < 1e-3
+    result = program("fid.py", *folders, "--inception", weights, "--json", "out.json", cwd=tmp_path)
+    assert float(result.stdout.split("FID ")[1].split()[0]) == pytest.approx(theirs, abs=1e-3)
+    [row] = json.loads((tmp_path / "out.json").read_text())
+    assert row["fid"] == pytest.approx(theirs, abs=1e-3) and (row["n_real"], row["n_fake"]) == (12, 14)
+    assert row["resize"] == "pytorch-fid" and row["inception"] in result.stdout
+
+
+def test_fid_equals_clean_fids(folders, network):
+    from cleanfid import fid as clean
+    theirs = [clean.get_folder_features(str(f), lambda x: network((x - 128) / 128), num_workers=0, batch_size=8, device=CPU, mode="clean")
+              for f in folders]
+    value = fid.compare(*ours(folders, network, "clean"))["fid"]
+    expected = exact(*(np.float64(f) for f in theirs))          # clean-fid's own sqrtm fails with the SciPy of today
+    print(f"clean-fid {expected:.6f}, difference {abs(value - expected):.1e}")
+    assert abs(value - expected) < 1e-3
+
+
+def test_fid_and_kid_equal_torch_fidelitys(folders, network, pth):
+    import torch_fidelity
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(folders[0]), input2=str(folders[1]), fid=True, kid=True, kid_subset_size=10, cuda=False, verbose=False,
+        feature_extractor_weights_path=str(pth), batch_size=8, samples_find_ext="jpg,JPG", save_cpu_ram=True, cache=False)
+    mine = fid.compare(*ours(folders, network, "tf1"), subset=10)
+    print(f"torch-fidelity {theirs['frechet_inception_distance']:.6f}, "
+          f"difference {abs(mine['fid'] - theirs['frechet_inception_distance']):.1e}")
+    assert abs(mine["fid"] - theirs["frechet_inception_distance"]) < 1e-3
+    assert mine["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)     # features in float32
+
+
+@pytest.mark.parametrize("n, m, subset", [(40, 50, 20), (30, 30, 29), (25, 25, 25), (60, 33, 33)])
+def test_kid_equals_torch_fidelitys_on_equal_features_and_subsets(n, m, subset):
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(n, 64, generator=g, dtype=torch.float64), 1.1 * torch.rand(m, 64, generator=g, dtype=torch.float64)
+    theirs = kid_features_to_metric(x, y, kid_subsets=100, kid_subset_size=subset, rng_seed=2020, verbose=False)
+    mean, std, size = fid.kid(x.numpy(), y.numpy(), size=subset)
+    assert size == subset and mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
+    if subset == n == m:
+        assert std == 0 and theirs["kernel_inception_distance_std"] < 1e-12
+    else:
+        assert std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-6)
+
+
+def test_kid_takes_no_larger_subset_than_there_are_images():
+    x, y = np.random.default_rng(0).random((33, 8)), np.random.default_rng(1).random((40, 8))
+    assert fid.kid(x, y)[2] == 33
+
+
+def test_the_distance_of_gaussians_with_diagonal_covariances_is_known():
+    mu1, mu2, s1, s2 = np.array([1.0, 2, 3]), np.array([0.0, 2, 5]), np.array([1.0, 4, 9]), np.array([4.0, 4, 1])
+    expected = 1 + 4 + ((np.sqrt(s1) - np.sqrt(s2)) ** 2).sum()
+    assert fid.frechet_distance(mu1, np.diag(s1), mu2, np.diag(s2)) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("n, m, d", [(300, 200, 12), (30, 20, 64), (5, 9, 64)])
+def test_the_small_sample_form_is_the_definition(n, m, d):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)), rng.normal(1, 2, size=(m, d))
+    definition = exact(x, y)
+    if n > d:       # there sqrtm is exact, and the Gram matrix is the singular one
+        definition = fid.frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+    assert fid.frechet_distance_of_features(x, y) == pytest.approx(definition, rel=1e-9)
+    assert fid.frechet_distance_of_features(x, x) == pytest.approx(0, abs=1e-9 * (x ** 2).sum())
+
+
+def test_the_squared_mmd_of_two_pairs_by_hand():
+    # d = 1: k(x, y) = (xy + 1)³; x = {0, 1}: k(0, 1) = 1; y = {1, 2}: k(1, 2) = 27; across: 1, 1, 8, 27
+    assert fid.squared_mmd(np.array([[0.0], [1.0]]), np.array([[1.0], [2.0]])) == 1 + 27 - 2 * 37 / 4
+
+
+@pytest.mark.parametrize("size", [(64, 64), (220, 220), (299, 299), (301, 450)])
+def test_resizers_equal_the_tools_own(size):
+    from cleanfid.resize import build_resizer
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as tf1
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    expected = {"pytorch-fid": 2 * F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) - 1,
+                "clean": (torch.from_numpy(build_resizer("clean")(np.array(image))).permute(2, 0, 1)[None] - 128) / 128,
+                "tf1": (tf1(x, size=(299, 299), align_corners=False) - 128) / 128}
+    for name, reference in expected.items():
+        assert (fid.RESIZERS[name](image) - reference[0]).abs().max() < 1e-6, name
+
+
+def test_pytorch_fids_file_and_the_safetensors_hold_the_same_network(weights, pth):
+    assert fid.open_inception(weights).fingerprint() == fid.open_inception(pth).fingerprint()
+
+
+def random_set(seed=0, n=6):
+    features = np.random.default_rng(seed).random((n, fid.WIDTH)).astype(np.float32).astype(np.float64)
+    return fid.ImageSet.of_features(features, [f"{'ab'[i % 2]}/{i}.png" for i in range(n)])
+
+
+def test_saved_statistics_give_the_same_numbers_and_are_pytorch_fids(tmp_path):
+    real, fake, path = random_set(0), random_set(1), tmp_path / "real.npz"
+    fid.save_set(path, real, "clean", "abc")
+    again = fid.load_set(path, "clean", "abc")
+    assert fid.compare(again, fake) == fid.compare(real, fake)
+    assert fid.compare_classes(again, fake) == fid.compare_classes(real, fake)
+    with np.load(path) as f:                    # the two names that pytorch-fid asks for
+        assert np.array_equal(f["mu"], real.mu) and np.array_equal(f["sigma"], real.sigma)
+
+
+def test_statistics_of_another_resizer_or_network_are_refused(tmp_path):
+    fid.save_set(tmp_path / "x.npz", random_set(), "clean", "abc")
+    for resize, network in (("tf1", "abc"), ("clean", "xyz")):
+        with pytest.raises(Fail, match="make it again"):
+            fid.load_set(tmp_path / "x.npz", resize, network)
+
+
+@pytest.mark.parametrize("content", [
+    dict(mu=np.zeros(3), sigma=np.eye(3)), dict(sigma=np.eye(3)), dict(mu=np.array([{}], dtype=object), sigma=np.eye(3))])
+def test_foreign_archives_that_hold_no_statistics_are_refused(content, tmp_path):
+    np.savez(tmp_path / "x.npz", **content)
+    with pytest.raises(Fail, match="no statistics"):
+        fid.load_set(tmp_path / "x.npz", "clean", "abc")
+
+
+def test_mixed_sizes_upper_case_and_subfolders_are_read_and_classes_counted(tmp_path, weights):
+    for i in range(8):
+        for name in ("real", "fake"):
+            folder = tmp_path / name / "ab"[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            texture(i + 50 * (name == "fake"), 40 + i).save(folder / f"{i}.PNG")
+    result = program("fid.py", "real", "fake", "--per-class", "--inception", weights, "--json", cwd=tmp_path)
+    [row] = json.loads(result.stdout.strip().splitlines()[-1])
+    assert {name: (c["n_real"], c["n_fake"]) for name, c in row["classes"].items()} == {"a": (4, 4), "b": (4, 4)}
+    assert "4 | 4" in result.stdout and row["kid_subset"] == 8
+
+
+def test_a_folder_without_two_images_is_refused(tmp_path):
+    texture(0).save(tmp_path / "one.png")
+    with pytest.raises(Fail, match="holds 1 images"):
+        fid.read_set(tmp_path, None, "clean", "w")

@@ -1,0 +1,88 @@
+"""The networks at their full size, from checkpoints of random weights: 10 GB of disk and some minutes. Run with -m slow."""
+import gc
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, texture
+
+from ldm.weights import load_unet, load_vae, open_sd15
+from projector import embed, load_encoder, open_encoder
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def expected(shared, tmp_path_factory):
+    """(folder of the Diffusers layout, inputs, Diffusers' outputs)."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    folder = tmp_path_factory.mktemp("full") / "new"
+    subprocess.run([sys.executable, shared("tools/make_sd15.py"), folder], check=True, capture_output=True)
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 4, 32, 32), torch.tensor([501]), torch.randn(1, 4, 768), torch.rand(1, 3, 128, 128) * 2 - 1
+    z, t, c, x = inputs
+    with torch.no_grad():
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        eps = unet(z, t, c).sample
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        posterior = vae.encode(x).latent_dist
+        outputs = eps, posterior.mean, posterior.logvar, vae.decode(z / 0.18215).sample
+    yield folder, inputs, outputs
+    shutil.rmtree(folder.parent)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "diffusers-old", "compvis"])
+def test_full_size_outputs_equal_diffusers_from_every_layout(layout, expected, shared, tmp_path):
+    folder, (z, t, c, x), outputs = expected
+    if layout != "diffusers":
+        folder = tmp_path / ("one.safetensors" if layout == "compvis" else "old")
+        subprocess.run([sys.executable, shared("tools/make_sd15.py"), folder, "--layout", layout], check=True, capture_output=True)
+    files = open_sd15(str(folder))
+    unet, vae = load_unet(files[0]), load_vae(files[1])
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964 and len(unet.state_dict()) == 686
+    assert sum(p.numel() for p in vae.parameters()) == 83_653_863 and len(vae.state_dict()) == 248
+    with torch.no_grad():
+        ours = unet(z, t, c), *vae.encode(x), vae.decode(z)
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(ours, outputs)]
+    print(f"{layout}: relative errors of U-Net, mean, log-variance, decoder: {errors}")
+    assert max(errors) < 1e-4
+    del unet, vae
+    gc.collect()
+    shutil.rmtree(tmp_path)
+
+
+def test_loading_in_bfloat16_peaks_at_the_networks_size(expected):
+    """1.72 GB of bfloat16 from a file of 3.44 GB of float32: well under the two together."""
+    folder = expected[0]
+    code = (f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import torch; from ldm.weights import load_unet, open_sd15\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+            f"before = peak(); unet = load_unet(open_sd15({str(folder)!r})[0], dtype=torch.bfloat16); print(peak() - before)")
+    grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    print(f"grown by {grown / 1e9:.2f} GB")
+    assert grown < 1.1 * 2 * 859_520_964
+
+
+def test_the_full_size_encoder_loads_and_equals_timms_pipeline(shared, tmp_path):
+    import timm
+    from timm.data import create_transform
+    subprocess.run([sys.executable, shared("tools/make_uni2h.py"), tmp_path], check=True, capture_output=True)
+    encoder = load_encoder(open_encoder(tmp_path))
+    assert sum(p.numel() for p in encoder.parameters()) == 681_394_176 and len(encoder.state_dict()) == 343
+    image = texture(0, 512)
+    ours = embed(encoder, [image])
+    del encoder
+    theirs = timm.create_model(                     # the call of MahmoodLab/UNI2-h's page
+        "vit_giant_patch14_224", img_size=224, patch_size=14, depth=24, num_heads=24, init_values=1e-5, embed_dim=1536,
+        mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True, mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU,
+        reg_tokens=8, dynamic_img_size=True)
+    theirs.load_state_dict(torch.load(tmp_path / "pytorch_model.bin", weights_only=True), strict=True)
+    transform = create_transform((3, 224, 224), is_training=False, interpolation="bilinear", mean=(0.485, 0.456, 0.406),
+                                 std=(0.229, 0.224, 0.225), crop_pct=1.0)
+    with torch.no_grad():
+        expected = theirs.eval()(transform(image)[None])
+    assert ours.shape == (1, 1536)
+    print(f"relative error {((ours - expected).norm() / expected.norm()).item():.2e}")
+    assert (ours - expected).norm() < 1e-5 * expected.norm()
+    shutil.rmtree(tmp_path)
