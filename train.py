@@ -278,7 +278,8 @@ def main():
         trainer.restore(folder / "state.safetensors")
         print(f"{folder}: found, goes on after step {trainer.step} of {trainer.total}")
 
-    preview = thin(sorted(zip(names["val"], hashes["val"]), key=lambda pair: {p.name: p.label for p in patches}[pair[0]]), args.previews)
+    label = {p.name: p.label for p in patches}
+    preview = thin(sorted(zip(names["val"], hashes["val"]), key=lambda pair: (label[pair[0]], pair[0])), args.previews)
     with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step", disable=None) as bar:
         clock, step_then, committed = time.time(), trainer.step, time.time()
         while True:

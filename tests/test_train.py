@@ -214,7 +214,7 @@ def test_the_cache_is_used_again_and_repeating_the_command_goes_on(trained, smal
 
 def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_had_been(small, tmp_path):
     """SIGTERM in training commits and exits with 143; SIGKILL loses at most what was not committed."""
-    arguments = [*small, "--epochs", 12, "--previews", 0]
+    arguments = [*small, "--epochs", 6, "--previews", 0]
     program("train.py", *arguments, "--run", "runs/whole", cwd=tmp_path)
     expected = load_file(tmp_path / "runs/whole/adapter.safetensors")
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--run", "runs/broken"]
