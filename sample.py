@@ -91,6 +91,9 @@ def main():
     header, config = adapter.header, read_config(adapter.path.parent)
     size = int(header["resolution"])
     references = find_references(args, config, adapter.path.parent)
+    unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"])
+    encoder_file = open_encoder(args.uni2h or config.get("uni2h") or header["encoder"])
+    refuse_others(adapter, unet_file, encoder_file, args.other_base)
     out = Path(args.out) if args.out else adapter.path.parent / "samples" / f"step{int(header['step']):06d}"
     claim(out, {"adapter_sha256": file_sha256(adapter.path), "steps": args.steps, "resolution": size})
 
@@ -105,9 +108,9 @@ def main():
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already")
     if todo:
-        encoder_source = args.uni2h or config.get("uni2h") or header["encoder"]
-        e = embed_all(encoder_source, header, {r: references[r] for _, r, _ in todo}, args.batch, device)
-        unet, vae, projector = load_model(args.sd15 or config.get("sd15") or header["base"], adapter, device, args.other_base)
+        e = embed_all(encoder_file, {r: references[r] for _, r, _ in todo}, args.batch, device)
+        unet, projector = load_model(unet_file, adapter, device)
+        vae = load_vae(vae_file, device)
         latent = (unet.latent, size // vae.factor, size // vae.factor)
         with tqdm(total=len(todo), desc="sampling", unit="image", disable=None) as bar:
             for w in dict.fromkeys(args.cfg):
@@ -184,28 +187,31 @@ def claim(out, settings):
     save_text(path, json.dumps(settings, indent=1) + "\n")
 
 
-def embed_all(source, header, paths, batch, device):
-    """{name: path} -> {name: e (d_e,)} by the encoder that the adapter was trained with, which is then let go of."""
-    file = open_encoder(source)
-    if file.fingerprint() != header["encoder_sha256"]:
-        raise Fail(f"{file.path} is not the encoder that the adapter was trained with ({header['encoder']}); "
+def refuse_others(adapter, unet_file, encoder_file, other_base):
+    """Fail if these are not the base (unless other_base) and the encoder that the adapter was trained with."""
+    header = adapter.header
+    if not other_base and unet_file.fingerprint() != header["base_sha256"]:
+        raise Fail(f"{unet_file.path} is another base than the one {adapter.path} was trained on ({header['base']}); "
+                   "pass that one with --sd15, or --other-base to use this one all the same")
+    if encoder_file.fingerprint() != header["encoder_sha256"]:
+        raise Fail(f"{encoder_file.path} is not the encoder that the adapter was trained with ({header['encoder']}); "
                    "pass that one with --uni2h")
-    encoder, names, e = load_encoder(file, device), list(paths), {}
+
+
+def embed_all(encoder_file, paths, batch, device):
+    """{name: path} -> {name: e (d_e,)}; the encoder is let go of at the end."""
+    encoder, names, e = load_encoder(encoder_file, device), list(paths), {}
     for part in tqdm([names[i:i + batch] for i in range(0, len(names), batch)], "embedding", disable=None, leave=False):
         e |= zip(part, embed(encoder, [load_rgb(paths[name]) for name in part]))
     return e
 
 
-def load_model(source, adapter, device, other_base=False):
-    """-> (U-Net with the LoRA merged in float32 and then cast, VAE in float32, projector in float32), on the device."""
-    unet_file, vae_file = open_sd15(source)
-    if not other_base and unet_file.fingerprint() != adapter.header["base_sha256"]:
-        raise Fail(f"{source} is another base than the one {adapter.path} was trained on ({adapter.header['base']}); "
-                   "pass that one with --sd15, or --other-base to use this one all the same")
+def load_model(unet_file, adapter, device):
+    """-> (U-Net with the LoRA merged in float32 and then cast, projector in float32), on the device."""
     unet = load_unet(unet_file, device)
     projector = load_adapter(adapter, unet)
     fold(unet)
-    return unet.to(frozen_dtype(device)), load_vae(vae_file, device), projector
+    return unet.to(frozen_dtype(device)), projector
 
 
 def save_image(path, image, **text):

@@ -250,10 +250,10 @@ def main():
     device, folder = pick_device(args.device), Path(args.run)
 
     # what can be wrong with the arguments is found here, on the meta device, before anything is computed or written
+    patches = read_dataset(args.data)
     unet_file, vae_file = open_sd15(args.sd15)
     encoder_file = open_encoder(args.uni2h)
     latent = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), args.size)
-    patches = read_dataset(args.data)
     split_file = folder / "split.json"
     split = read_split(split_file, patches) if split_file.exists() else make_split(patches, args.split)
     names = {part: thin(split[part], args.limit) for part in ("train", "val")}

@@ -319,6 +319,7 @@ def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path)
                  "--out", tmp_path / "out", "--sd15", other]
     refused = program("sample.py", *arguments, cwd=tmp_path, check=False)
     assert refused.returncode == 2 and "another base" in refused.stderr and "--other-base" in refused.stderr
+    assert not (tmp_path / "out").exists()
     program("sample.py", *arguments, "--other-base", cwd=tmp_path)
     assert list((tmp_path / "out/cfg1.3").glob("*.png"))
 
