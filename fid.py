@@ -9,8 +9,11 @@ The number depends on the resizer: --resize pytorch-fid, clean (clean-fid) or tf
 """
 import json
 import sys
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +25,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm.data import list_images, load_rgb
-from ldm.files import Fail, Parser, number, pick_device, run, save_text, whole
+from ldm.files import Fail, Parser, find, number, pick_device, read_json, run, save_text, whole
 from ldm.weights import TensorFile, load
+from projector import load_encoder, open_encoder, preprocess
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-SIDE, WIDTH = 299, 2048
+SIDE = 299
 
 
 # ---- the network: InceptionV3 of 2015-12-05, up to its last pooling --------------------------------------------------
@@ -150,12 +154,17 @@ def block_e(c_in, pool):
          dict(branch3x3dbl_3a=(384, (1, 3)), branch3x3dbl_3b=(384, (3, 1)))]], 192)
 
 
+def cached_inception():
+    """Where torch.hub, and so pytorch-fid, keeps the weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
+
+
 def open_inception(path=None):
     """The weights as pytorch-fid names them (.pth or .safetensors): from `path`, torch.hub's cache, or the release page."""
     if path is None:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
+        path = cached_inception()
         if not path.is_file():
-            print(f"downloading {URL} (96 MB) to {path}", flush=True)
+            print(f"downloading {URL} (96 MB) to {path}", file=sys.stderr)
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 torch.hub.download_url_to_file(URL, str(path), hash_prefix="6726825d", progress=sys.stderr.isatty())
@@ -292,12 +301,12 @@ def load_set(path, resize, weights):
     try:
         with np.load(path, allow_pickle=False) as f:
             data = {key: f[key] for key in ("mu", "sigma", "n", "features", "names", "resize", "weights") if key in f}
-        if data["mu"].shape != (WIDTH,) or data["sigma"].shape != (WIDTH, WIDTH):
-            raise ValueError(f"mu has the shape {data['mu'].shape}")
+        if data["mu"].ndim != 1 or data["sigma"].shape != 2 * data["mu"].shape:
+            raise ValueError(f"mu has the shape {data['mu'].shape}, sigma {data['sigma'].shape}")
     except FileNotFoundError:
         raise Fail(f"{path}: no such file") from None
-    except (ValueError, KeyError, OSError, EOFError) as problem:
-        raise Fail(f"{path} holds no statistics of {WIDTH} features ({problem}); make them with --save") from None
+    except (ValueError, KeyError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as problem:
+        raise Fail(f"{path} holds no statistics of features ({problem}); make them with --save") from None
     for key, mine in (("resize", resize), ("weights", weights)):
         if key in data and str(data[key]) != mine:
             raise Fail(f"{path} was made with {key} {data[key]}, not {mine}: make it again with --save")
@@ -307,21 +316,23 @@ def load_set(path, resize, weights):
 
 @torch.no_grad()
 def extract_features(files, network, resizer, device, batch):
-    """Image files -> features (n, 2048) in float64; each image is resized on its own, so that sizes may differ."""
-    features = np.empty((len(files), WIDTH))
-    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="Inception", unit="image", disable=None, leave=False) as bar:
+    """Image files -> features (n, d) in float64; each image is resized on its own, so that sizes may differ."""
+    features = []
+    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="features", unit="image", disable=None, leave=False) as bar:
         for start in range(0, len(files), batch):
             part = files[start:start + batch]
             x = torch.stack(list(pool.map(lambda path: resizer(load_rgb(path)), part))).to(device)
-            features[start:start + len(part)] = network(x.contiguous(memory_format=torch.channels_last)).cpu().numpy()
+            features.append(network(x.contiguous(memory_format=torch.channels_last)).double().cpu().numpy())
             bar.update(len(part))
-    return features
+    return np.concatenate(features)
 
 
 def compare(real, fake, subset=1000):
     """Two ImageSets -> {"fid", "n_real", "n_fake"} and, where the features are known, KID's mean, std and subset size."""
+    if real.mu.shape != fake.mu.shape:
+        raise Fail(f"one has {len(real.mu)} features, the other {len(fake.mu)}: they come from different networks")
     both = real.features is not None and fake.features is not None
-    if both and min(real.n, fake.n) < WIDTH:
+    if both and min(real.n, fake.n) < len(real.mu):
         distance = frechet_distance_of_features(real.features, fake.features)
     else:
         distance = frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)
@@ -332,15 +343,13 @@ def compare(real, fake, subset=1000):
 
 
 def compare_classes(real, fake, subset=1000):
-    """KID for each class, that is each subfolder, that both sets have -> {class: {...}} (the paper's Table 8)."""
+    """KID for each class, that is each subfolder, of which both sets have two images -> {class: {...}} (the paper's Table 8)."""
     result = {}
     for name in sorted(real.classes() & fake.classes()):
         x, y = real.of_class(name), fake.of_class(name)
         if min(len(x), len(y)) > 1:
             mean, std, size = kid(x, y, size=subset)
             result[name] = dict(n_real=len(x), n_fake=len(y), kid=mean, kid_std=std, kid_subset=size)
-    if not result:
-        raise Fail("--per-class needs subfolders of the same names, with two images or more, in both sets")
     return result
 
 
@@ -353,8 +362,10 @@ def main():
     parser.add_argument("--kid-subset", type=number(int, 2), default=1000, metavar="N",
                         help="images per subset of KID, at most those that there are")
     parser.add_argument("--inception", metavar="FILE", help="pytorch-fid's weights, .pth or .safetensors (default: torch.hub's cache)")
+    parser.add_argument("--features", choices=("inception", "encoder"),
+                        help="encoder: those of the run that REAL lies in (default: inception; of a toy run without its weights, encoder)")
     parser.add_argument("--save", metavar="FILE", help="write the statistics of REAL to this .npz file")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON to a file, or without one print them")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this .json file; - prints them, and all else to stderr")
     parser.add_argument("--batch", type=number(int, 1), default=32, help="images at a time")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
@@ -362,17 +373,32 @@ def main():
         raise Fail("pass a second folder to compare with, or --save FILE.npz")
     if args.save and Path(args.save).suffix != ".npz":
         raise Fail(f"--save {args.save}: the name must end in .npz")
+    args.real, args.fake = find(args.real), [find(path) for path in args.fake]
+    if args.save and args.real.suffix == ".npz":
+        raise Fail(f"--save: {args.real} is statistics already")
+    if args.json not in (None, "-") and Path(args.json).suffix != ".json":
+        raise Fail(f"--json {args.json}: the name must end in .json, or be -")
+    say = partial(print, file=sys.stderr if args.json == "-" else sys.stdout)
     for path in (args.real, *args.fake):
-        if not Path(path).exists():
+        if not path.exists():
             raise Fail(f"{path}: no such folder (or .npz file of statistics)")
 
-    device, file = pick_device(args.device), open_inception(args.inception)
+    device, encoder = pick_device(args.device), encoder_of(args.real)
+    if args.features is None:
+        at_hand = args.inception or cached_inception().is_file()
+        args.features = "encoder" if encoder == "toy" and not at_hand else "inception"
+    if args.features == "encoder":
+        if encoder is None:
+            raise Fail(f"--features encoder: {args.real} lies in no run of train.py, so that its encoder is not known")
+        file, resizer, args.resize = open_encoder(encoder), lambda image: preprocess([image])[0], "224"
+        network = load_encoder(file, device)
+    else:
+        file, resizer = open_inception(args.inception), RESIZERS[args.resize]
+        network = load(Inception, file, device, hint="pass pytorch-fid's Inception weights").to(memory_format=torch.channels_last)
     weights = file.fingerprint()[:8]
-    network = load(Inception, file, device, hint="pass pytorch-fid's Inception weights").to(memory_format=torch.channels_last)
 
     def read(path):
-        return read_set(path, lambda files: extract_features(files, network, RESIZERS[args.resize], device, args.batch),
-                        args.resize, weights)
+        return read_set(path, lambda files: extract_features(files, network, resizer, device, args.batch), args.resize, weights)
 
     real = read(args.real)
     if args.save:
@@ -380,22 +406,35 @@ def main():
     results = []
     for path in args.fake:
         fake = read(path)
-        result = dict(real=args.real, fake=path, resize=args.resize, inception=weights) | compare(real, fake, args.kid_subset)
-        print(f"FID {result['fid']:.4f}   {path} against {args.real}   n {fake.n or '?'} | {real.n or '?'}, "
-              f"resize {args.resize}, Inception {weights}")
+        result = dict(real=str(args.real), fake=str(path), features=args.features, resize=args.resize, weights=weights)
+        result |= compare(real, fake, args.kid_subset)
+        say(f"FID {result['fid']:.4f}   {args.real} | {path}   n {real.n or '?'} | {fake.n or '?'}, "
+            + (f"resize {args.resize}, Inception {weights}" if args.features == "inception" else
+               f"features of the encoder {weights}, not Inception's: comparable with nothing else"))
         if "kid" in result:
-            print(f"KID x 1000 {describe_kid(result)}")
+            say(f"KID x 1000 {describe_kid(result)}")
         else:
-            print("KID needs features: one of these .npz files was not made by --save")
+            say("KID needs features: one of these .npz files was not made by --save")
         if args.per_class:
             result["classes"] = compare_classes(real, fake, args.kid_subset)
+            if not result["classes"]:
+                say("  no subfolders of the same names with two images or more in both: nothing to compare by class")
             for name, row in result["classes"].items():
-                print(f"  {name:<24}{row['n_real']:>6} | {row['n_fake']:<6} KID x 1000 {describe_kid(row)}")
+                say(f"  {name:<24}{row['n_real']:>6} | {row['n_fake']:<6} KID x 1000 {describe_kid(row)}")
         results.append(result)
+        if args.json not in (None, "-"):
+            save_text(args.json, json.dumps(results, indent=1) + "\n")
     if args.json == "-":
         print(json.dumps(results))
-    elif args.json:
-        save_text(args.json, json.dumps(results, indent=1) + "\n")
+
+
+def encoder_of(path):
+    """The encoder (--uni2h) of the run of train.py that a folder lies in, or None."""
+    for parent in Path(path).resolve().parents:
+        if (parent / "config.json").is_file():
+            settings = read_json(parent / "config.json").get("args")
+            return settings.get("uni2h") if isinstance(settings, dict) else None
+    return None
 
 
 def describe_kid(row):

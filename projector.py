@@ -16,7 +16,7 @@ from torch import nn
 
 from ldm.data import fit
 from ldm.files import Fail
-from ldm.weights import TensorFile, hub_file, load
+from ldm.weights import BUILT_IN, TensorFile, hub_file, load
 
 
 class Projector(nn.Module):
@@ -61,8 +61,8 @@ _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def open_encoder(source=UNI2H):
-    """A folder with pytorch_model.bin or model.safetensors, such a file, or the hub's name -> TensorFile."""
-    path = Path(source).expanduser()
+    """A folder with pytorch_model.bin or model.safetensors, such a file, the hub's name or "toy" -> TensorFile."""
+    path = BUILT_IN.get(source, Path(source).expanduser())
     if path.is_dir():
         found = [path / name for name in _FILES if (path / name).is_file()]
         if not found:
@@ -75,21 +75,25 @@ def open_encoder(source=UNI2H):
     return TensorFile(path)
 
 
-def load_encoder(file, device="cpu"):
-    """UNI2-h (ViT-H/14 with SwiGLU and 8 registers, 681,394,176 parameters) in float32, frozen.
+def build_encoder(width=1536, depth=24):
+    """UNI2-h: ViT-H/14 with SwiGLU, 8 registers and 64-wide heads; by default 681,394,176 parameters, here untrained.
 
-    Width and depth are read off the tensors; heads are 64 wide. Architecture: the timm call on MahmoodLab/UNI2-h's page.
+    The timm call is that on MahmoodLab/UNI2-h's page.
     """
     import timm     # with torchvision beneath it; only the encoder needs them
+    return timm.create_model(
+        "vit_giant_patch14_224", img_size=224, patch_size=14, depth=depth, num_heads=width // 64, init_values=1e-5,
+        embed_dim=width, mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True, mlp_layer=timm.layers.SwiGLUPacked,
+        act_layer=nn.SiLU, reg_tokens=8, dynamic_img_size=True)
 
+
+def load_encoder(file, device="cpu"):
+    """The encoder of a TensorFile from `open_encoder` in float32, frozen, as wide and deep as its tensors say."""
     width = file.shapes.get("patch_embed.proj.weight", (0,))[0]
     depth = len({name.split(".")[1] for name in file.shapes if name.startswith("blocks.")})
     if width < 64 or width % 64 or not depth:
         raise Fail(f"{file.path} is not UNI2-h: no patch_embed and blocks of a vision transformer with 64-wide heads")
-    build = partial(timm.create_model, "vit_giant_patch14_224", img_size=224, patch_size=14, depth=depth, num_heads=width // 64,
-                    init_values=1e-5, embed_dim=width, mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True,
-                    mlp_layer=timm.layers.SwiGLUPacked, act_layer=nn.SiLU, reg_tokens=8, dynamic_img_size=True)
-    return load(build, file, device, hint=f"It does not fit {UNI2H}")
+    return load(partial(build_encoder, width, depth), file, device, hint=f"It does not fit {UNI2H}")
 
 
 def preprocess(images):

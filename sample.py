@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ldm.data import contact_sheet, fit, list_images, load_rgb, read_dataset, read_split, to_images
-from ldm.files import Fail, Parser, frozen_dtype, number, pick_device, run, safe_name, save_text, whole
+from ldm.files import Fail, Parser, find, frozen_dtype, newest_run, number, pick_device, read_json, run, safe_name, save_text, whole
 from ldm.schedule import ddpm_step, timesteps
 from ldm.weights import file_sha256, load_unet, load_vae, open_sd15
 from lora import fold, load_adapter, open_adapter
@@ -67,7 +67,7 @@ def decode(vae, z0):
 def main():
     parser = Parser(__doc__)
     what = parser.add_argument_group("what to sample")
-    what.add_argument("--ref", nargs="+", metavar="PATH", help="reference patches: images, or folders of images")
+    what.add_argument("--ref", nargs="+", metavar="PATH", help="reference patches: images, or folders of images; also looked for in the run")
     what.add_argument("--split", choices=("train", "val", "test"), help="or every patch of this part of the run's split")
     what.add_argument("--cfg", nargs="+", type=number(float, 0), default=[1.3], metavar="W", help="guidance scales (default: 1.3)")
     what.add_argument("--n", type=number(int, 1), default=1, help="samples per reference")
@@ -88,27 +88,32 @@ def main():
         raise Fail("pass either --ref with images or folders, or --split with a part of the run's split")
     device = pick_device(args.device)
     adapter = find_adapter(args.run, args.adapter)
-    header, config = adapter.header, read_config(adapter.path.parent)
+    header, config = adapter.header, read_json(adapter.path.parent / "config.json").get("args", {})
     size = int(header["resolution"])
-    references = find_references(args, config, adapter.path.parent)
+    found = find_references(args, config, adapter.path.parent)
     unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"])
     encoder_file = open_encoder(args.uni2h or config.get("uni2h") or header["encoder"])
-    refuse_others(adapter, unet_file, encoder_file, args.other_base)
-    out = Path(args.out) if args.out else adapter.path.parent / "samples" / f"step{int(header['step']):06d}"
-    claim(out, {"adapter_sha256": file_sha256(adapter.path), "steps": args.steps, "resolution": size})
+    base = refuse_others(adapter, unet_file, vae_file, encoder_file, args.other_base)
+    part = f"-{args.split}" if args.split else ""
+    out = Path(args.out) if args.out else adapter.path.parent / "samples" / f"step{int(header['step']):06d}{part}"
+    settings = {"adapter_sha256": file_sha256(adapter.path), **base, "steps": args.steps, "resolution": size}
+    there = read_json(out / "samples.json")
+    if there and {key: there.get(key) for key in settings} != settings:
+        raise Fail(f"{out} holds samples of another adapter, base, size or number of steps; pass another --out")
+    references, known = name_references(found, there.get("references", {}))
 
     jobs = [(w, r, args.seed + i * args.n + k) for w in dict.fromkeys(args.cfg)
             for i, r in enumerate(references) for k in range(args.n)]
     path_of = {(w, r, seed): out / f"cfg{w:g}" / f"{r}_seed{seed}_cfg{w:g}.png" for w, r, seed in jobs}
     real = {r: out / "real" / f"{r}.png" for r in references}
-    for r, path in tqdm(references.items(), "references", disable=None, leave=False):
-        if not real[r].exists():
-            save_image(real[r], fit(load_rgb(path), size))
     todo = [job for job in jobs if not path_of[job].exists()]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already")
-    if todo:
+    if todo:        # all references are read before anything is written, so that a bad one is found first
         e = embed_all(encoder_file, {r: references[r] for _, r, _ in todo}, args.batch, device)
+        save_text(out / "samples.json", json.dumps(settings | {"references": known}, indent=1, ensure_ascii=False) + "\n")
+        for r in e:
+            save_image(real[r], fit(load_rgb(references[r]), size))
         unet, projector = load_model(unet_file, adapter, device)
         vae = load_vae(vae_file, device)
         latent = (unet.latent, size // vae.factor, size // vae.factor)
@@ -119,12 +124,15 @@ def main():
                     z0 = sample(torch.stack([e[r] for _, r, _ in batch]), projector, unet, w, args.steps,
                                 [seed for _, _, seed in batch], latent)
                     for job, image in zip(batch, decode(vae, z0)):
-                        save_image(path_of[job], image, reference=job[1], seed=job[2], cfg=w, steps=args.steps)
+                        save_image(path_of[job], image, reference=references[job[1]], seed=job[2], cfg=w, steps=args.steps)
                     bar.update(len(batch))
     for w in dict.fromkeys(args.cfg):
         shown = list(references)[::max(1, len(references) // 32)][:32]
         sheet = contact_sheet([[load_rgb(p) for p in (real[r], *(path_of[job] for job in jobs if job[:2] == (w, r)))] for r in shown])
         save_image(out / f"sheet-cfg{w:g}.png", sheet)
+        others = len(list_images(out / f"cfg{w:g}")) - len({job for job in jobs if job[0] == w})
+        if others:
+            print(f"note: {out / f'cfg{w:g}'} holds {others} more images, of earlier calls")
     print(f"{len(jobs)} images in {out}; references in {out / 'real'}, contact sheet in {out / f'sheet-cfg{args.cfg[0]:g}.png'}")
 
 
@@ -132,10 +140,9 @@ def find_adapter(run_folder, path):
     """--run and --adapter -> the open adapter: the one named, or the best (else the last) of the run, or of the newest run."""
     if path is None:
         if run_folder is None:
-            found = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda p: p.stat().st_mtime)
-            if not found:
+            run_folder = newest_run()
+            if run_folder is None:
                 raise Fail("there is no run under runs/; train one first with `python train.py`, or pass --adapter")
-            run_folder = found[-1].parent
         names = [Path(run_folder) / name for name in ("adapter-best.safetensors", "adapter.safetensors")]
         path = next((p for p in names if p.is_file()), None)
         if path is None:
@@ -143,59 +150,58 @@ def find_adapter(run_folder, path):
     return open_adapter(path)
 
 
-def read_config(folder):
-    """The arguments of the run in `folder`; {} for an adapter that stands alone."""
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["args"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return {}
-
-
 def find_references(args, config, run_folder):
-    """{name of the reference, with its class's folder: path}, in order; names are unique."""
+    """[(name of the reference, with its class's folder, path)] of --ref or --split, in order."""
     if args.split:
         if not (run_folder / "split.json").is_file() or not config.get("data"):
             raise Fail(f"{run_folder} holds no split.json; pass --ref")
         patches = {p.name: p for p in read_dataset(config["data"])}
-        split = read_split(run_folder / "split.json", list(patches.values()))
-        found = [(f"{patches[n].label}/{Path(n).stem}", Path(config["data"]) / n) for n in split[args.split]]
-    else:
-        found = []
-        for path in map(Path, args.ref):
-            if path.is_dir():
-                below = list_images(path)
-                if not below:
-                    raise Fail(f"--ref {path}: the folder holds no images")
-                found += [(p.relative_to(path).with_suffix("").as_posix(), p) for p in below]
-            else:
-                found.append((path.stem, path))
-    references = {}
+        names = read_split(run_folder / "split.json", list(patches.values()))[args.split]
+        if not names:
+            raise Fail(f"--split {args.split}: that part of {run_folder / 'split.json'} is empty")
+        return [(patches[n].title, Path(config["data"]) / n) for n in names]
+    found = []
+    for path in (find(ref, run_folder) for ref in args.ref):
+        below = list_images(path) if path.is_dir() else [path]
+        if not below:
+            raise Fail(f"--ref {path}: the folder holds no images")
+        if not path.exists():
+            raise Fail(f"--ref {path}: no such file or folder")
+        found += [((p.relative_to(path) if path.is_dir() else Path(p.name)).with_suffix("").as_posix(), p) for p in below]
+    return found
+
+
+def name_references(found, known):
+    """[(name, path)] -> {unique name: path}, and `known` with them: {name: sha256 of the file}.
+
+    A name is never given to two images, here or in an earlier call that left `known` behind: the second one gets "-2".
+    """
+    references, known = {}, dict(known)
     for name, path in found:
+        digest = file_sha256(path)
         name = unique = "/".join(map(safe_name, name.split("/")))
-        number_ = 2
-        while unique in references:
-            unique, number_ = f"{name}-{number_}", number_ + 1
+        n = 2
+        while unique in references or known.setdefault(unique, digest) != digest:
+            unique, n = f"{name}-{n}", n + 1
         references[unique] = path
-    return references
+    return references, known
 
 
-def claim(out, settings):
-    """Make sure that `out` holds images of this adapter and these settings only, so that finished ones can be kept."""
-    path = out / "samples.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
-        raise Fail(f"{out} holds samples of another adapter, size or number of steps; pass another --out")
-    save_text(path, json.dumps(settings, indent=1) + "\n")
+def refuse_others(adapter, unet_file, vae_file, encoder_file, other_base):
+    """Fail if these are not the base (unless other_base) and the encoder that the adapter was trained with.
 
-
-def refuse_others(adapter, unet_file, encoder_file, other_base):
-    """Fail if these are not the base (unless other_base) and the encoder that the adapter was trained with."""
+    Returns the hashes of U-Net and VAE, under the names that they have in the header.
+    """
     header = adapter.header
-    if not other_base and unet_file.fingerprint() != header["base_sha256"]:
-        raise Fail(f"{unet_file.path} is another base than the one {adapter.path} was trained on ({header['base']}); "
-                   "pass that one with --sd15, or --other-base to use this one all the same")
+    base = {"base_sha256": unet_file.fingerprint(), "vae_sha256": vae_file.fingerprint()}
+    for file, key in zip((unet_file, vae_file), base):
+        if not other_base and base[key] != header[key]:
+            raise Fail(f"{file.path} is of another base than the one {adapter.path} was trained on ({header['base']}); "
+                       "pass that one with --sd15, or --other-base to use this one all the same")
     if encoder_file.fingerprint() != header["encoder_sha256"]:
         raise Fail(f"{encoder_file.path} is not the encoder that the adapter was trained with ({header['encoder']}); "
                    "pass that one with --uni2h")
+    return base
 
 
 def embed_all(encoder_file, paths, batch, device):
@@ -221,7 +227,6 @@ def save_image(path, image, **text):
         info.add_text(key, str(value))
     with whole(path) as temporary:
         image.save(temporary, pnginfo=info)
-
 
 
 if __name__ == "__main__":

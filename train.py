@@ -4,8 +4,9 @@
     python train.py --data chaoyang/ --rank 4 --tokens 4        # the paper's best configuration
     python train.py --resume runs/chaoyang-512px-r4-t4          # go on with a run; to repeat its command does the same
 
-Writes runs/NAME: config.json, split.json, log.csv, grids/, adapter.safetensors (the last), adapter-best.safetensors (lowest
-validation loss) and state.safetensors (to go on from). What is computed once per image is kept in runs/cache.
+Writes runs/NAME: config.json, split.json, log.csv, grids/ (and the newest grid's images in real/ and fake/),
+adapter.safetensors (the last), adapter-best.safetensors (lowest validation loss) and state.safetensors (to go on from). What
+is computed once per image is kept in cache/ beside the run.
 """
 import csv
 import hashlib
@@ -22,13 +23,14 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+from ldm import toy
 from ldm.data import Cache, contact_sheet, describe_split, fit, load_rgb, make_split, read_dataset, read_split
-from ldm.files import Fail, Parser, frozen_dtype, number, pick_device, run, safe_name, save_tensors, save_text
+from ldm.files import Fail, Parser, frozen_dtype, number, pick_device, read_json, run, safe_name, save_tensors, save_text
 from ldm.schedule import T, add_noise
+from ldm.toy.tissue import write_dataset
 from ldm.vae import draw_latent
 from ldm.weights import SD15, TensorFile, load_unet, load_vae, open_sd15
 from lora import inject, lora_parameters, save_adapter
@@ -49,8 +51,8 @@ STEP, ORDER, VALIDATION = range(3)
 
 
 def generator(*key):
-    """A CPU generator seeded by whole numbers, such as (seed, STEP, step); other keys give independent streams."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    """A CPU generator seeded by whole numbers, such as (seed, STEP, step); every other key gives an unrelated stream."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8]))
 
 
 def draw(g, batch, latent, p, hidden):
@@ -116,7 +118,7 @@ class Trainer:
         self.hidden = (projector.shape["depth"] - 1, projector.shape["hidden"])
         self.steps_per_epoch = math.ceil(len(train) / args.batch)
         self.total = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
-        self.warm_up = min(self.steps_per_epoch, max(1, self.total // 2))
+        self.warm_up = min(self.steps_per_epoch, max(1, self.total // 2))       # half of a run that is one epoch or shorter
         lora, rest = lora_parameters(unet), dict(projector.named_parameters())
         self.named = {f"unet.{n}": p for n, p in lora.items()} | {f"projector.{n}": p for n, p in rest.items()}
         self.parameters = [p.requires_grad_() for p in self.named.values()]
@@ -130,6 +132,10 @@ class Trainer:
         """Whether the end of an epoch, or of the run, is reached and its row of the log is still to be written."""
         at_end = self.step % self.steps_per_epoch == 0 or self.step == self.total
         return at_end and self.step > (self.history[-1]["step"] if self.history else 0)
+
+    def learning_rates(self, step):
+        """Those of LoRA and of the projector at a step."""
+        return [group["base"] * learning_rate_factor(step, self.warm_up, self.total) for group in self.optimizer.param_groups]
 
     def gather(self, hashes, r):
         """The cached images and the draws of a batch, on the device."""
@@ -151,8 +157,8 @@ class Trainer:
             raise Fail(f"step {self.step}: loss {value}, gradient norm {norm}; nothing was updated, and the last good state is "
                        f"kept. timesteps {r.t.tolist()}, images {', '.join(self.train[i][0] for i in indices)}. "
                        "Try a lower --lr, or look at these images")
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base"] * learning_rate_factor(self.step, self.warm_up, self.total)
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates(self.step)):
+            group["lr"] = rate
         self.optimizer.step()                                                                           # 11
         self.step += 1
         self.losses.append(value)
@@ -171,7 +177,9 @@ class Trainer:
         return torch.cat(losses).mean().item()
 
     def commit(self, folder, header):
-        """Write the adapter and the state; each is there whole or as it was before."""
+        """Write the adapter and the state; each is there whole or as it was before. Fails where a parameter is not finite."""
+        if not all(p.isfinite().all() for p in self.parameters):
+            raise Fail(f"step {self.step}: a trained parameter is not finite; the last good state is kept. Try a lower --lr")
         save_adapter(folder / "adapter.safetensors", self.unet, self.projector, header | {"step": str(self.step)})
         moments = {f"{name}/{key}": self.optimizer.state[p][key] for name, p in self.named.items()
                    if p in self.optimizer.state for key in ("exp_avg", "exp_avg_sq")}
@@ -198,10 +206,11 @@ class Trainer:
 def parse_args():
     parser = Parser(__doc__)
     data = parser.add_argument_group("data and weights")
-    data.add_argument("--data", metavar="DIR", help="train.json and test.json as in Chaoyang, or a folder per class, or images")
+    data.add_argument("--data", metavar="DIR",
+                      help="train.json and test.json as in Chaoyang, a folder per class, or images (default: toy tissue on the toy base)")
     data.add_argument("--split", default="paper", metavar="HOW", help="paper (pooled, by case, 5398:387:375), official, or a file")
-    data.add_argument("--sd15", default=SD15, metavar="PATH", help="Diffusers folder, CompVis file, or hub repository")
-    data.add_argument("--uni2h", default=UNI2H, metavar="PATH", help="folder or file of the weights, or the hub's repository")
+    data.add_argument("--sd15", metavar="PATH", help=f"Diffusers folder, CompVis file, hub repository, or toy (default: {SD15})")
+    data.add_argument("--uni2h", default=UNI2H, metavar="PATH", help="folder or file of the weights, hub repository, or toy")
     data.add_argument("--size", type=number(int, 8), default=512, help="side of the images in pixels")
     data.add_argument("--limit", type=number(int, 1), metavar="N", help="use at most N images of each part")
     model = parser.add_argument_group("model")
@@ -226,45 +235,55 @@ def parse_args():
     where.add_argument("--device", default="auto", help="cuda, mps or cpu")
     where.add_argument("--no-compile", action="store_true", help="do not torch.compile the U-Net (it is done on CUDA only)")
     args = parser.parse_args()
+    if args.sd15 == "toy" or not (args.sd15 or args.data or args.resume):
+        parser.set_defaults(sd15="toy", uni2h="toy", **toy.SETTINGS)
+        args = parser.parse_args()
+    elif args.sd15 is None:
+        args.sd15 = SD15
     if args.resume:
-        try:
-            saved = json.loads((Path(args.resume) / "config.json").read_text(encoding="utf-8"))["args"]
-        except (OSError, ValueError, KeyError):
-            raise Fail(f"--resume {args.resume}: no run of train.py is there") from None
-        device, no_compile = args.device, args.no_compile
-        vars(args).update(saved, run=args.resume, device=device, no_compile=no_compile)
-    if not args.data:
-        raise Fail("pass --data with a folder of patches (and --sd15 and --uni2h, unless the hub's copies are to be used)")
+        saved = settings_of(Path(args.resume))
+        if not saved:
+            raise Fail(f"--resume {args.resume}: no run of train.py is there")
+        parser.set_defaults(**saved | dict(run=args.resume, device="auto", no_compile=False))
+        args = parser.parse_args()
+    if args.data is None and args.sd15 != "toy":
+        raise Fail("pass --data with a folder of patches; only the toy base (--sd15 toy) brings its own")
     if args.alpha is None:
         args.alpha = float(args.rank)
-    for name in ("data", "sd15", "uni2h"):
-        if (path := Path(getattr(args, name)).expanduser()).exists():
+    for name in ("data", "sd15", "uni2h", "split"):
+        path = Path(getattr(args, name) or "toy").expanduser()
+        if str(path) != "toy" and (path.is_file() or (path.is_dir() and name != "split")):
             setattr(args, name, str(path.resolve()))
     if args.run is None:
-        args.run = f"runs/{safe_name(Path(args.data).name)}-{args.size}px-r{args.rank}-t{args.tokens}"
+        args.run = f"runs/{safe_name(Path(args.data or 'toy').name)}-{args.size}px-r{args.rank}-t{args.tokens}"
     return args
 
 
 def main():
     args, signals = parse_args(), Signals()
     device, folder = pick_device(args.device), Path(args.run)
+    if args.data is None:
+        print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop, to see the method work.\n"
+              "For the real thing: python train.py --data FOLDER (patches; Stable Diffusion 1.5 and UNI2-h come from the hub)", flush=True)
+        args.data = str(write_dataset(folder.parent / "toy-tissue", **toy.TISSUE).resolve())
 
     # what can be wrong with the arguments is found here, on the meta device, before anything is computed or written
     patches = read_dataset(args.data)
     unet_file, vae_file = open_sd15(args.sd15)
     encoder_file = open_encoder(args.uni2h)
     latent = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), args.size)
-    split_file = folder / "split.json"
-    split = read_split(split_file, patches) if split_file.exists() else make_split(patches, args.split)
+    split_file, started = folder / "split.json", (folder / "state.safetensors").exists()
+    split = read_split(split_file, patches) if started else make_split(patches, args.split)
     names = {part: thin(split[part], args.limit) for part in ("train", "val")}
 
     sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
+    claim(folder, args, sha256)
+    save_text(split_file, describe_split(split, patches))
     cache = Cache(folder.parent / "cache", sha256["vae"], sha256["encoder"], args.size)
     encoders = partial(load_encoders, vae_file, encoder_file, device)
     hashes = {part: cache.fill([Path(args.data) / name for name in names[part]], encoders, args.size) for part in names}
     sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     claim(folder, args, sha256)
-    save_text(split_file, describe_split(split, patches))
 
     torch.manual_seed(args.seed)
     unet = inject(load_unet(unet_file, device, frozen_dtype(device)), args.rank, args.alpha)
@@ -274,12 +293,14 @@ def main():
     header = {key: str(value) for key, value in dict(
         base=public_name(args.sd15), base_sha256=sha256["base"], vae_sha256=sha256["vae"], encoder=public_name(args.uni2h),
         encoder_sha256=sha256["encoder"], resolution=args.size, seed=args.seed).items()}
-    if (folder / "state.safetensors").exists():
+    if started:
         trainer.restore(folder / "state.safetensors")
+        if trainer.history:
+            save_text(folder / "log.csv", as_csv(trainer.history))
         print(f"{folder}: found, goes on after step {trainer.step} of {trainer.total}")
 
-    label = {p.name: p.label for p in patches}
-    preview = thin(sorted(zip(names["val"], hashes["val"]), key=lambda pair: (label[pair[0]], pair[0])), args.previews)
+    patch_of = {p.name: p for p in patches}
+    preview = thin(sorted(zip(names["val"], hashes["val"]), key=lambda pair: patch_of[pair[0]].title), args.previews)
     with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step", disable=None) as bar:
         clock, step_then, committed = time.time(), trainer.step, time.time()
         while True:
@@ -287,11 +308,15 @@ def main():
                 speed = (trainer.step - step_then) * args.batch / (time.time() - clock)
                 row = dict(epoch=math.ceil(trainer.step / trainer.steps_per_epoch), step=trainer.step,
                            train_loss=sum(trainer.losses) / len(trainer.losses), val_loss=trainer.validation_loss(hashes["val"]),
-                           **{f"lr_{k}": g["lr"] for k, g in zip(("lora", "projector"), trainer.optimizer.param_groups)},
+                           **dict(zip(("lr_lora", "lr_projector"), trainer.learning_rates(trainer.step - 1))),
                            images_per_second=round(speed, 2), peak_memory_gb=round(peak_memory(device), 2))
                 if preview:
-                    save_image(folder / "grids" / f"epoch{row['epoch']:02d}.png",
-                               preview_grid(trainer, preview, Path(args.data), vae_file))
+                    pairs = draw_pairs(trainer, [h for _, h in preview], [Path(args.data) / name for name, _ in preview], vae_file)
+                    save_image(folder / "grids" / f"epoch{row['epoch']:02d}.png", contact_sheet(pairs))
+                    for (name, _), pair in zip(preview, pairs):         # for a first `fid.py real/ fake/`
+                        for part, image in zip(("real", "fake"), pair):
+                            save_image(folder / part / f"{patch_of[name].title}.png", image)
+                    save_image(folder / "patch.png", pairs[0][0])       # for a first `sample.py --ref patch.png`
                 if row["val_loss"] < trainer.best:
                     trainer.best = row["val_loss"]
                     save_adapter(folder / "adapter-best.safetensors", unet, projector, header | {"step": str(trainer.step)})
@@ -362,30 +387,41 @@ def load_encoders(vae_file, encoder_file, device):
     return encode, partial(embed, encoder)
 
 
+def settings_of(folder):
+    """The arguments of the run in a folder; {} where there is none."""
+    saved = read_json(folder / "config.json").get("args", {})
+    return saved if isinstance(saved, dict) else {}
+
+
 def claim(folder, args, sha256):
-    """Write config.json, or make sure that the run that is there has the same settings, networks and images."""
+    """Make sure that the run in this folder has the same settings, networks and images, or make it one of these.
+
+    A run that has not saved a step yet gives way: its settings may have been the reason.
+    """
     settings = {k: v for k, v in vars(args).items() if k != "resume"}
     path = folder / "config.json"
-    if not path.exists():
+    if path.exists() and not settings_of(folder):
+        raise Fail(f"{path} is not of a run of train.py; pass another --run")
+    if not (folder / "state.safetensors").exists():
         environment = dict(python=platform.python_version(), torch=torch.__version__, platform=platform.platform())
         save_text(path, json.dumps(dict(args=settings, sha256=sha256, command=sys.argv, environment=environment), indent=1) + "\n")
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    same = set(settings) - {"run", "data", "sd15", "uni2h", "split", "device", "no_compile", "previews"}
+    there = {"sha256": {}, "args": {}} | read_json(path)
+    same = set(settings) - {"run", "data", "sd15", "uni2h", "device", "no_compile", "previews"}
     for was, now, keys in ((there["args"], settings, same), (there["sha256"], sha256, sha256)):
         for key in sorted(keys):
-            if was.get(key) != now[key]:
+            if was.get(key) != now[key]:    # of the images nothing is known before they are cached
                 raise Fail(f"{folder} is a run with {key} {was.get(key)}, not {now[key]}; pass another --run for a new one")
 
 
-def preview_grid(trainer, chosen, root, vae_file):
-    """One sample for each of [(name, hash)] beside its reference; image i uses seed i."""
+def draw_pairs(trainer, hashes, paths, vae_file):
+    """One sample for each of these cached images -> [[reference, sample]] as PIL images; image i uses seed i."""
     args, device = trainer.args, trainer.device
-    e = trainer.cache.gather([h for _, h in chosen], [False] * len(chosen))[2]
+    e = trainer.cache.gather(hashes, [False] * len(hashes))[2]
     z0 = [sample(part, trainer.projector, trainer.unet, PREVIEW_CFG, 30, range(i * args.batch, i * args.batch + len(part)), trainer.latent)
           for i, part in enumerate(e.split(args.batch))]
     images = decode(load_vae(vae_file, device), torch.cat(z0))
-    return contact_sheet([[fit(load_rgb(root / name), args.size), image] for (name, _), image in zip(chosen, images)])
+    return [[fit(load_rgb(path), args.size), image] for path, image in zip(paths, images)]
 
 
 def parameter_table(unet, projector):
@@ -416,11 +452,15 @@ def peak_memory(device):
     """Peak in GB (1e9 bytes): allocated on the GPU, or resident on the CPU (0 where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:         # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    try:        # Linux; getrusage would count what the parent process once had
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    except (OSError, IndexError):
+        try:
+            import resource
+        except ImportError:     # Windows
+            return 0.0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from .files import Fail, save_tensors
+from .files import Fail, safe_name, save_tensors
 from .weights import TensorFile, file_sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
@@ -41,7 +42,7 @@ def load_rgb(path):
         raise Fail(f"{path} does not exist") from None
     except UnidentifiedImageError:
         raise Fail(f"{path} is not an image, whatever its name says: remove it from the folder") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError) as problem:   # Pillow's for damage
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error) as problem:  # Pillow's
         raise Fail(f"{path} cannot be read ({problem}): restore or remove it") from None
 
 
@@ -116,6 +117,11 @@ class Patch:
     case: str
     part: str | None = None
 
+    @property
+    def title(self):
+        """CLASS/rest of the name, without slashes and suffix: what images made of this patch are called."""
+        return f"{self.label}/{safe_name(str(Path(self.name.removeprefix(self.label + '/')).with_suffix('')))}"
+
 
 def read_dataset(root):
     """A folder -> [Patch], sorted by name.
@@ -126,7 +132,7 @@ def read_dataset(root):
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise Fail(f"--data {root}: no such folder")
+        raise Fail(f"{root}: no such folder of patches")
     lists = [root / f"{part}.json" for part in ("train", "test") if (root / f"{part}.json").is_file()]
     if lists:
         patches = [patch for path in lists for patch in _read_json(path, root)]
@@ -137,7 +143,7 @@ def read_dataset(root):
     if repeated:
         raise Fail(f"{root}: {len(repeated)} images are listed twice, such as {repeated[0]}")
     if not patches:
-        raise Fail(f"--data {root} holds no images; expected train.json and test.json, one folder per class, or images")
+        raise Fail(f"{root} holds no images; expected train.json and test.json, one folder per class, or images")
     return sorted(patches, key=lambda p: p.name)
 
 
@@ -171,7 +177,10 @@ def _read_json(path, root):
             raise Fail(f"{path}: entry {i} names a file outside the folder: {name!r}")
         if not file.is_file():
             raise Fail(f"{path}: entry {i} names {name!r}, which is not there")
-        label = row["label"] if "label" in row else _majority([row.get(f"label_{x}") for x in "ABC"])
+        votes = [row[f"label_{x}"] for x in "ABC" if f"label_{x}" in row]
+        if "label" not in row and not votes:
+            raise Fail(f'{path}: entry {i} has neither "label" nor "label_A", "label_B" and "label_C"')
+        label = row["label"] if "label" in row else _majority(votes)
         if label is None:
             undecided += 1
             continue
@@ -250,7 +259,7 @@ def read_split(path, patches):
     except (ValueError, KeyError, TypeError, RecursionError) as problem:
         raise Fail(f"{path} is not a split file with lists of names under train, val and test ({problem})") from None
     if strangers or len(set(names)) < len(names):
-        raise Fail(f"{path}: {f'{min(strangers)} is not in the dataset' if strangers else 'a name stands in it twice'}")
+        raise Fail(f"{path}: {f'{min(map(str, strangers))} is not in the dataset' if strangers else 'a name stands in it twice'}")
     if not split["train"] or not split["val"]:
         raise Fail(f"{path}: train and val must not be empty")
     return split

@@ -1,5 +1,6 @@
 """What the three programs share at their doors: clear failures, whole files, and the choice of device."""
 import argparse
+import json
 import os
 import re
 import sys
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
@@ -23,10 +25,19 @@ def run(main):
         sys.exit(_complain(problem))
     except OSError as problem:              # disk full, read-only folder, no permission: the message names the file
         sys.exit(_complain(f"{problem.strerror or problem}: {problem.filename or 'no file named'}"))
-    except torch.OutOfMemoryError as problem:
-        sys.exit(_complain(f"out of memory; try a smaller --batch or --size ({str(problem).splitlines()[0]})"))
+    except (torch.OutOfMemoryError, MemoryError) as problem:
+        sys.exit(_complain(f"out of memory; try a smaller --batch or --size ({first_line(problem)})"))
+    except RuntimeError as problem:
+        if "DefaultCPUAllocator" not in str(problem):           # how torch says it on the CPU
+            raise
+        sys.exit(_complain(f"out of memory; try a smaller --batch or --size ({first_line(problem)})"))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def first_line(problem):
+    """The first line of an exception's message, for one line of our own; its kind where it says nothing."""
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:160]
 
 
 def _complain(problem):
@@ -76,12 +87,28 @@ def pick_device(name="auto"):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as problem:
-        raise Fail(f"--device {name} cannot be used here: {str(problem).splitlines()[0]}") from None
+        raise Fail(f"--device {name} cannot be used here: {first_line(problem)}") from None
 
 
 def frozen_dtype(device):
     """bfloat16 for the frozen U-Net where the GPU has it, float32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+
+
+def newest_run():
+    """The folder under runs/ whose adapter was written last, or None."""
+    found = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
+    return found[-1].parent if found else None
+
+
+def find(path, run=None):
+    """`path`; or, where nothing is there and the run (the newest by default) holds one of that name, that one, and say so."""
+    path = Path(path).expanduser()
+    run = run or newest_run()
+    if run and not path.is_absolute() and not path.exists() and (Path(run) / path).exists():
+        path = Path(run) / path
+        print(f"using {path}", file=sys.stderr)
+    return path
 
 
 @contextmanager
@@ -114,12 +141,28 @@ def _umask():
 def save_tensors(path, tensors, header):
     """Write {name: tensor} with a header of strings as one safetensors file, whole or not at all."""
     with whole(path) as temporary:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata=header)
+        try:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata=header)
+        except SafetensorError as problem:      # what the library makes of a full disk
+            raise Fail(f"cannot write {path} ({first_line(problem)}); what was there before is kept") from None
 
 
 def save_text(path, text):
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path):
+    """The object in a JSON file of ours; {} where there is none."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as problem:
+        raise Fail(f"{path} is damaged ({first_line(problem)}); restore or remove it") from None
+    if not isinstance(data, dict):
+        raise Fail(f"{path} is not a file of this program's; restore or remove it")
+    return data
 
 
 def safe_name(text):

@@ -5,7 +5,6 @@ named `query` (the official float32 file), and one CompVis file (`model.diffusio
 """
 import hashlib
 import json
-import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +12,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .files import Fail
+from .files import Fail, first_line
 from .unet import UNet
 from .vae import VAE
 
+BUILT_IN = {"toy": Path(__file__).parent / "toy"}       # names that stand for weights in this repository
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD15_SHA256 = {     # of the files of that repository
     "unet/diffusion_pytorch_model.safetensors": "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
@@ -93,9 +93,8 @@ def _unpickle(path):
             if "mmap" not in str(problem):
                 raise
             state = torch.load(path, map_location="cpu", weights_only=True)     # the format before torch 1.6
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as problem:
-        raise Fail(f"{path} is not a plain file of tensors, or is truncated "
-                   f"({str(problem).strip().splitlines()[0][:120]}); download it again, or pass a .safetensors file") from None
+    except Exception as problem:            # whatever an unpickler makes of foreign bytes
+        raise Fail(f"{path} is not a plain file of tensors, or is truncated ({first_line(problem)}); download it again, or pass a .safetensors file") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise Fail(f"{path} holds no state dict of tensors; pass the file that holds only the weights")
     return state
@@ -131,8 +130,8 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
 # ---- Stable Diffusion 1.5 ------------------------------------------------------------------------------------------
 
 def open_sd15(source):
-    """A Diffusers folder, a CompVis .safetensors file or a Hugging Face repository -> (U-Net, VAE) as TensorFiles."""
-    path = Path(source).expanduser()
+    """A Diffusers folder, a CompVis .safetensors file, a Hugging Face repository or "toy" -> (U-Net, VAE) as TensorFiles."""
+    path = BUILT_IN.get(source, Path(source).expanduser())
     if path.is_file():
         files = [TensorFile(path, _compvis_unet_name), TensorFile(path, _compvis_vae_name)]
         if not files[0].names:
@@ -271,7 +270,7 @@ def hub_file(repository, candidates, sha256=None, gated=""):
         path = Path(hf_hub_download(repository, name))
     except Exception as problem:            # the hub's client has a dozen kinds, and several libraries beneath it
         kind = type(problem).__name__
-        raise Fail(f"cannot get {name} of {repository} ({kind}: {str(problem).strip().splitlines()[0][:160]}). "
+        raise Fail(f"cannot get {name} of {repository} ({kind}: {first_line(problem)}). "
                    f"{gated or 'Check the name and the connection, or download it elsewhere and pass the local path.'}") from None
     expected = (sha256 or {}).get(name)
     if expected and expected != (found := file_sha256(path)):

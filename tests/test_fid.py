@@ -80,7 +80,7 @@ def test_fid_equals_pytorch_fids_on_the_same_folders(folders, network, pth, weig
     assert float(result.stdout.split("FID ")[1].split()[0]) == pytest.approx(theirs, abs=1e-3)
     [row] = json.loads((tmp_path / "out.json").read_text())
     assert row["fid"] == pytest.approx(theirs, abs=1e-3) and (row["n_real"], row["n_fake"]) == (12, 14)
-    assert row["resize"] == "pytorch-fid" and row["inception"] in result.stdout
+    assert row["resize"] == "pytorch-fid" and row["weights"] in result.stdout
 
 
 def test_fid_equals_clean_fids(folders, network):
@@ -163,8 +163,8 @@ def test_pytorch_fids_file_and_the_safetensors_hold_the_same_network(weights, pt
     assert fid.open_inception(weights).fingerprint() == fid.open_inception(pth).fingerprint()
 
 
-def random_set(seed=0, n=6):
-    features = np.random.default_rng(seed).random((n, fid.WIDTH)).astype(np.float32).astype(np.float64)
+def random_set(seed=0, n=6, d=2048):
+    features = np.random.default_rng(seed).random((n, d)).astype(np.float32).astype(np.float64)
     return fid.ImageSet.of_features(features, [f"{'ab'[i % 2]}/{i}.png" for i in range(n)])
 
 
@@ -178,6 +178,11 @@ def test_saved_statistics_give_the_same_numbers_and_are_pytorch_fids(tmp_path):
         assert np.array_equal(f["mu"], real.mu) and np.array_equal(f["sigma"], real.sigma)
 
 
+def test_features_of_different_networks_are_not_compared():
+    with pytest.raises(Fail, match="16 features, the other 8"):
+        fid.compare(random_set(d=16), random_set(d=8))
+
+
 def test_statistics_of_another_resizer_or_network_are_refused(tmp_path):
     fid.save_set(tmp_path / "x.npz", random_set(), "clean", "abc")
     for resize, network in (("tf1", "abc"), ("clean", "xyz")):
@@ -186,11 +191,21 @@ def test_statistics_of_another_resizer_or_network_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    dict(mu=np.zeros(3), sigma=np.eye(3)), dict(sigma=np.eye(3)), dict(mu=np.array([{}], dtype=object), sigma=np.eye(3))])
+    dict(mu=np.zeros(3), sigma=np.eye(4)), dict(sigma=np.eye(3)), dict(mu=np.array([{}], dtype=object), sigma=np.eye(3))])
 def test_foreign_archives_that_hold_no_statistics_are_refused(content, tmp_path):
     np.savez(tmp_path / "x.npz", **content)
     with pytest.raises(Fail, match="no statistics"):
         fid.load_set(tmp_path / "x.npz", "clean", "abc")
+
+
+def test_a_damaged_archive_is_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.zeros(8), sigma=np.eye(8))
+    whole = (tmp_path / "x.npz").read_bytes()
+    np.save(tmp_path / "array", np.zeros(8))
+    for content in (whole[:len(whole) // 2], whole[:200] + bytes(100) + whole[300:], b"", (tmp_path / "array.npy").read_bytes()):
+        (tmp_path / "x.npz").write_bytes(content)
+        with pytest.raises(Fail, match="no statistics"):
+            fid.load_set(tmp_path / "x.npz", "clean", "abc")
 
 
 def test_mixed_sizes_upper_case_and_subfolders_are_read_and_classes_counted(tmp_path, weights):
@@ -199,10 +214,10 @@ def test_mixed_sizes_upper_case_and_subfolders_are_read_and_classes_counted(tmp_
             folder = tmp_path / name / "ab"[i % 2]
             folder.mkdir(parents=True, exist_ok=True)
             texture(i + 50 * (name == "fake"), 40 + i).save(folder / f"{i}.PNG")
-    result = program("fid.py", "real", "fake", "--per-class", "--inception", weights, "--json", cwd=tmp_path)
-    [row] = json.loads(result.stdout.strip().splitlines()[-1])
+    result = program("fid.py", "real", "fake", "--per-class", "--inception", weights, "--json", "-", cwd=tmp_path)
+    [row] = json.loads(result.stdout)
     assert {name: (c["n_real"], c["n_fake"]) for name, c in row["classes"].items()} == {"a": (4, 4), "b": (4, 4)}
-    assert "4 | 4" in result.stdout and row["kid_subset"] == 8
+    assert "4 | 4" in result.stderr and row["kid_subset"] == 8
 
 
 def test_a_folder_without_two_images_is_refused(tmp_path):

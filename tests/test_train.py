@@ -45,6 +45,11 @@ def test_draws_are_a_function_of_seed_and_step_and_have_the_papers_distributions
     assert abs((r.noise * r.posterior).mean().item()) < 0.02
 
 
+def test_every_key_of_the_generator_gives_a_stream_of_its_own():
+    keys = [(2,), (2, 0), (2, 0, 0), (0, 2), (2, 1), (1, 2), (2 ** 32,), (0, 1)]
+    assert len({torch.randn(4, generator=generator(*key)).sum().item() for key in keys}) == len(keys)
+
+
 def test_validation_draws_are_fixed_and_spread_over_all_timesteps():
     r, again = draw_validation(10, (4, 2, 2)), draw_validation(10, (4, 2, 2))
     assert sorted(r.t.tolist()) == list(range(50, 1000, 100)) and torch.equal(r.noise, again.noise)
@@ -149,6 +154,16 @@ def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, m
     constant = "mid_block.attentions.0.transformer_blocks.0.attn1.to_"      # of one position at 64 px: Q and K have no gradient
     assert all(not torch.equal(p, before[n]) for n, p in t.named.items() if f"{constant}q" not in n and f"{constant}k" not in n)
     assert all(torch.equal(p, unet.state_dict()[n]) for n, p in frozen.items())
+
+
+def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
+    t = trainer()
+    t.commit(tmp_path, {})
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    t.parameters[5].data[0] = float("nan")
+    with pytest.raises(train.Fail, match="step 0.*not finite"):
+        t.commit(tmp_path, {})
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before and len(before) == 2
 
 
 @pytest.mark.parametrize("rate", [float("inf"), float("nan")])
@@ -290,7 +305,7 @@ def test_a_wrong_argument_of_training_fails_in_one_line_and_writes_nothing(extra
 
 
 @pytest.mark.parametrize("name, arguments, culprit", [
-    ("train.py", [], "--data"), ("sample.py", ["--ref", "missing.png", "--run", "{run}"], "missing.png"),
+    ("train.py", ["--sd15", "elsewhere"], "--data"), ("sample.py", ["--ref", "missing.png", "--run", "{run}"], "missing.png"),
     ("sample.py", ["--ref", "{run}/grids", "--cfg", "nan"], "--cfg"), ("fid.py", ["nowhere", "nowhere"], "nowhere"),
     ("sample.py", ["--ref", "{run}/log.csv", "--run", "{run}"], "log.csv"), ("sample.py", [], "--ref")])
 def test_a_failing_program_prints_one_line_and_exits_with_2(name, arguments, culprit, trained, tmp_path):
@@ -299,10 +314,54 @@ def test_a_failing_program_prints_one_line_and_exits_with_2(name, arguments, cul
     assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr
 
 
-def test_a_run_with_other_settings_is_not_overwritten(trained, small):
+@pytest.mark.parametrize("other", [["--epochs", "3"], ["--split", "official"], ["--resume", "runs/x", "--rank", "3"]])
+def test_a_run_with_other_settings_is_not_overwritten(other, trained, small, monkeypatch):
     before = (trained / "config.json").read_bytes()
-    result = program("train.py", *small, "--epochs", 3, "--run", "runs/x", cwd=trained.parent.parent, check=False)
-    assert result.returncode == 2 and "epochs" in result.stderr and (trained / "config.json").read_bytes() == before
+    monkeypatch.chdir(trained.parent.parent)
+    run_of = [] if "--resume" in other else [*map(str, small), "--epochs", "2", "--previews", "2", "--run", "runs/x"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *run_of, *other])
+    monkeypatch.setattr(train, "Signals", lambda: None)
+    with pytest.raises(train.Fail, match=other[-2][2:]):
+        train.main()
+    assert (trained / "config.json").read_bytes() == before
+
+
+def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(tmp_path):
+    args = SimpleNamespace(rank=4, run="x")
+    train.claim(tmp_path, args, {"vae": "1"})
+    args.rank = 8
+    train.claim(tmp_path, args, {"vae": "1"})
+    assert train.settings_of(tmp_path) == {"rank": 8, "run": "x"}
+    (tmp_path / "state.safetensors").touch()
+    args.rank = 16
+    with pytest.raises(train.Fail, match="rank 8, not 16"):
+        train.claim(tmp_path, args, {"vae": "1"})
+    (tmp_path / "config.json").write_text('{"architecture": "vit"}')
+    with pytest.raises(train.Fail, match="not of a run"):
+        train.claim(tmp_path, args, {"vae": "1"})
+
+
+def test_two_references_of_one_name_are_two_references(tmp_path):
+    from sample import name_references
+    paths = [tmp_path / folder / "patch.png" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes(path.parent.name.encode())
+    first, known = name_references([("patch", paths[0])], {})
+    second, known = name_references([("patch", paths[1])], known)
+    both, _ = name_references([("patch", p) for p in reversed(paths)], known)
+    assert first == {"patch": paths[0]} and second == {"patch-2": paths[1]} and both == {"patch-2": paths[1], "patch": paths[0]}
+
+
+def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
+    """The limit of the system on a file's size stands in for a full disk."""
+    code = ("import resource, sys, torch; sys.path.insert(0, sys.argv[1]); from ldm.files import run, save_tensors;"
+            "save_tensors('x.safetensors', {'a': torch.ones(3)}, {});"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+            "run(lambda: save_tensors('x.safetensors', {'a': torch.ones(9999)}, {}))")
+    result = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "x.safetensors" in result.stderr and "Traceback" not in result.stderr
+    assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [1, 1, 1] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path):
@@ -381,6 +440,9 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {witness}",)
     torch.save({"patch_embed.proj.weight": Attack()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(train.Fail, match="not a plain file of tensors"):
-        open_encoder(tmp_path)
+    for content in (None, b"", bytes(range(256)), b"\x80\x02" + bytes(300)):
+        if content is not None:
+            (tmp_path / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(train.Fail, match="not a plain file of tensors"):
+            open_encoder(tmp_path)
     assert not witness.exists()

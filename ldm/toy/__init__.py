@@ -1,0 +1,15 @@
+"""The embedded default: a small base and procedural tissue, so that everything runs without weights or data.
+
+`tissue` draws the patches, `base` made the weights beside this file. What differs from the paper's recipe is this table and
+nothing else: train.py takes it for the defaults of its flags where the base is "toy".
+"""
+
+SETTINGS = dict(
+    size=64,            # 16 x 16 latent pixels: the toy VAE halves twice, Stable Diffusion's three times
+    hidden=256,         # the embedding has 192 numbers, not 1,536
+    lr=1e-3,            # a hundredth of the paper's steps must do
+    lr_ratio=2.0,
+    epochs=8,
+    previews=16,
+)
+TISSUE = dict(slides=24, patches=7)     # of each class: 672 patches
