@@ -3,11 +3,18 @@
 What is too large for the project is looked for in ../shared, or where MORPH_SHARED says; a test that needs it is skipped
 with the reason where it is absent.
 """
+import contextlib
+import importlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # every number here is the CPU's
 
 import numpy as np
 import pytest
@@ -16,6 +23,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from ldm.files import run       # noqa: E402
+
 SHARED = Path(os.environ.get("MORPH_SHARED", ROOT.parent / "shared"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -108,10 +118,33 @@ def dataset(tmp_path_factory):
     return root
 
 
-def program(name, *args, cwd, check=True, **environment):
-    """Run train.py, sample.py or fid.py as a user would -> CompletedProcess with the output as text."""
+def program(name, *args, cwd, check=True):
+    """Call train.py, sample.py or fid.py in this process, as `python NAME ARGS` would -> returncode, stdout, stderr.
+
+    A new process for each would import torch each time; `process` is for what needs one.
+    """
+    module, out, err, code = importlib.import_module(name.removesuffix(".py")), io.StringIO(), io.StringIO(), 0
+    before = sys.argv, Path.cwd(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        sys.argv = [name, *map(str, args)]
+        os.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run(module.main)
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = before[0]
+        os.chdir(before[1])
+        for number, handler in before[2].items():
+            signal.signal(number, handler)
+    assert not check or code == 0, err.getvalue()
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def process(name, *args, cwd, check=True, **environment):
+    """The same in a process of its own."""
     result = subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment, timeout=600)
+                            env=os.environ | environment, timeout=600)
     assert not check or result.returncode == 0, result.stderr
     return result
 
