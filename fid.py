@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm.data import list_images, load_rgb
-from ldm.files import Fail, Parser, find, number, pick_device, read_json, run, save_text, whole
+from ldm.files import Fail, Parser, find, number, pick_device, run, save_text, settings_of, whole
 from ldm.weights import TensorFile, load
 from projector import load_encoder, open_encoder, preprocess
 
@@ -303,6 +303,10 @@ def load_set(path, resize, weights):
             data = {key: f[key] for key in ("mu", "sigma", "n", "features", "names", "resize", "weights") if key in f}
         if data["mu"].ndim != 1 or data["sigma"].shape != 2 * data["mu"].shape:
             raise ValueError(f"mu has the shape {data['mu'].shape}, sigma {data['sigma'].shape}")
+        n = int(data["n"]) if "n" in data else None
+        features = data["features"].astype(np.float64) if n and "features" in data and "names" in data else None
+        if features is not None and (features.shape != (n, len(data["mu"])) or data["names"].shape != (n,)):
+            raise ValueError(f"features have the shape {features.shape}, n is {n}")
     except FileNotFoundError:
         raise Fail(f"{path}: no such file") from None
     except (ValueError, KeyError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as problem:
@@ -310,8 +314,7 @@ def load_set(path, resize, weights):
     for key, mine in (("resize", resize), ("weights", weights)):
         if key in data and str(data[key]) != mine:
             raise Fail(f"{path} was made with {key} {data[key]}, not {mine}: make it again with --save")
-    features = data["features"].astype(np.float64) if "features" in data else None
-    return ImageSet(int(data["n"]) if "n" in data else None, data["mu"], data["sigma"], features, data.get("names"))
+    return ImageSet(n, data["mu"], data["sigma"], features, data.get("names"))
 
 
 @torch.no_grad()
@@ -373,9 +376,11 @@ def main():
         raise Fail("pass a second folder to compare with, or --save FILE.npz")
     if args.save and Path(args.save).suffix != ".npz":
         raise Fail(f"--save {args.save}: the name must end in .npz")
-    args.real, args.fake = find(args.real), [find(path) for path in args.fake]
+    args.real, *args.fake = find([args.real, *args.fake])
     if args.save and args.real.suffix == ".npz":
         raise Fail(f"--save: {args.real} is statistics already")
+    if args.json and not args.fake:
+        raise Fail("--json: nothing is compared; pass a second folder")
     if args.json not in (None, "-") and Path(args.json).suffix != ".json":
         raise Fail(f"--json {args.json}: the name must end in .json, or be -")
     say = partial(print, file=sys.stderr if args.json == "-" else sys.stdout)
@@ -390,6 +395,8 @@ def main():
     if args.features == "encoder":
         if encoder is None:
             raise Fail(f"--features encoder: {args.real} lies in no run of train.py, so that its encoder is not known")
+        if args.resize != "pytorch-fid":
+            raise Fail(f"--resize {args.resize} is for Inception's features; the encoder has a resizer of its own")
         file, resizer, args.resize = open_encoder(encoder), lambda image: preprocess([image])[0], "224"
         network = load_encoder(file, device)
     else:
@@ -422,7 +429,7 @@ def main():
             for name, row in result["classes"].items():
                 say(f"  {name:<24}{row['n_real']:>6} | {row['n_fake']:<6} KID x 1000 {describe_kid(row)}")
         results.append(result)
-        if args.json not in (None, "-"):
+        if args.json not in (None, "-"):        # after each, so that a later failure does not cost the earlier ones
             save_text(args.json, json.dumps(results, indent=1) + "\n")
     if args.json == "-":
         print(json.dumps(results))
@@ -431,9 +438,8 @@ def main():
 def encoder_of(path):
     """The encoder (--uni2h) of the run of train.py that a folder lies in, or None."""
     for parent in Path(path).resolve().parents:
-        if (parent / "config.json").is_file():
-            settings = read_json(parent / "config.json").get("args")
-            return settings.get("uni2h") if isinstance(settings, dict) else None
+        if (parent / "adapter.safetensors").is_file() and (settings := settings_of(parent)):
+            return settings.get("uni2h")
     return None
 
 

@@ -14,8 +14,9 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from ldm import toy
 from ldm.data import contact_sheet, fit, list_images, load_rgb, read_dataset, read_split, to_images
-from ldm.files import Fail, Parser, find, frozen_dtype, newest_run, number, pick_device, read_json, run, safe_name, save_text, whole
+from ldm.files import Fail, Parser, find, frozen_dtype, newest_run, number, pick_device, read_json, run, safe_name, save_text, settings_of, whole
 from ldm.schedule import ddpm_step, timesteps
 from ldm.weights import file_sha256, load_unet, load_vae, open_sd15
 from lora import fold, load_adapter, open_adapter
@@ -81,14 +82,14 @@ def main():
     model.add_argument("--other-base", action="store_true", help="accept a base other than the adapter's, say a float16 copy")
     how = parser.add_argument_group("how")
     how.add_argument("--batch", type=number(int, 1), default=16, help="images at a time; does not change them")
-    how.add_argument("--out", metavar="DIR", help="default: samples/ beside the adapter, then the step that it was trained to")
+    how.add_argument("--out", metavar="DIR", help="default: samples/stepN[-SPLIT] beside the adapter, N the step it was trained to")
     how.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
     if bool(args.ref) == bool(args.split):
         raise Fail("pass either --ref with images or folders, or --split with a part of the run's split")
     device = pick_device(args.device)
     adapter = find_adapter(args.run, args.adapter)
-    header, config = adapter.header, read_json(adapter.path.parent / "config.json").get("args", {})
+    header, config = adapter.header, settings_of(adapter.path.parent) or {}
     size = int(header["resolution"])
     found = find_references(args, config, adapter.path.parent)
     unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"])
@@ -112,8 +113,6 @@ def main():
     if todo:        # all references are read before anything is written, so that a bad one is found first
         e = embed_all(encoder_file, {r: references[r] for _, r, _ in todo}, args.batch, device)
         save_text(out / "samples.json", json.dumps(settings | {"references": known}, indent=1, ensure_ascii=False) + "\n")
-        for r in e:
-            save_image(real[r], fit(load_rgb(references[r]), size))
         unet, projector = load_model(unet_file, adapter, device)
         vae = load_vae(vae_file, device)
         latent = (unet.latent, size // vae.factor, size // vae.factor)
@@ -126,6 +125,9 @@ def main():
                     for job, image in zip(batch, decode(vae, z0)):
                         save_image(path_of[job], image, reference=references[job[1]], seed=job[2], cfg=w, steps=args.steps)
                     bar.update(len(batch))
+    for r in references:
+        if not real[r].exists():
+            save_image(real[r], fit(load_rgb(references[r]), size))
     for w in dict.fromkeys(args.cfg):
         shown = list(references)[::max(1, len(references) // 32)][:32]
         sheet = contact_sheet([[load_rgb(p) for p in (real[r], *(path_of[job] for job in jobs if job[:2] == (w, r)))] for r in shown])
@@ -133,7 +135,8 @@ def main():
         others = len(list_images(out / f"cfg{w:g}")) - len({job for job in jobs if job[0] == w})
         if others:
             print(f"note: {out / f'cfg{w:g}'} holds {others} more images, of earlier calls")
-    print(f"{len(jobs)} images in {out}; references in {out / 'real'}, contact sheet in {out / f'sheet-cfg{args.cfg[0]:g}.png'}")
+    print(f"{len(jobs)} images in {out}; contact sheet {out / f'sheet-cfg{args.cfg[0]:g}.png'}. To compare: "
+          f"python fid.py {out / 'real'} {out / f'cfg{args.cfg[0]:g}'} --per-class")
 
 
 def find_adapter(run_folder, path):
@@ -155,13 +158,14 @@ def find_references(args, config, run_folder):
     if args.split:
         if not (run_folder / "split.json").is_file() or not config.get("data"):
             raise Fail(f"{run_folder} holds no split.json; pass --ref")
-        patches = {p.name: p for p in read_dataset(config["data"])}
+        data = run_folder.parent / toy.DATA if config["data"] == toy.DATA else Path(config["data"])
+        patches = {p.name: p for p in read_dataset(data)}
         names = read_split(run_folder / "split.json", list(patches.values()))[args.split]
         if not names:
             raise Fail(f"--split {args.split}: that part of {run_folder / 'split.json'} is empty")
-        return [(patches[n].title, Path(config["data"]) / n) for n in names]
+        return [(patches[n].title, data / n) for n in names]
     found = []
-    for path in (find(ref, run_folder) for ref in args.ref):
+    for path in find(args.ref, run_folder):
         below = list_images(path) if path.is_dir() else [path]
         if not below:
             raise Fail(f"--ref {path}: the folder holds no images")

@@ -27,15 +27,15 @@ import torch
 from tqdm import tqdm
 
 from ldm import toy
-from ldm.data import Cache, contact_sheet, describe_split, fit, load_rgb, make_split, read_dataset, read_split
-from ldm.files import Fail, Parser, frozen_dtype, number, pick_device, read_json, run, safe_name, save_tensors, save_text
+from ldm.data import Cache, contact_sheet, describe_split, fit, list_images, load_rgb, make_split, read_dataset, read_split
+from ldm.files import Fail, Parser, frozen_dtype, number, pick_device, read_json, run, safe_name, save_tensors, save_text, settings_of
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import write_dataset
 from ldm.vae import draw_latent
-from ldm.weights import SD15, TensorFile, load_unet, load_vae, open_sd15
+from ldm.weights import BUILT_IN, SD15, TensorFile, load_unet, load_vae, open_sd15
 from lora import inject, lora_parameters, save_adapter
 from projector import UNI2H, Projector, embed, load_encoder, open_encoder
-from sample import decode, sample, save_image
+from sample import decode, name_references, sample, save_image
 
 DROPOUT = 0.05                                      # of the projector's hidden units
 BETAS = (0.9, 0.999)
@@ -241,39 +241,52 @@ def parse_args():
     elif args.sd15 is None:
         args.sd15 = SD15
     if args.resume:
-        saved = settings_of(Path(args.resume))
-        if not saved:
+        if args.run:
+            raise Fail("pass --resume with the run to go on with, or --run for a new one, not both")
+        saved = settings_of(args.resume)
+        if saved is None:
             raise Fail(f"--resume {args.resume}: no run of train.py is there")
         parser.set_defaults(**saved | dict(run=args.resume, device="auto", no_compile=False))
         args = parser.parse_args()
-    if args.data is None and args.sd15 != "toy":
-        raise Fail("pass --data with a folder of patches; only the toy base (--sd15 toy) brings its own")
+    if args.data is None:
+        if args.sd15 != "toy":
+            raise Fail("pass --data with a folder of patches; only the toy base (--sd15 toy) brings its own")
+        if args.split != "paper":
+            raise Fail("--split is for a dataset of yours: pass it with --data")
+        args.data = toy.DATA
     if args.alpha is None:
         args.alpha = float(args.rank)
     for name in ("data", "sd15", "uni2h", "split"):
-        path = Path(getattr(args, name) or "toy").expanduser()
-        if str(path) != "toy" and (path.is_file() or (path.is_dir() and name != "split")):
+        path = Path(getattr(args, name)).expanduser()
+        named = getattr(args, name) in BUILT_IN and name in ("sd15", "uni2h")
+        if not named and (path.is_file() or (path.is_dir() and name != "split")):
             setattr(args, name, str(path.resolve()))
     if args.run is None:
-        args.run = f"runs/{safe_name(Path(args.data or 'toy').name)}-{args.size}px-r{args.rank}-t{args.tokens}"
+        args.run = f"runs/{safe_name(Path(args.data).name)}-{args.size}px-r{args.rank}-t{args.tokens}"
     return args
 
 
 def main():
     args, signals = parse_args(), Signals()
     device, folder = pick_device(args.device), Path(args.run)
-    if args.data is None:
-        print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop, to see the method work.\n"
-              "For the real thing: python train.py --data FOLDER (patches; Stable Diffusion 1.5 and UNI2-h come from the hub)", flush=True)
-        args.data = str(write_dataset(folder.parent / "toy-tissue", **toy.TISSUE).resolve())
 
     # what can be wrong with the arguments is found here, on the meta device, before anything is computed or written
-    patches = read_dataset(args.data)
     unet_file, vae_file = open_sd15(args.sd15)
     encoder_file = open_encoder(args.uni2h)
     latent = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), args.size)
+    if args.data == toy.DATA:
+        print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop, to see the method work.\n"
+              "For the real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)", flush=True)
+    data = write_dataset(folder.parent / "toy-tissue", **toy.TISSUE) if args.data == toy.DATA else Path(args.data)
+    patches = read_dataset(data)
     split_file, started = folder / "split.json", (folder / "state.safetensors").exists()
-    split = read_split(split_file, patches) if started else make_split(patches, args.split)
+    split = make_split(patches, args.split) if not started else None
+    if split_file.exists():
+        there = read_split(split_file, patches)
+        if not started and there != split:
+            raise Fail(f"{split_file} is there and is not the split that --split {args.split} asks for; to use it, pass "
+                       f"--split {split_file}, else remove it")
+        split = there
     names = {part: thin(split[part], args.limit) for part in ("train", "val")}
 
     sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
@@ -281,7 +294,7 @@ def main():
     save_text(split_file, describe_split(split, patches))
     cache = Cache(folder.parent / "cache", sha256["vae"], sha256["encoder"], args.size)
     encoders = partial(load_encoders, vae_file, encoder_file, device)
-    hashes = {part: cache.fill([Path(args.data) / name for name in names[part]], encoders, args.size) for part in names}
+    hashes = {part: cache.fill([data / name for name in names[part]], encoders, args.size) for part in names}
     sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     claim(folder, args, sha256)
 
@@ -299,8 +312,9 @@ def main():
             save_text(folder / "log.csv", as_csv(trainer.history))
         print(f"{folder}: found, goes on after step {trainer.step} of {trainer.total}")
 
-    patch_of = {p.name: p for p in patches}
-    preview = thin(sorted(zip(names["val"], hashes["val"]), key=lambda pair: patch_of[pair[0]].title), args.previews)
+    title = {p.name: p.title for p in patches}
+    preview = thin(sorted(zip(names["val"], hashes["val"]), key=lambda pair: title[pair[0]]), args.previews)
+    titles = name_references([(title[name], data / name) for name, _ in preview], {})[0]       # {title: path}
     with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step", disable=None) as bar:
         clock, step_then, committed = time.time(), trainer.step, time.time()
         while True:
@@ -311,12 +325,9 @@ def main():
                            **dict(zip(("lr_lora", "lr_projector"), trainer.learning_rates(trainer.step - 1))),
                            images_per_second=round(speed, 2), peak_memory_gb=round(peak_memory(device), 2))
                 if preview:
-                    pairs = draw_pairs(trainer, [h for _, h in preview], [Path(args.data) / name for name, _ in preview], vae_file)
+                    pairs = draw_pairs(trainer, [h for _, h in preview], titles.values(), vae_file)
                     save_image(folder / "grids" / f"epoch{row['epoch']:02d}.png", contact_sheet(pairs))
-                    for (name, _), pair in zip(preview, pairs):         # for a first `fid.py real/ fake/`
-                        for part, image in zip(("real", "fake"), pair):
-                            save_image(folder / part / f"{patch_of[name].title}.png", image)
-                    save_image(folder / "patch.png", pairs[0][0])       # for a first `sample.py --ref patch.png`
+                    save_pairs(folder, dict(zip(titles, pairs)))
                 if row["val_loss"] < trainer.best:
                     trainer.best = row["val_loss"]
                     save_adapter(folder / "adapter-best.safetensors", unet, projector, header | {"step": str(trainer.step)})
@@ -336,7 +347,7 @@ def main():
                     trainer.commit(folder, header)
                     committed = time.time()
     print(f"{folder}: complete after {trainer.step} steps; best validation loss {trainer.best:.4f}; peak memory "
-          f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref PATCH.png --cfg 1.3")
+          f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch.png' if preview else 'PATCH.png'} --cfg 1.3")
 
 
 class Signals:
@@ -387,22 +398,16 @@ def load_encoders(vae_file, encoder_file, device):
     return encode, partial(embed, encoder)
 
 
-def settings_of(folder):
-    """The arguments of the run in a folder; {} where there is none."""
-    saved = read_json(folder / "config.json").get("args", {})
-    return saved if isinstance(saved, dict) else {}
-
-
 def claim(folder, args, sha256):
     """Make sure that the run in this folder has the same settings, networks and images, or make it one of these.
 
-    A run that has not saved a step yet gives way: its settings may have been the reason.
+    A run that has not saved an adapter yet gives way: its settings may have been the reason.
     """
     settings = {k: v for k, v in vars(args).items() if k != "resume"}
     path = folder / "config.json"
-    if path.exists() and not settings_of(folder):
+    if path.exists() and settings_of(folder) is None:
         raise Fail(f"{path} is not of a run of train.py; pass another --run")
-    if not (folder / "state.safetensors").exists():
+    if not any(folder.glob("*.safetensors")):
         environment = dict(python=platform.python_version(), torch=torch.__version__, platform=platform.platform())
         save_text(path, json.dumps(dict(args=settings, sha256=sha256, command=sys.argv, environment=environment), indent=1) + "\n")
         return
@@ -418,10 +423,22 @@ def draw_pairs(trainer, hashes, paths, vae_file):
     """One sample for each of these cached images -> [[reference, sample]] as PIL images; image i uses seed i."""
     args, device = trainer.args, trainer.device
     e = trainer.cache.gather(hashes, [False] * len(hashes))[2]
-    z0 = [sample(part, trainer.projector, trainer.unet, PREVIEW_CFG, 30, range(i * args.batch, i * args.batch + len(part)), trainer.latent)
-          for i, part in enumerate(e.split(args.batch))]
+    seeds = range(len(e))
+    z0 = [sample(e[i:i + args.batch], trainer.projector, trainer.unet, PREVIEW_CFG, 30, seeds[i:i + args.batch], trainer.latent)
+          for i in seeds[::args.batch]]
     images = decode(load_vae(vae_file, device), torch.cat(z0))
     return [[fit(load_rgb(path), args.size), image] for path, image in zip(paths, images)]
+
+
+def save_pairs(folder, pairs):
+    """{title: [reference, sample]} -> real/, fake/ and patch.png of the run, so that fid.py and sample.py have a first input."""
+    for k, part in enumerate(("real", "fake")):
+        for title, pair in pairs.items():
+            save_image(folder / part / f"{title}.png", pair[k])
+        for path in list_images(folder / part):                 # of an earlier choice of previews
+            if path.relative_to(folder / part).with_suffix("").as_posix() not in pairs:
+                path.unlink()
+    save_image(folder / "patch.png", next(iter(pairs.values()))[0])
 
 
 def parameter_table(unet, projector):

@@ -101,14 +101,16 @@ def newest_run():
     return found[-1].parent if found else None
 
 
-def find(path, run=None):
-    """`path`; or, where nothing is there and the run (the newest by default) holds one of that name, that one, and say so."""
-    path = Path(path).expanduser()
+def find(paths, run=None):
+    """The paths; or, where none of them exists and the run (the newest by default) has all of them, those, and say so."""
+    paths = [Path(path).expanduser() for path in paths]
     run = run or newest_run()
-    if run and not path.is_absolute() and not path.exists() and (Path(run) / path).exists():
-        path = Path(run) / path
-        print(f"using {path}", file=sys.stderr)
-    return path
+    if run and not any(path.exists() or path.is_absolute() for path in paths):
+        inside = [Path(run) / path for path in paths]
+        if all(path.exists() for path in inside):
+            print(f"using {', '.join(map(str, inside))}", file=sys.stderr)
+            return inside
+    return paths
 
 
 @contextmanager
@@ -163,6 +165,12 @@ def read_json(path):
     if not isinstance(data, dict):
         raise Fail(f"{path} is not a file of this program's; restore or remove it")
     return data
+
+
+def settings_of(folder):
+    """The arguments of the run of train.py in a folder, or None."""
+    settings = read_json(Path(folder) / "config.json").get("args")
+    return settings if isinstance(settings, dict) else None
 
 
 def safe_name(text):

@@ -94,7 +94,8 @@ def _unpickle(path):
                 raise
             state = torch.load(path, map_location="cpu", weights_only=True)     # the format before torch 1.6
     except Exception as problem:            # whatever an unpickler makes of foreign bytes
-        raise Fail(f"{path} is not a plain file of tensors, or is truncated ({first_line(problem)}); download it again, or pass a .safetensors file") from None
+        raise Fail(f"{path} is not a plain file of tensors, or is truncated ({first_line(problem)}); "
+                   "download it again, or pass a .safetensors file") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise Fail(f"{path} holds no state dict of tensors; pass the file that holds only the weights")
     return state

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from ldm.files import find, settings_of
 from ldm.schedule import alpha_bar
 from ldm.unet import UNet
 from lora import inject, lora_parameters
@@ -332,14 +334,29 @@ def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(
     train.claim(tmp_path, args, {"vae": "1"})
     args.rank = 8
     train.claim(tmp_path, args, {"vae": "1"})
-    assert train.settings_of(tmp_path) == {"rank": 8, "run": "x"}
-    (tmp_path / "state.safetensors").touch()
+    assert settings_of(tmp_path) == {"rank": 8, "run": "x"}
+    (tmp_path / "adapter-best.safetensors").touch()
     args.rank = 16
     with pytest.raises(train.Fail, match="rank 8, not 16"):
         train.claim(tmp_path, args, {"vae": "1"})
     (tmp_path / "config.json").write_text('{"architecture": "vit"}')
     with pytest.raises(train.Fail, match="not of a run"):
         train.claim(tmp_path, args, {"vae": "1"})
+
+
+def test_paths_that_are_not_there_are_looked_for_in_the_newest_run_all_or_none(tmp_path, monkeypatch):
+    import os
+    monkeypatch.chdir(tmp_path)
+    for age, name in ((20, "old"), (10, "new")):
+        (tmp_path / "runs" / name / "real").mkdir(parents=True)
+        (tmp_path / "runs" / name / "adapter.safetensors").touch()
+        os.utime(tmp_path / "runs" / name / "adapter.safetensors", (1e9 - age, 1e9 - age))
+    assert find(["real"]) == [Path("runs/new/real")] and find(["real"], "runs/old") == [Path("runs/old/real")]
+    assert find(["real", "fake"]) == [Path("real"), Path("fake")]
+    (tmp_path / "runs/new/fake").mkdir()
+    assert find(["real/", "fake/"]) == [Path("runs/new/real"), Path("runs/new/fake")]
+    (tmp_path / "real").mkdir()
+    assert find(["real", "fake"]) == [Path("real"), Path("fake")]
 
 
 def test_two_references_of_one_name_are_two_references(tmp_path):

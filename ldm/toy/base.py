@@ -8,7 +8,6 @@ which knows images in general, and is brought to tissue by LoRA and projector al
 
 OUT becomes a folder for --sd15 and --uni2h: unet/, vae/ and model.safetensors (the encoder) in float16, and log.csv.
 """
-import argparse
 import csv
 import math
 from functools import partial
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from projector import Projector, build_encoder, load_encoder, preprocess
 from train import draw, generator, noise_prediction_loss
 
-from ..files import run, save_tensors, save_text
+from ..files import Fail, Parser, number, run, save_tensors, save_text
 from ..unet import UNet
 from ..vae import SCALE, VAE
 from ..weights import TensorFile, load_vae
@@ -249,9 +248,9 @@ FILES = dict(vae="vae/diffusion_pytorch_model.safetensors", encoder="model.safet
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of worlds and steps (default: 1)")
+    parser.add_argument("--scale", type=number(float, 0, 1), default=1.0, help="of the number of worlds and steps")
     parser.add_argument("--only", nargs="+", choices=FILES, default=list(FILES), help="parts to make (default: all)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -261,9 +260,11 @@ def main():
     makers = dict(vae=partial(fit_vae, pictures), encoder=partial(fit_encoder, pictures),
                   unet=lambda *rest: fit_unet(pictures, done["vae"], done["encoder"], *rest))
     loaders = dict(vae=load_vae, encoder=load_encoder)
-    for name in args.only:
-        path = args.out / FILES[name]
+    for name, file in FILES.items():
+        path = args.out / file
         if not path.exists():
+            if name not in args.only:
+                raise Fail(f"{path} is not there yet: make it first (--only {name})")
             network = makers[name](max(2, int(args.scale * STEPS[name])), args.out, log)
             save_tensors(path, {n: t.half() for n, t in network.state_dict().items()}, {"format": "pt"})
         if name in loaders:

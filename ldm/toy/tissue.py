@@ -4,7 +4,7 @@ Glands on a jittered lattice, nuclei as small dark ellipses, two stains mixed by
 I = 255 exp(-c_H h - c_E e). A slide has one class, one pair of stains and one scale; its patches differ in the rest. Nothing
 here claims to be histology: it is a test pattern on which a person sees whether samples follow their reference.
 
-    python -m ldm.toy.tissue OUT      # writes the slides that training takes where it is given no data
+    python -m ldm.toy.tissue [OUT]      # writes the slides that training takes where it is given no data
 """
 import sys
 from pathlib import Path
@@ -23,8 +23,8 @@ STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])     # optical densit
 def draw_slide(label, seed):
     """Class and seed -> what the patches of one slide share: a dict of stains (2, 3), their strength (2,) and the scale."""
     rng = np.random.default_rng([seed, label])
-    stains = STAINS + rng.normal(0, [[0.05] * 3, [0.06, 0.03, 0.06]])
-    return dict(label=CLASSES[label], stains=stains.clip(0.02) / np.linalg.norm(stains, axis=1, keepdims=True),
+    stains = (STAINS + rng.normal(0, [[0.05] * 3, [0.06, 0.03, 0.06]])).clip(0.02)
+    return dict(label=CLASSES[label], stains=stains / np.linalg.norm(stains, axis=1, keepdims=True),
                 strength=rng.uniform(0.7, 1.3, 2), scale=rng.uniform(0.9, 1.15), rng=rng)
 
 
@@ -181,7 +181,7 @@ def noise(rng, x, y, wavelength):
 # ---- a dataset of it ---------------------------------------------------------------------------------------------------
 
 def write_dataset(folder, slides, patches, size=64, seed=0):
-    """folder/CLASS/SLIDE/patch.png: `slides` of each class with `patches` of each slide. Files that are there are kept.
+    """folder/CLASS/SLIDE/patch.png: `slides` of each class with `patches` of each slide. Slides that are whole are kept.
 
     Returns the folder.
     """
@@ -197,4 +197,4 @@ def write_dataset(folder, slides, patches, size=64, seed=0):
 
 
 if __name__ == "__main__":
-    write_dataset(sys.argv[1], **TISSUE)
+    write_dataset(sys.argv[1] if len(sys.argv) > 1 else "toy-tissue", **TISSUE)
