@@ -138,7 +138,7 @@ def open_sd15(source):
         if not files[0].names:
             raise Fail(f"{path} holds no `model.diffusion_model.*` tensors: pass the whole Stable Diffusion 1.5 file, "
                        "or the folder that holds unet/ and vae/")
-    elif path.is_dir():
+    elif path.is_dir() or source in BUILT_IN:
         files = [TensorFile(_find(path, part), rename) for part, rename in (("unet", str), ("vae", _vae_attention_name))]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         files = [TensorFile(hub_file(str(source), _candidates(part), SD15_SHA256 if source == SD15 else {}), rename)
@@ -198,7 +198,9 @@ def _find(folder, part):
     for name in _candidates(part):
         if (folder / name).is_file():
             return folder / name
-    raise Fail(f"{folder} holds neither {' nor '.join(_candidates(part))}; pass the folder that contains unet/ and vae/")
+    how = (f"make it with `python -m ldm.toy.base {folder}` (hours on 2 cores), or pass --data and --sd15" if folder in BUILT_IN.values()
+           else "pass the folder that contains unet/ and vae/")
+    raise Fail(f"{folder} holds neither {' nor '.join(_candidates(part))}; {how}")
 
 
 def _vae_attention_name(name):

@@ -31,11 +31,11 @@ from .tissue import STAINS, inside, lattice, noise, polar
 
 SIZE = 64
 WORLDS, PER_WORLD = 4000, 4         # 16,000 pictures; every four worlds that follow each other share their colours
-HELD_OUT = 64                       # worlds kept for the validation losses
+HELD_OUT = 64                       # worlds kept for the validation losses, at most half of all
 VAE_SHAPE = dict(channels=(32, 64, 64), layers=1)               # 4 x 4 pixels to one latent pixel
 UNET_SHAPE = dict(channels=(64, 96, 128), layers=1, context=128)
 ENCODER_SHAPE = dict(width=192, depth=2)
-STEPS = dict(vae=1600, encoder=1500, unet=7000)
+STEPS = dict(vae=2000, encoder=1500, unet=12000)
 RATE = dict(vae=1e-3, encoder=5e-4, unet=5e-4)
 PICTURES, FIT_VAE, FIT_ENCODER, FIT_UNET = range(10, 14)        # first keys of the random streams
 
@@ -43,26 +43,30 @@ PICTURES, FIT_VAE, FIT_ENCODER, FIT_UNET = range(10, 14)        # first keys of 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 def draw_world(index):
-    """What the pictures of one world share: colours, ground, and one to three layers of shapes -> dict."""
-    colours, rng = np.random.default_rng([PICTURES, index // 4]), np.random.default_rng([PICTURES, index // 4, index % 4])
+    """What the pictures of one world share: colours, ground, one layer of shapes, and at times finer ones on it -> dict."""
+    colours, rng = np.random.default_rng([PICTURES, 1, index // 4, 1]), np.random.default_rng([PICTURES, 2, index, 1])
     stain_like = STAINS + colours.normal(0, 0.12, (2, 3))
     dyes = stain_like if colours.random() < 0.8 else colours.uniform(0, 1, (2, 3))
     dyes = dyes.clip(0.02) / np.linalg.norm(dyes.clip(0.02), axis=1, keepdims=True)
     return dict(
         dyes=dyes * colours.uniform(0.6, 1.4, (2, 1)), ground=colours.uniform((0, 0.1), (0.4, 0.6)),
-        wavelength=np.exp(rng.uniform(1.2, 3.5)), roughness=rng.uniform(0, 0.35),
-        layers=[draw_layer(rng) for _ in range(rng.integers(1, 4))])
+        wavelength=np.exp(rng.uniform(2, 3.5)), roughness=rng.uniform(0, 0.25),
+        layers=[draw_layer(rng, 12, 44)] + [draw_layer(rng, 5, 16) for _ in range(rng.integers(0, 2))])
 
 
-def draw_layer(rng):
-    """One kind of shape: where, how large, how long, how wavy its outline, full or hollow, and in which ink."""
-    kind = rng.choice(["shapes", "shapes", "shapes", "stripes", "cells"])
-    pitch = np.exp(rng.uniform(np.log(5), np.log(44)))
+def draw_layer(rng, smallest, largest):
+    """One kind of shape: where, how large, how long, how wavy its outline, full, hollow or with a core, and in which inks."""
+    kind = rng.choice(["shapes", "stripes", "cells"], p=[0.75, 0.15, 0.1])
+    pitch = np.exp(rng.uniform(np.log(smallest), np.log(largest)))
     return dict(
         kind=kind, pitch=pitch, jitter=rng.choice([0.05, 0.15, 0.4]), share=rng.uniform(0.3, 1), radius=pitch * rng.uniform(0.2, 0.55),
         spread=rng.uniform(0, 0.3), aspect=np.exp(rng.exponential(0.4)), aligned=rng.random() < 0.5, lobes=rng.integers(2, 10),
         wave=rng.choice([0, rng.uniform(0.05, 0.6)]), pointed=rng.random() < 0.5, rim=rng.choice([0, rng.uniform(0.15, 0.5)]),
-        ink=rng.choice([0, 0.1, 0.4, 0.9], 2) * rng.uniform(0.8, 1.2, 2), opaque=rng.uniform(0.6, 1))
+        ink=draw_ink(rng), core=draw_ink(rng) if rng.random() < 0.5 else None, opaque=rng.uniform(0.7, 1))
+
+
+def draw_ink(rng):
+    return rng.choice([0, 0.1, 0.4, 0.9], 2) * rng.uniform(0.8, 1.2, 2)
 
 
 def draw_picture(world, rng):
@@ -70,12 +74,12 @@ def draw_picture(world, rng):
     y, x = np.mgrid[:SIZE, :SIZE] + 0.5
     ink = np.stack([g + world["roughness"] * noise(rng, x, y, world["wavelength"]) for g in world["ground"]])
     for layer in world["layers"]:
-        mask = np.zeros_like(x)
+        mask, core = np.zeros_like(x), np.zeros_like(x)
         direction = rng.uniform(0, np.pi)
         if layer["kind"] == "shapes":
             for cx, cy in lattice(rng, layer["pitch"], layer["jitter"], SIZE):
                 if rng.random() < layer["share"]:
-                    add_shape(mask, rng, layer, cx, cy, direction if layer["aligned"] else rng.uniform(0, np.pi))
+                    add_shape(mask, core, rng, layer, cx, cy, direction if layer["aligned"] else rng.uniform(0, np.pi))
         elif layer["kind"] == "stripes":
             across = x * np.cos(direction) + y * np.sin(direction) + layer["wave"] * layer["pitch"] * noise(rng, x, y, 3 * layer["pitch"])
             mask = inside((across % layer["pitch"]), layer["radius"])
@@ -83,12 +87,15 @@ def draw_picture(world, rng):
             centres = np.array(lattice(rng, max(layer["pitch"], 8), max(layer["jitter"], 0.15), SIZE))
             near = np.partition(np.hypot(*(np.stack([x, y])[:, None] - centres.T[:, :, None, None])), 1, axis=0)[:2]
             mask = inside(near[1] - near[0], 0.5 + 0.15 * layer["radius"])
-        ink += layer["opaque"] * mask * (layer["ink"][:, None, None] - ink)
+        for m, colour in ((mask, layer["ink"]), (core, layer["core"])):
+            if colour is not None:
+                ink += layer["opaque"] * m * (colour[:, None, None] - ink)
     light = np.exp(-np.tensordot(world["dyes"].T, ink.clip(0), 1)) + rng.normal(0, 0.01, (3, SIZE, SIZE))
     return (255 * light.clip(0, 1)).round().astype(np.uint8).transpose(1, 2, 0)
 
 
-def add_shape(mask, rng, layer, cx, cy, angle):
+def add_shape(mask, core, rng, layer, cx, cy, angle):
+    """Add one shape to the mask, and its inner part, a smaller copy, to the core; without a core a rim makes it hollow."""
     r = layer["radius"] * np.exp(rng.normal(0, layer["spread"]))
     reach = r * (1 + layer["wave"]) * layer["aspect"] ** 0.5 + 2
     rows, cols = (slice(*np.clip([int(c - reach), int(c + reach) + 1], 0, SIZE)) for c in (cy, cx))
@@ -97,12 +104,13 @@ def add_shape(mask, rng, layer, cx, cy, angle):
         rho, phi = polar(x, y, cx, cy, angle, layer["aspect"])
         swing = np.abs((layer["lobes"] * phi / (2 * np.pi)) % 1 * 2 - 1) * 2 - 1 if layer["pointed"] else np.cos(layer["lobes"] * phi)
         edge = r * (1 + layer["wave"] * swing)
-        full = inside(rho, edge)
-        mask[rows, cols] = np.maximum(mask[rows, cols], full - (inside(rho, edge * (1 - layer["rim"])) if layer["rim"] else 0))
+        inner = inside(rho, edge * (1 - layer["rim"])) if layer["rim"] else 0
+        mask[rows, cols] = np.maximum(mask[rows, cols], inside(rho, edge) - (inner if layer["core"] is None else 0))
+        core[rows, cols] = np.maximum(core[rows, cols], inner)
 
 
 def pictures_of(index):
-    world, rng = draw_world(index), np.random.default_rng([PICTURES, index, 1])
+    world, rng = draw_world(index), np.random.default_rng([PICTURES, 3, index, 1])
     return np.stack([draw_picture(world, rng) for _ in range(PER_WORLD)])
 
 
@@ -110,6 +118,12 @@ def make_pictures(worlds):
     """-> uint8 (worlds, PER_WORLD, SIZE, SIZE, 3)."""
     with ProcessPoolExecutor() as pool:
         return np.stack(list(tqdm(pool.map(pictures_of, range(worlds), chunksize=16), "pictures", worlds, disable=None)))
+
+
+def hold_out(pictures):
+    """-> (those to train on, those to validate on), by worlds."""
+    n = min(HELD_OUT, len(pictures) // 2)
+    return pictures[:-n], pictures[-n:]
 
 
 def as_batch(pictures):
@@ -153,9 +167,10 @@ def fit(name, network, loss, steps, rate, out, validate, log):
 
 
 def fit_vae(pictures, steps, out, log):
-    """L1 and a light KL term; at the end the latents are brought to mean 0 and standard deviation 1/0.18215."""
+    """L1 at full and at an eighth of the resolution (which holds the hues) and a light KL term; at the end the latents are brought to mean 0 and standard deviation 1/0.18215."""
     torch.manual_seed(FIT_VAE)
-    vae, flat, held = VAE(**VAE_SHAPE), pictures[:-HELD_OUT].reshape(-1, SIZE, SIZE, 3), as_batch(pictures[-HELD_OUT:, 0])
+    train, held = hold_out(pictures)
+    vae, flat, held = VAE(**VAE_SHAPE), train.reshape(-1, SIZE, SIZE, 3), as_batch(held[:, 0])
 
     def loss(step):
         g = generator(FIT_VAE, step)
@@ -163,7 +178,8 @@ def fit_vae(pictures, steps, out, log):
         mean, logvar = (part.float() for part in vae.encode(x))
         z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=g)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return (vae.decode(z * SCALE) - x).abs().mean() + 3e-4 * kl
+        error = vae.decode(z * SCALE) - x
+        return error.abs().mean() + F.avg_pool2d(error, 8).abs().mean() + 5e-5 * kl
 
     @torch.no_grad()
     def validate():
@@ -189,7 +205,7 @@ def fit_encoder(pictures, steps, out, log):
     side in every batch, so that colour alone does not tell. A random quarter of the tokens is seen at a time."""
     import timm
     torch.manual_seed(FIT_ENCODER)
-    encoder, groups = build_encoder(**ENCODER_SHAPE), (len(pictures) - HELD_OUT) // 4
+    encoder, groups = build_encoder(**ENCODER_SHAPE), len(hold_out(pictures)[0]) // 4
     encoder.patch_drop = timm.layers.PatchDropout(0.75, num_prefix_tokens=encoder.num_prefix_tokens)
 
     def agreement(worlds, g):
@@ -219,7 +235,7 @@ def fit_unet(pictures, vae, encoder, steps, out, log):
     """Algorithm 1 with everything trainable, through a projector that is then thrown away; its cross-attention stays alive."""
     torch.manual_seed(FIT_UNET)
     unet, projector = UNet(**UNET_SHAPE), Projector(ENCODER_SHAPE["width"], 256, 4, UNET_SHAPE["context"])
-    flat, held = pictures.reshape(-1, SIZE, SIZE, 3), HELD_OUT * PER_WORLD
+    flat, held = pictures.reshape(-1, SIZE, SIZE, 3), len(hold_out(pictures)[1]) * PER_WORLD
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         parts = [flat[i:i + 64] for i in range(0, len(flat), 64)]
         rows = [(*vae.encode(as_batch(p)), encoder(preprocess([Image.fromarray(q) for q in p])))
@@ -256,18 +272,19 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "log.csv"
     log = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    pictures, done = make_pictures(max(2 * HELD_OUT, 4 * int(args.scale * WORLDS / 4))), {}
+    for name in ("vae", "encoder"):
+        if "unet" in args.only and name not in args.only and not (args.out / FILES[name]).exists():
+            raise Fail(f"the U-Net needs {args.out / FILES[name]}: make it first (--only {name})")
+    pictures, done = make_pictures(max(64, 4 * int(args.scale * WORLDS / 4))), {}
     makers = dict(vae=partial(fit_vae, pictures), encoder=partial(fit_encoder, pictures),
                   unet=lambda *rest: fit_unet(pictures, done["vae"], done["encoder"], *rest))
     loaders = dict(vae=load_vae, encoder=load_encoder)
     for name, file in FILES.items():
         path = args.out / file
-        if not path.exists():
-            if name not in args.only:
-                raise Fail(f"{path} is not there yet: make it first (--only {name})")
+        if name in args.only and not path.exists():
             network = makers[name](max(2, int(args.scale * STEPS[name])), args.out, log)
             save_tensors(path, {n: t.half() for n, t in network.state_dict().items()}, {"format": "pt"})
-        if name in loaders:
+        if name in loaders and path.exists():
             done[name] = loaders[name](TensorFile(path))
 
 

@@ -1,0 +1,160 @@
+"""The embedded default: the tissue, the base, and the README's three lines on them, without data, weights or network."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, process, program
+from PIL import Image
+
+from ldm.data import CLASSES, load_rgb, read_dataset, split_patches, to_images, to_tensor
+from ldm.toy.tissue import draw_patch, draw_slide, write_dataset
+from ldm.vae import SCALE
+from ldm.weights import BUILT_IN, load_unet, load_vae, open_sd15
+from projector import embed, load_encoder, open_encoder
+
+WEIGHTS = BUILT_IN["toy"]
+needs_weights = pytest.mark.skipif(not (WEIGHTS / "unet").is_dir(), reason="the toy base is not trained yet (python -m ldm.toy.base)")
+
+
+@pytest.fixture(scope="module")
+def tissue():
+    """Eight patches of each class, each of a slide of its own."""
+    return [draw_patch(draw_slide(label, seed)) for label in range(4) for seed in range(8)]
+
+
+def test_a_slide_is_a_function_of_class_and_seed_and_its_patches_differ():
+    a, b, other = draw_slide(1, 5), draw_slide(1, 5), draw_slide(1, 6)
+    first = draw_patch(a)
+    assert first.size == (64, 64) and np.array_equal(first, draw_patch(b))
+    assert not np.array_equal(first, draw_patch(a)) and not np.array_equal(first, draw_patch(other))
+    assert draw_patch(a, 128).size == (128, 128)
+
+
+def test_stains_mix_by_beer_and_lambert():
+    """Without tissue there is white light; the stains absorb green most, as hematoxylin and eosin do."""
+    for label in range(4):
+        for seed in range(24):
+            stains = draw_slide(label, seed)["stains"]
+            assert np.allclose(np.linalg.norm(stains, axis=1), 1) and (stains > 0).all()
+    bright, dark = (np.asarray(draw_patch(draw_slide(2, 0) | dict(strength=np.full(2, s))), float) for s in (0, 1.0))
+    assert bright.mean() > 250 and dark.mean() < 220
+    mean = np.mean([np.asarray(draw_patch(draw_slide(label, 9))) for label in range(4)], axis=(0, 1, 2))
+    assert mean[1] < mean[0] and mean[1] < mean[2]
+
+
+def test_the_dataset_is_split_by_slide_and_written_once(tmp_path):
+    write_dataset(tmp_path, slides=6, patches=3)
+    patches = read_dataset(tmp_path)
+    assert len(patches) == 72 and {p.label for p in patches} == set(CLASSES) and len({p.case for p in patches}) == 24
+    split = split_patches(patches)
+    case = {p.name: p.case for p in patches}
+    parts = [{case[name] for name in names} for names in split.values()]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 24
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
+    victim = tmp_path / "adenoma/slide002/01.png"
+    pixels = np.asarray(load_rgb(victim))
+    victim.unlink()
+    write_dataset(tmp_path, slides=6, patches=3)
+    assert np.array_equal(load_rgb(victim), pixels)
+    others = {p: t for p, t in times.items() if p.parent != victim.parent}
+    assert {p: p.stat().st_mtime_ns for p in others} == others
+
+
+@needs_weights
+def test_the_weights_are_small_and_of_the_very_classes():
+    files = [p for p in WEIGHTS.rglob("*.safetensors")]
+    assert len(files) == 3 and sum(p.stat().st_size for p in files) <= 15e6
+    unet_file, vae_file = open_sd15("toy")
+    unet, vae = load_unet(unet_file, "meta"), load_vae(vae_file, "meta")
+    assert vae.factor == 4 and unet.latent == 4 and unet.context == 128
+    rows = (WEIGHTS / "log.csv").read_text().splitlines()
+    assert rows[0] == "network,step,loss,validation" and {r.split(",")[0] for r in rows[1:]} == {"vae", "encoder", "unet"}
+
+
+@needs_weights
+def test_the_vae_keeps_tissue_that_it_never_saw(tissue):
+    vae = load_vae(open_sd15("toy")[1])
+    with torch.no_grad():
+        mean, logvar = vae.encode(to_tensor(tissue, 64))
+        images = to_images(vae.decode(mean * SCALE))
+    error = [np.square(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(tissue, images)]
+    assert np.mean([10 * np.log10(255 ** 2 / e) for e in error]) >= 24
+    assert 0.6 < (mean * SCALE).std() < 1.6 and (logvar / 2).exp().mean() < 0.3 * mean.std()
+
+
+@needs_weights
+def test_the_encoder_tells_the_classes_apart(tissue):
+    """A ridge classifier on its embeddings, fitted on other slides."""
+    encoder = load_encoder(open_encoder("toy"))
+    train = [draw_patch(draw_slide(label, seed)) for label in range(4) for seed in range(100, 130)]
+    a, b = embed(encoder, train).double().numpy(), embed(encoder, tissue).double().numpy()
+    mu, spread, y = a.mean(0), a.std(0), np.eye(4)[np.repeat(np.arange(4), 30)]
+    a, b = (a - mu) / spread, (b - mu) / spread
+    guess = (b @ np.linalg.solve(a.T @ a + 100 * np.eye(a.shape[1]), a.T @ (y - 0.25))).argmax(1)
+    assert (guess == np.repeat(np.arange(4), 8)).mean() >= 0.9
+
+
+@needs_weights
+def test_the_toy_unets_cross_attention_is_alive():
+    """Other tokens move the prediction by a twentieth of its size at least: the condition has not been learnt away."""
+    unet = load_unet(open_sd15("toy")[0])
+    g = torch.Generator().manual_seed(0)
+    z, t = torch.randn(8, 4, 16, 16, generator=g), torch.full((8,), 700)
+    a, b = (torch.randn(8, 4, unet.context, generator=g) for _ in range(2))
+    with torch.no_grad():
+        first, second = unet(z, t, a), unet(z, t, b)
+    assert (first - second).square().mean().sqrt() > 0.05 * first.square().mean().sqrt()
+
+
+@needs_weights
+def test_the_readmes_three_lines_work_on_what_they_leave_behind(tmp_path):
+    """With no network: a socket that is opened ends the program."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import socket\ndef no(*a, **k): raise RuntimeError('the network was asked')\nsocket.socket.connect = no\n")
+    how = dict(cwd=tmp_path, PYTHONPATH=str(tmp_path), TORCH_HOME=str(tmp_path / "none"))
+    result = process("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 4, "--previews", 8, **how)
+    first = result.stdout.splitlines()[0]
+    assert first.startswith("No --data") and "--data FOLDER" in result.stdout
+    [run] = (tmp_path / "runs").glob("toy-64px-r4-t4")
+    config = json.loads((run / "config.json").read_text())["args"]
+    assert (config["sd15"], config["uni2h"], config["size"], config["rank"]) == ("toy", "toy", 64, 4)
+    process("sample.py", "--ref", "patch.png", "--cfg", 1.3, **how)
+    [made] = run.glob("samples/*/cfg1.3/*.png")
+    assert Image.open(made).size == (64, 64)
+    result = process("fid.py", "real/", "fake/", **how)
+    assert float(result.stdout.split("FID ")[1].split()[0]) > 0 and "not Inception's" in result.stdout
+    before = {p: p.stat().st_mtime_ns for folder in ("toy-tissue", "cache") for p in (tmp_path / "runs" / folder).rglob("*.*")}
+    again = process("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 4, "--previews", 8, **how)
+    assert "goes on after step 4 of 4" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+@needs_weights
+@pytest.mark.parametrize("wrong, culprit", [(["--uni2h", "nowhere"], "nowhere"), (["--size", "100"], "multiple of 16"),
+                                            (["--split", "official"], "--data"), (["--run", "a", "--resume", "b"], "--resume")])
+def test_a_wrong_argument_without_data_writes_nothing(wrong, culprit, tmp_path):
+    result = program("train.py", *wrong, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and culprit in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_flags_beat_the_toys_table_and_other_bases_have_the_papers(monkeypatch):
+    import train
+    monkeypatch.setattr(sys, "argv", ["train.py", "--sd15", "toy", "--data", str(ROOT), "--epochs", "3"])
+    args = train.parse_args()
+    assert (args.epochs, args.size, args.uni2h) == (3, 64, "toy")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(ROOT)])
+    args = train.parse_args()
+    assert (args.epochs, args.size, args.lr, args.hidden, args.sd15) == (12, 512, 5e-5, 1024, train.SD15)
+
+
+def test_the_program_that_made_the_base_makes_one(tmp_path):
+    """Two steps of each part: it runs, and what it writes loads. (It takes hours to make a good one.)"""
+    import subprocess
+    subprocess.run([sys.executable, "-m", "ldm.toy.base", str(tmp_path), "--scale", "0.0001"], cwd=ROOT, check=True, capture_output=True)
+    unet_file, vae_file = open_sd15(str(tmp_path))
+    assert load_unet(unet_file).context == 128 and load_encoder(open_encoder(str(tmp_path))).embed_dim == 192
+    with torch.no_grad():
+        z = load_vae(vae_file).encode(to_tensor([draw_patch(draw_slide(0, 0))], 64))[0] * SCALE
+    assert z.isfinite().all() and len((tmp_path / "log.csv").read_text().splitlines()) > 3

@@ -1,0 +1,121 @@
+"""What the toy reaches, seed by seed: trains, samples and scores; an hour or so on 2 cores.
+
+    python tests/toy_targets.py OUT --inception FILE [--seeds 0 1 2]
+
+Samples are scored by Inception's features, which the conditioning never saw: the class by a ridge classifier trained on other
+toy tissue (also with every image brought to the same mean and spread of each channel, so that tone alone cannot win), the
+distance against tissue of other slides. Finished parts are kept in OUT, so that it can be interrupted.
+"""
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from fid import Inception, extract_features, frechet_distance_of_features, open_inception, resize_pytorch_fid     # noqa: E402
+from ldm.data import CLASSES, list_images, load_rgb, to_images, to_tensor                                         # noqa: E402
+from ldm.toy.tissue import write_dataset                                                                           # noqa: E402
+from ldm.weights import load, load_vae, open_sd15                                                                  # noqa: E402
+
+VARIANTS = {"both": [], "projector only": ["--alpha", "1e-9"], "LoRA only": ["--lr-ratio", "0"]}
+
+
+def matched(image):
+    """The image with each channel brought to mean 170 and standard deviation 40."""
+    x = np.asarray(image, dtype=np.float64)
+    x = (x - x.mean((0, 1))) / x.std((0, 1)) * 40 + 170
+    return Image.fromarray(x.clip(0, 255).round().astype(np.uint8))
+
+
+class Judge:
+    def __init__(self, inception, train, cpu=torch.device("cpu")):
+        network = load(Inception, open_inception(inception), cpu).to(memory_format=torch.channels_last)
+        self.features = {
+            "plain": lambda files: extract_features(files, network, resize_pytorch_fid, cpu, 32),
+            "matched": lambda files: extract_features(files, network, lambda image: resize_pytorch_fid(matched(image)), cpu, 32)}
+        files = list_images(train)
+        self.classifiers = {kind: ridge(f(files), labels(files, train)) for kind, f in self.features.items()}
+
+    def consistency(self, folder, kind):
+        files = list_images(folder)
+        return float((self.classifiers[kind](self.features[kind](files)) == labels(files, folder)).mean())
+
+    def distance(self, a, b):
+        return frechet_distance_of_features(*(self.features["plain"](list_images(folder)) for folder in (a, b)))
+
+
+def labels(files, folder):
+    return np.array([CLASSES.index(f.relative_to(folder).parts[0]) for f in files])
+
+
+def ridge(x, y, penalty=100.0):
+    """Features (n, d) and labels -> a function that classifies features."""
+    mu, spread, one_hot = x.mean(0), x.std(0) + 1e-6, np.eye(len(CLASSES))[y]
+    z = (x - mu) / spread
+    w = z.T @ np.linalg.solve(z @ z.T + penalty * np.eye(len(z)), one_hot - one_hot.mean(0))
+    return lambda f: ((f - mu) / spread @ w).argmax(1)
+
+
+def program(name, *args, cwd):
+    subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, check=True)
+
+
+def reconstruct(files, source, out):
+    """VAE floor: each image through the toy VAE and back -> mean PSNR in dB; the images go to `out`."""
+    vae, psnr = load_vae(open_sd15("toy")[1]), []
+    for f in files:
+        with torch.no_grad():
+            x = to_tensor([load_rgb(f)], 64)
+            y = vae.decode(vae.encode(x)[0] * 0.18215)
+        [image] = to_images(y)
+        psnr.append(10 * np.log10(255 ** 2 / np.square(np.asarray(image, float) - np.asarray(load_rgb(f), float)).mean()))
+        target = out / f.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.save(target)
+    return float(np.mean(psnr))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--inception", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--train", action="append", default=[], help="one more argument for train.py, as --train=...; may be repeated")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    sets = {name: write_dataset(out / name, slides, patches, seed=seed)             # slides that no run has seen
+            for name, slides, patches, seed in (("judge", 20, 6, 1), ("references", 12, 2, 2), ("real", 12, 2, 3))}
+    judge, rows = Judge(args.inception, sets["judge"]), {}
+
+    def score(name, folder):
+        rows[name] = dict(consistency=judge.consistency(folder, "plain"), matched=judge.consistency(folder, "matched"),
+                          distance=judge.distance(folder, sets["real"]))
+        print(name, {k: round(v, 3) for k, v in rows[name].items()}, flush=True)
+        (out / "targets.json").write_text(json.dumps(rows, indent=1))
+
+    score("real tissue", sets["references"])
+    print("VAE:", reconstruct(list_images(sets["references"]), sets["references"], out / "vae"), "dB", flush=True)
+    score("VAE reconstruction", out / "vae")
+    for seed in args.seeds:
+        for variant in args.variants:
+            run = out / f"runs/{variant.replace(' ', '-')}-{seed}"
+            program("train.py", "--rank", 4, "--tokens", 4, "--seed", seed, "--run", run, *VARIANTS[variant], *args.train, cwd=out)
+            guidances = ["1.3", "7.5"] if variant == "both" else ["1.3"]
+            program("sample.py", "--run", run, "--ref", sets["references"], "--seed", 1000 * seed, "--cfg", *guidances, "--out", run / "s", cwd=out)
+            for w in guidances:
+                score(f"seed {seed}, {variant}, w = {w}", run / f"s/cfg{w}")
+        run = out / f"runs/before-{seed}"
+        program("train.py", "--seed", seed, "--run", run, "--max-steps", 1, "--lr", 0, "--rank", 4, "--previews", 0, cwd=out)
+        program("sample.py", "--run", run, "--ref", sets["references"], "--seed", 1000 * seed, "--out", run / "s", cwd=out)
+        score(f"seed {seed}, before adaptation", run / "s/cfg1.3")
+
+
+if __name__ == "__main__":
+    main()
