@@ -35,7 +35,7 @@ HELD_OUT = 64                       # worlds kept for the validation losses, at 
 VAE_SHAPE = dict(channels=(32, 64, 64), layers=1)               # 4 x 4 pixels to one latent pixel
 UNET_SHAPE = dict(channels=(64, 96, 128), layers=1, context=128)
 ENCODER_SHAPE = dict(width=192, depth=2)
-STEPS = dict(vae=2000, encoder=1500, unet=12000)
+STEPS = dict(vae=3000, encoder=1500, unet=12000)
 RATE = dict(vae=1e-3, encoder=5e-4, unet=5e-4)
 PICTURES, FIT_VAE, FIT_ENCODER, FIT_UNET = range(10, 14)        # first keys of the random streams
 
