@@ -301,10 +301,13 @@ def load_set(path, resize, weights):
     try:
         with np.load(path, allow_pickle=False) as f:
             data = {key: f[key] for key in ("mu", "sigma", "n", "features", "names", "resize", "weights") if key in f}
+        data |= {key: data[key].astype(np.float64) for key in ("mu", "sigma", "features") if key in data}
+        if not all(np.isfinite(data[key]).all() for key in ("mu", "sigma", "features") if key in data):
+            raise ValueError("a number in it is not finite")
         if data["mu"].ndim != 1 or data["sigma"].shape != 2 * data["mu"].shape:
             raise ValueError(f"mu has the shape {data['mu'].shape}, sigma {data['sigma'].shape}")
         n = int(data["n"]) if "n" in data else None
-        features = data["features"].astype(np.float64) if n and "features" in data and "names" in data else None
+        features = data["features"] if n and "features" in data and "names" in data else None
         if features is not None and (features.shape != (n, len(data["mu"])) or data["names"].shape != (n,)):
             raise ValueError(f"features have the shape {features.shape}, n is {n}")
     except FileNotFoundError:
@@ -314,7 +317,7 @@ def load_set(path, resize, weights):
     for key, mine in (("resize", resize), ("weights", weights)):
         if key in data and str(data[key]) != mine:
             raise Fail(f"{path} was made with {key} {data[key]}, not {mine}: make it again with --save")
-    return ImageSet(n, data["mu"], data["sigma"], features, data.get("names"))
+    return ImageSet(n, data["mu"], data["sigma"], features, None if features is None else data["names"])
 
 
 @torch.no_grad()
@@ -325,7 +328,7 @@ def extract_features(files, network, resizer, device, batch):
         for start in range(0, len(files), batch):
             part = files[start:start + batch]
             x = torch.stack(list(pool.map(lambda path: resizer(load_rgb(path)), part))).to(device)
-            features.append(network(x.contiguous(memory_format=torch.channels_last)).double().cpu().numpy())
+            features.append(network(x.contiguous(memory_format=torch.channels_last)).cpu().double().numpy())     # Apple's GPUs have no float64
             bar.update(len(part))
     return np.concatenate(features)
 
@@ -389,6 +392,7 @@ def main():
             raise Fail(f"{path}: no such folder (or .npz file of statistics)")
 
     device, encoder = pick_device(args.device), encoder_of(args.real)
+    torch.backends.cudnn.allow_tf32 = False         # convolutions in full float32, as on the CPU
     if args.features is None:
         at_hand = args.inception or cached_inception().is_file()
         args.features = "encoder" if encoder == "toy" and not at_hand else "inception"

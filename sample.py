@@ -105,7 +105,8 @@ def main():
 
     jobs = [(w, r, args.seed + i * args.n + k) for w in dict.fromkeys(args.cfg)
             for i, r in enumerate(references) for k in range(args.n)]
-    path_of = {(w, r, seed): out / f"cfg{w:g}" / f"{r}_seed{seed}_cfg{w:g}.png" for w, r, seed in jobs}
+    folder_of = {w: out / f"cfg{repr(w).removesuffix('.0')}" for w in args.cfg}
+    path_of = {(w, r, seed): folder_of[w] / f"{r}_seed{seed}_{folder_of[w].name}.png" for w, r, seed in jobs}
     real = {r: out / "real" / f"{r}.png" for r in references}
     todo = [job for job in jobs if not path_of[job].exists()]
     if len(todo) < len(jobs):
@@ -128,15 +129,16 @@ def main():
     for r in references:
         if not real[r].exists():
             save_image(real[r], fit(load_rgb(references[r]), size))
-    for w in dict.fromkeys(args.cfg):
-        shown = list(references)[::max(1, len(references) // 32)][:32]
-        sheet = contact_sheet([[load_rgb(p) for p in (real[r], *(path_of[job] for job in jobs if job[:2] == (w, r)))] for r in shown])
-        save_image(out / f"sheet-cfg{w:g}.png", sheet)
-        others = len(list_images(out / f"cfg{w:g}")) - len({job for job in jobs if job[0] == w})
-        if others:
-            print(f"note: {out / f'cfg{w:g}'} holds {others} more images, of earlier calls")
-    print(f"{len(jobs)} images in {out}; contact sheet {out / f'sheet-cfg{args.cfg[0]:g}.png'}. To compare: "
-          f"python fid.py {out / 'real'} {out / f'cfg{args.cfg[0]:g}'} --per-class")
+    for w, folder in folder_of.items():
+        shown = list(references)[::max(1, len(references) // 32)][:32]      # and of each reference seven samples at most
+        sheet = contact_sheet([[load_rgb(p) for p in (real[r], *[path_of[job] for job in jobs if job[:2] == (w, r)][:7])] for r in shown])
+        save_image(out / f"sheet-{folder.name}.png", sheet)
+    first = folder_of[args.cfg[0]]
+    for folder, n in ((out / "real", len(references)), *((folder, len(references) * args.n) for folder in folder_of.values())):
+        if others := len(list_images(folder)) - n:
+            print(f"note: {folder} holds {others} more images, of earlier calls")
+    print(f"{len(jobs)} images in {out}; contact sheet {out / f'sheet-{first.name}.png'}. To compare: "
+          f"python fid.py {out / 'real'} {first} --per-class")
 
 
 def find_adapter(run_folder, path):

@@ -18,7 +18,6 @@ import platform
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,8 @@ from tqdm import tqdm
 
 from ldm import toy
 from ldm.data import Cache, contact_sheet, describe_split, fit, list_images, load_rgb, make_split, read_dataset, read_split
-from ldm.files import Fail, Parser, frozen_dtype, number, pick_device, read_json, run, safe_name, save_tensors, save_text, settings_of
+from ldm.files import Fail, Parser, first_line, frozen_dtype, number, pick_device, read_json, run, safe_name, save_tensors, \
+    save_text, settings_of
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import write_dataset
 from ldm.vae import draw_latent
@@ -116,7 +116,7 @@ class Trainer:
         compiled = device.type == "cuda" and not args.no_compile
         self.network = torch.compile(unet, dynamic=False) if compiled else unet
         self.hidden = (projector.shape["depth"] - 1, projector.shape["hidden"])
-        self.steps_per_epoch = math.ceil(len(train) / args.batch)
+        self.steps_per_epoch = math.ceil(len(train) / args.batch)       # of whole batches, see batch_of_step
         self.total = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.warm_up = min(self.steps_per_epoch, max(1, self.total // 2))       # half of a run that is one epoch or shorter
         lora, rest = lora_parameters(unet), dict(projector.named_parameters())
@@ -190,8 +190,11 @@ class Trainer:
     def restore(self, path):
         """Go back to what `commit` wrote."""
         file = TensorFile(path)
-        self.step, self.best = int(file.header["step"]), float(file.header["best"])
-        self.losses, self.history = json.loads(file.header["losses"]), json.loads(file.header["history"])
+        try:
+            self.step, self.best = int(file.header["step"]), float(file.header["best"])
+            self.losses, self.history = json.loads(file.header["losses"]), json.loads(file.header["history"])
+        except (KeyError, ValueError) as problem:
+            raise Fail(f"{path} is damaged ({first_line(problem)}); restore it, or pass another --run") from None
         state = {}
         for i, (name, p) in enumerate(self.named.items()):
             p.copy_(file.get(name))
@@ -257,6 +260,8 @@ def parse_args():
     if args.alpha is None:
         args.alpha = float(args.rank)
     for name in ("data", "sd15", "uni2h", "split"):
+        if name == "data" and args.data == toy.DATA:
+            continue
         path = Path(getattr(args, name)).expanduser()
         named = getattr(args, name) in BUILT_IN and name in ("sd15", "uni2h")
         if not named and (path.is_file() or (path.is_dir() and name != "split")):
@@ -277,7 +282,7 @@ def main():
     if args.data == toy.DATA:
         print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop, to see the method work.\n"
               "For the real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)", flush=True)
-    data = write_dataset(folder.parent / "toy-tissue", **toy.TISSUE) if args.data == toy.DATA else Path(args.data)
+    data = write_dataset(folder.parent / toy.DATA, **toy.TISSUE) if args.data == toy.DATA else Path(args.data)
     patches = read_dataset(data)
     split_file, started = folder / "split.json", (folder / "state.safetensors").exists()
     split = make_split(patches, args.split) if not started else None
@@ -287,11 +292,17 @@ def main():
             raise Fail(f"{split_file} is there and is not the split that --split {args.split} asks for; to use it, pass "
                        f"--split {split_file}, else remove it")
         split = there
+    if split is None:
+        raise Fail(f"{split_file} of this run is gone; restore it, or pass another --run")
     names = {part: thin(split[part], args.limit) for part in ("train", "val")}
 
     sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
     claim(folder, args, sha256)
     save_text(split_file, describe_split(split, patches))
+    cases = len({p.case for p in patches})
+    print(f"{len(patches)} patches of {cases} cases in {len({p.label for p in patches})} classes: "
+          + ", ".join(f"{part} {len(ns)}" for part, ns in split.items())
+          + ("; nothing tells which patches are of one case, so one may be in two parts" if cases == len(patches) else ""))
     cache = Cache(folder.parent / "cache", sha256["vae"], sha256["encoder"], args.size)
     encoders = partial(load_encoders, vae_file, encoder_file, device)
     hashes = {part: cache.fill([data / name for name in names[part]], encoders, args.size) for part in names}
@@ -315,15 +326,21 @@ def main():
     title = {p.name: p.title for p in patches}
     preview = thin(sorted(zip(names["val"], hashes["val"]), key=lambda pair: title[pair[0]]), args.previews)
     titles = name_references([(title[name], data / name) for name, _ in preview], {})[0]       # {title: path}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)      # what caching took is another matter
     with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step", disable=None) as bar:
-        clock, step_then, committed = time.time(), trainer.step, time.time()
+        signals.deferred = True
+        clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
         while True:
             if trainer.epoch_is_due():
-                speed = (trainer.step - step_then) * args.batch / (time.time() - clock)
+                speed = (trainer.step - step_then) * args.batch / max(time.perf_counter() - clock, 1e-9) or None
+                signals.deferred = False                # all is committed: to leave while validating loses nothing
+                signals.leave()
                 row = dict(epoch=math.ceil(trainer.step / trainer.steps_per_epoch), step=trainer.step,
                            train_loss=sum(trainer.losses) / len(trainer.losses), val_loss=trainer.validation_loss(hashes["val"]),
                            **dict(zip(("lr_lora", "lr_projector"), trainer.learning_rates(trainer.step - 1))),
-                           images_per_second=round(speed, 2), peak_memory_gb=round(peak_memory(device), 2))
+                           images_per_second=speed and round(speed, 2), peak_memory_gb=round(peak_memory(device), 2))
+                signals.deferred = True
                 if preview:
                     pairs = draw_pairs(trainer, [h for _, h in preview], titles.values(), vae_file)
                     save_image(folder / "grids" / f"epoch{row['epoch']:02d}.png", contact_sheet(pairs))
@@ -335,48 +352,46 @@ def main():
                 trainer.commit(folder, header)
                 save_text(folder / "log.csv", as_csv(trainer.history))
                 bar.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-                clock, step_then, committed = time.time(), trainer.step, time.time()
+                clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
             if trainer.step == trainer.total:
                 break
-            with signals.deferred():
-                loss, norm = trainer.train_step()
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.3f}", lr=f"{trainer.optimizer.param_groups[0]['lr']:.1e}",
-                                images_per_s=f"{(trainer.step - step_then) * args.batch / (time.time() - clock):.1f}", refresh=False)
-                if trainer.epoch_is_due() or signals.received or time.time() - committed > COMMIT_SECONDS:
-                    trainer.commit(folder, header)
-                    committed = time.time()
+            loss, norm = trainer.train_step()
+            now = time.perf_counter()
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.3f}", lr=f"{trainer.optimizer.param_groups[0]['lr']:.1e}",
+                            images_per_s=f"{(trainer.step - step_then) * args.batch / max(now - clock, 1e-9):.1f}", refresh=False)
+            if trainer.epoch_is_due() or signals.received or now - committed > COMMIT_SECONDS:
+                trainer.commit(folder, header)
+                committed = now
+            signals.leave()
     print(f"{folder}: complete after {trainer.step} steps; best validation loss {trainer.best:.4f}; peak memory "
           f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch.png' if preview else 'PATCH.png'} --cfg 1.3")
 
 
 class Signals:
-    """SIGINT and SIGTERM end the program with 130 or 143: at once, or at the end of `deferred`; a second one always at once."""
+    """SIGINT and SIGTERM end the program with 130 or 143: at once or, while `deferred`, at `leave`; a second one always at once."""
 
     def __init__(self):
-        self.received, self.waiting = None, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        self.received, self.deferred = None, False
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self.handle)
 
-    def handle(self, number, frame):
+    def handle(self, kind, frame):
         if self.received:
-            os._exit(128 + number)
-        self.received = number
-        if not self.waiting:
-            sys.exit(128 + number)
+            os._exit(128 + kind)
+        self.received = kind
+        if not self.deferred:
+            self.leave()
 
-    @contextmanager
-    def deferred(self):
-        self.waiting = True
-        yield
-        self.waiting = False
+    def leave(self):
         if self.received:
             sys.exit(128 + self.received)
 
 
 def thin(items, n):
     """At most n of the items, spread evenly over them; all where n is None."""
-    return list(items) if n is None else [items[i * len(items) // n] for i in range(n)] if len(items) > n else list(items)
+    n = len(items) if n is None else min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
 
 
 def latent_shape(unet, vae, size):
@@ -407,11 +422,15 @@ def claim(folder, args, sha256):
     path = folder / "config.json"
     if path.exists() and settings_of(folder) is None:
         raise Fail(f"{path} is not of a run of train.py; pass another --run")
-    if not any(folder.glob("*.safetensors")):
+    if not path.exists() and any(p.name != "split.json" and not p.name.startswith(".") for p in folder.glob("*")):
+        raise Fail(f"{folder} holds other files and no run of train.py; pass another --run")
+    if not any(folder.glob("[!.]*.safetensors")):
         environment = dict(python=platform.python_version(), torch=torch.__version__, platform=platform.platform())
         save_text(path, json.dumps(dict(args=settings, sha256=sha256, command=sys.argv, environment=environment), indent=1) + "\n")
         return
-    there = {"sha256": {}, "args": {}} | read_json(path)
+    there = read_json(path)
+    if not all(isinstance(there.get(key), dict) for key in ("args", "sha256")):
+        raise Fail(f"{path} is damaged; restore it, or pass another --run")
     same = set(settings) - {"run", "data", "sd15", "uni2h", "device", "no_compile", "previews"}
     for was, now, keys in ((there["args"], settings, same), (there["sha256"], sha256, sha256)):
         for key in sorted(keys):

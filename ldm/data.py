@@ -18,7 +18,7 @@ from .files import Fail, safe_name, save_tensors
 from .weights import TensorFile, file_sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
-MAX_PIXELS, MIN_SIDE = 8192 * 8192, 16
+MAX_PIXELS, MIN_SIDE, MAX_ASPECT = 8192 * 8192, 16, 16
 Image.MAX_IMAGE_PIXELS = None           # load_rgb checks the size itself, and before it reads the pixels
 
 
@@ -28,13 +28,15 @@ def load_rgb(path):
     """An image file -> PIL image in RGB, upright by its EXIF tag, transparency on white, 16 bits scaled to 8.
 
     The one reader of train.py, sample.py and fid.py. Fails with the file's name on what is no single readable image of
-    16 pixels to 8192 x 8192.
+    16 pixels to 8192 x 8192, or is a strip.
     """
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS or min(image.size) < MIN_SIDE:
                 raise Fail(f"{path} has {image.width} x {image.height} pixels; a patch has a side of {MIN_SIDE} at least and "
                            f"{MAX_PIXELS // 10 ** 6} megapixels at most: remove it, or cut patches from it")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise Fail(f"{path} is a strip of {image.width} x {image.height} pixels; cut patches from it")
             if getattr(image, "n_frames", 1) > 1:
                 raise Fail(f"{path} has {image.n_frames} frames; save the one you mean as a single image")
             return _to_rgb(ImageOps.exif_transpose(image), path)
@@ -96,16 +98,29 @@ def contact_sheet(groups, columns=8, tile=256, gap=4):
 
 
 def list_images(folder):
-    """The image files under a folder, at any depth and in any case of suffix, sorted; hidden ones left out."""
-    found = [Path(base, name) for base, folders, names in os.walk(folder) for name in names
-             if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-             and not any(part.startswith(".") for part in Path(base).relative_to(folder).parts)]
+    """The image files under a folder, at any depth and in any case of suffix, sorted; hidden ones left out.
+
+    Links to folders are followed, each folder once. Fails (OSError) on a folder that cannot be read.
+    """
+    def stop(problem):
+        raise problem
+
+    found, seen = [], {os.path.realpath(folder)}
+    for base, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        here, folders[:] = sorted(folders), []
+        for name in here:
+            real = os.path.realpath(os.path.join(base, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                folders.append(name)
+        found += [Path(base, name) for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 # ---- datasets ------------------------------------------------------------------------------------------------------
 
 CLASSES = ("normal", "serrated", "adenocarcinoma", "adenoma")       # labels 0 to 3 of the Chaoyang format
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 CASE = re.compile(r"(?P<case>\d+)\S*?-IMG\d+x\d+")                   # <case>-<slide>-IMG<row>x<col>-<label>.JPG
 
 
@@ -127,8 +142,8 @@ def read_dataset(root):
     """A folder -> [Patch], sorted by name.
 
     Three layouts: train.json and test.json as Chaoyang has them; one subfolder per class; or a flat folder (one class,
-    "all"). The case is the leading number of a name such as 353042_4-IMG005x014-1.JPG, else the folder below the class
-    (class/case/patch.png), else every patch is its own case.
+    "all"). The case is the leading number of a name such as 353042_4-IMG005x014-1.JPG, else the name of the folder below
+    the class (class/case/patch.png; the same name below two classes is one case), else every patch is its own case.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -137,7 +152,10 @@ def read_dataset(root):
     if lists:
         patches = [patch for path in lists for patch in _read_json(path, root)]
     else:
-        names = [path.relative_to(root).as_posix() for path in list_images(root)]
+        names = [_text(path.relative_to(root).as_posix(), root) for path in list_images(root)]
+        if names and all("/" in n and n.split("/")[0].lower() in PARTS for n in names):
+            raise Fail(f"{root} has a folder per part ({names[0].split('/')[0]}/...), not one per class: pass one of these folders, "
+                       "or put the classes on top; --split FILE keeps a split of yours")
         patches = [Patch(name, _folder_class(name), _case(name)) for name in names]
     repeated = [name for name, n in Counter(p.name for p in patches).items() if n > 1]
     if repeated:
@@ -145,6 +163,15 @@ def read_dataset(root):
     if not patches:
         raise Fail(f"{root} holds no images; expected train.json and test.json, one folder per class, or images")
     return sorted(patches, key=lambda p: p.name)
+
+
+def _text(name, source):
+    """The name, if every system and JSON can write it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise Fail(f"{source}: the name {name!r} is not valid UTF-8; rename the file") from None
+    return name
 
 
 def _folder_class(name):
@@ -155,7 +182,7 @@ def _case(name):
     *folders, base = name.split("/")
     if m := CASE.match(base):
         return m["case"]
-    return "/".join(folders[:2]) if len(folders) > 1 else name
+    return folders[1] if len(folders) > 1 else name
 
 
 def _read_json(path, root):
@@ -172,7 +199,7 @@ def _read_json(path, root):
         name = row.get("name") if isinstance(row, dict) else None
         if not isinstance(name, str) or "\0" in name:
             raise Fail(f'{path}: entry {i} has no "name"')
-        file = root / name
+        file = root / _text(name, path)
         if name.startswith("/") or "\\" in name or ".." in name.split("/") or not file.resolve().is_relative_to(inside):
             raise Fail(f"{path}: entry {i} names a file outside the folder: {name!r}")
         if not file.is_file():
@@ -289,7 +316,7 @@ class Cache:
         key = f"1 {vae_sha256} {encoder_sha256} {size}"
         self.folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
         self.rows = {}                              # image hash -> (mean, logvar (2, 4, h, w), embedding (d_e,)), mapped
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(self.folder.glob("[!.]*.safetensors")):      # hidden ones are not whole yet
             self._read(path)
 
     @property

@@ -25,11 +25,11 @@ def run(main):
         sys.exit(_complain(problem))
     except OSError as problem:              # disk full, read-only folder, no permission: the message names the file
         sys.exit(_complain(f"{problem.strerror or problem}: {problem.filename or 'no file named'}"))
-    except (torch.OutOfMemoryError, MemoryError) as problem:
-        sys.exit(_complain(f"out of memory; try a smaller --batch or --size ({first_line(problem)})"))
-    except RuntimeError as problem:
-        if "DefaultCPUAllocator" not in str(problem):           # how torch says it on the CPU
-            raise
+    except (MemoryError, RuntimeError) as problem:
+        if not isinstance(problem, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(problem):
+            if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                sys.exit(_complain(f"torch.compile cannot compile here; pass --no-compile ({first_line(problem)})"))
+            raise                           # the string is how torch says it on the CPU
         sys.exit(_complain(f"out of memory; try a smaller --batch or --size ({first_line(problem)})"))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -60,7 +60,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=26, width=118)
 
     def _get_help_string(self, action):
-        shown = action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help
+        shown = not (action.default is None or action.default is False or action.default == argparse.SUPPRESS or "default" in action.help)
         return action.help + (" (default: %(default)s)" if shown else "")
 
 
@@ -85,6 +85,8 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if torch.device(name).type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("it is none of cuda, mps and cpu")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as problem:
         raise Fail(f"--device {name} cannot be used here: {first_line(problem)}") from None
@@ -174,5 +176,5 @@ def settings_of(folder):
 
 
 def safe_name(text):
-    """A file name that every system accepts: letters of any alphabet, digits, dot, dash and underscore."""
-    return re.sub(r"[^\w.-]+", "_", text).strip("._")[:100] or "image"
+    """A file name that every system accepts: letters of any alphabet, digits, dot, dash and underscore, 150 bytes at most."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("._").encode()[:150].decode(errors="ignore") or "image"

@@ -258,20 +258,23 @@ def _compvis_vae_name(name):
 def hub_file(repository, candidates, sha256=None, gated=""):
     """The first of the candidate files of a repository: from the hub's cache, or else downloaded after saying so.
 
-    Of the files that may be downloaded the last one is taken (of SD1.5: float16, half as large, and finer than the
+    Of those that the repository has the last one is downloaded (of SD1.5: float16, half as large, and finer than the
     bfloat16 that it is used in). sha256: {file: hash} to check a download against. gated: how to get access.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import EntryNotFoundError
     for name in candidates:
         if isinstance(path := try_to_load_from_cache(repository, name), str):
             return Path(path)
-    name = candidates[-1]
+    *others, name = candidates
     try:
         size = get_hf_file_metadata(hf_hub_url(repository, name)).size
         print(f"downloading {name} of {repository} ({(size or 0) / 1e9:.2f} GB) to {HF_HUB_CACHE}", flush=True)
         path = Path(hf_hub_download(repository, name))
     except Exception as problem:            # the hub's client has a dozen kinds, and several libraries beneath it
+        if others and isinstance(problem, EntryNotFoundError):
+            return hub_file(repository, others, sha256, gated)
         kind = type(problem).__name__
         raise Fail(f"cannot get {name} of {repository} ({kind}: {first_line(problem)}). "
                    f"{gated or 'Check the name and the connection, or download it elsewhere and pass the local path.'}") from None

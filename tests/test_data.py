@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.data import (PROPORTIONS, Cache, Patch, describe_split, fit, list_images, load_rgb, make_split, read_dataset, read_split,
                       split_patches, to_images, to_tensor)
-from ldm.files import Fail
+from ldm.files import Fail, safe_name
 
 GREY = np.add.outer(np.arange(20), np.arange(30)).astype(np.uint16)
 
@@ -152,13 +152,45 @@ def test_annotators_decide_by_majority_where_there_is_no_label(tmp_path, capsys)
 @pytest.mark.parametrize("names, expected", [
     (["x.png", "y.png"], [("all", "x.png"), ("all", "y.png")]),
     (["k/x.png", "l/y.png"], [("k", "k/x.png"), ("l", "l/y.png")]),
-    (["k/c1/x.png", "l/c1/y.png"], [("k", "k/c1"), ("l", "l/c1")]),
+    (["k/c1/x.png", "l/c1/y.png"], [("k", "c1"), ("l", "c1")]),
     (["k/353042_4-IMG005x014-1.JPG", "l/353042-7-IMG001x001-0.JPG"], [("k", "353042"), ("l", "353042")])])
 def test_folders_give_class_and_case(names, expected, tmp_path):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert [(p.label, p.case) for p in read_dataset(tmp_path)] == expected
+
+
+def test_folders_of_parts_are_not_taken_for_classes(tmp_path):
+    for name in ("train/normal/x.png", "Test/normal/y.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    with pytest.raises(Fail, match="a folder per part"):
+        read_dataset(tmp_path)
+
+
+def test_linked_folders_are_followed_and_circles_end(tmp_path):
+    for name in ("a/x.png", "elsewhere/y.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / "a/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a/circle").symlink_to(tmp_path / "a")
+    assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path / "a")] == ["a/link/y.png", "a/x.png"]
+
+
+def test_a_name_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "\udcff.png").touch()
+    with pytest.raises(Fail, match="not valid UTF-8"):
+        read_dataset(tmp_path)
+    (tmp_path / "train.json").write_text('[{"name": "\\ud800.JPG", "label": 0}]')
+    with pytest.raises(Fail, match="not valid UTF-8"):
+        read_dataset(tmp_path)
+
+
+def test_a_safe_name_fits_every_file_system():
+    for text in ("ü" * 300, "漢" * 300, "../../x", "a b"):
+        name = safe_name(text)
+        assert len(name.encode()) <= 150 and "/" not in name and " " not in name and not name.startswith(".")
 
 
 @pytest.mark.parametrize("text, words", [
@@ -289,6 +321,7 @@ def test_an_interrupted_cache_keeps_what_it_has_and_goes_on(forty, tmp_path):
         Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, Encoders(fail_after=36), 16)
     files = list((tmp_path / "cache").rglob("*.*"))
     assert len(files) == 1 and not files[0].name.startswith(".")
+    (files[0].parent / ".0123-killed.safetensors").write_bytes(files[0].read_bytes()[:50])     # what SIGKILL leaves behind
     rest = Encoders()
     Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, rest, 16)
     assert rest.images == 8

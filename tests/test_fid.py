@@ -191,11 +191,18 @@ def test_statistics_of_another_resizer_or_network_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    dict(mu=np.zeros(3), sigma=np.eye(4)), dict(sigma=np.eye(3)), dict(mu=np.array([{}], dtype=object), sigma=np.eye(3))])
+    dict(mu=np.zeros(3), sigma=np.eye(4)), dict(sigma=np.eye(3)), dict(mu=np.array([{}], dtype=object), sigma=np.eye(3)),
+    dict(mu=np.array(["a", "b"]), sigma=np.eye(2)), dict(mu=np.full(2, np.nan), sigma=np.eye(2))])
 def test_foreign_archives_that_hold_no_statistics_are_refused(content, tmp_path):
     np.savez(tmp_path / "x.npz", **content)
     with pytest.raises(Fail, match="no statistics"):
         fid.load_set(tmp_path / "x.npz", "clean", "abc")
+
+
+def test_names_without_features_are_no_classes(tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.zeros(2), sigma=np.eye(2), n=3, names=np.array(["a/1", "a/2", "a/3"]))
+    images = fid.load_set(tmp_path / "x.npz", "clean", "abc")
+    assert images.classes() == set() and fid.compare_classes(images, images) == {}
 
 
 def test_a_damaged_archive_is_refused(tmp_path):

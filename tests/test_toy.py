@@ -53,7 +53,7 @@ def test_the_dataset_is_split_by_slide_and_written_once(tmp_path):
     parts = [{case[name] for name in names} for names in split.values()]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 24
     times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
-    victim = tmp_path / "adenoma/slide002/01.png"
+    victim = tmp_path / "adenoma/adenoma-002/01.png"
     pixels = np.asarray(load_rgb(victim))
     victim.unlink()
     write_dataset(tmp_path, slides=6, patches=3)

@@ -113,11 +113,27 @@ def test_the_optimizer_has_the_papers_two_groups():
     t = trainer()
     t.train_step()
     lora, rest = t.optimizer.param_groups
+    assert [lora["lr"], rest["lr"]] == t.learning_rates(0) == [5e-5 / 2, pytest.approx(5e-4 / 2)]      # two steps of warm-up
     assert isinstance(t.optimizer, torch.optim.AdamW) and lora["betas"] == rest["betas"] == (0.9, 0.999)
     assert (lora["base"], lora["weight_decay"]) == (5e-5, 1e-3)
     assert (rest["base"], rest["weight_decay"]) == (pytest.approx(5e-4), 1e-4)
     assert {id(p) for p in lora["params"]} == {id(p) for p in lora_parameters(t.unet).values()}
     assert {id(p) for p in rest["params"]} == {id(p) for p in t.projector.parameters()} and any(p is t.projector.null for p in rest["params"])
+
+
+def test_a_step_is_adamw_on_the_gradient_clipped_to_norm_1():
+    """Written out: after the first step the moments are m = (1-β₁) g and v = (1-β₂) g², so the update is that of sign(g)."""
+    t = trainer(cfg_drop=0.5)
+    before = {n: p.detach().clone() for n, p in t.named.items()}
+    scale = torch.full((), 1e3)
+    t.network = lambda z, s, c: scale * t.unet(z, s, c)         # a gradient far above 1
+    _, norm = t.train_step()
+    assert norm > 10
+    clipped = torch.sqrt(sum(p.grad.square().sum() for p in t.parameters))
+    assert clipped.item() == pytest.approx(1, rel=1e-3)
+    for name, p in t.named.items():
+        rate, decay = (t.learning_rates(0)[0], 1e-3) if name.startswith("unet.") else (t.learning_rates(0)[1], 1e-4)
+        assert torch.allclose(p, before[name] * (1 - rate * decay) - rate * p.grad / (p.grad.abs() + 1e-8), atol=1e-7), name
 
 
 def test_training_moves_lora_projector_and_null_embedding_and_nothing_else():
@@ -247,10 +263,38 @@ def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_ha
             time.sleep(0.02)
         running.send_signal(kind)
         codes.append(running.wait())
-    assert codes[0] in (143, 0) and codes[1] in (-signal.SIGKILL, 0)
+    assert codes == [143, -signal.SIGKILL]
     result = process("train.py", "--resume", "runs/broken", cwd=tmp_path)
     assert "complete" in result.stdout
     assert all(torch.equal(t, expected[n]) for n, t in load_file(tmp_path / "runs/broken/adapter.safetensors").items())
+
+
+@pytest.mark.parametrize("moment", ["step", "validation"])
+def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
+    """SIGTERM in the third step, or in the validation after the first epoch: what was done till then is on the disk."""
+    method = {"step": "train_step", "validation": "validation_loss"}[moment]
+    original = getattr(Trainer, method)
+
+    def interrupted(self, *args):
+        if moment == "validation" or self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+    monkeypatch.setattr(Trainer, method, interrupted)
+    result = program("train.py", *small, "--epochs", 2, "--previews", 0, "--run", "runs/x", cwd=tmp_path, check=False)
+    assert result.returncode == 143
+    state = train.TensorFile(tmp_path / "runs/x/state.safetensors").header
+    epoch = math.ceil(len(json.loads((tmp_path / "runs/x/split.json").read_text())["train"]) / 4)
+    assert int(state["step"]) == len(json.loads(state["losses"])) == {"step": 3, "validation": epoch}[moment]
+
+
+def test_the_best_adapter_is_that_of_the_lowest_validation_loss_and_is_sampled_from(small, tmp_path, monkeypatch):
+    losses = iter([2.0, 1.0, 3.0])
+    monkeypatch.setattr(Trainer, "validation_loss", lambda self, hashes: next(losses))
+    program("train.py", *small, "--epochs", 3, "--previews", 0, "--run", "runs/x", cwd=tmp_path)
+    steps = [train.TensorFile(tmp_path / f"runs/x/{name}.safetensors").header["step"] for name in ("adapter", "adapter-best")]
+    assert int(steps[0]) / 3 == int(steps[1]) / 2
+    from sample import find_adapter
+    assert find_adapter(tmp_path / "runs/x", None).path.name == "adapter-best.safetensors"
 
 
 def test_samples_are_named_seeded_and_not_made_twice(trained, tmp_path):
@@ -342,6 +386,46 @@ def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(
     (tmp_path / "config.json").write_text('{"architecture": "vit"}')
     with pytest.raises(train.Fail, match="not of a run"):
         train.claim(tmp_path, args, {"vae": "1"})
+    (tmp_path / "config.json").write_text('{"args": {}, "sha256": null}')
+    with pytest.raises(train.Fail, match="damaged"):
+        train.claim(tmp_path, args, {"vae": "1"})
+
+
+def test_a_folder_of_someone_elses_is_not_made_a_run(small, tmp_path):
+    """A run keeps only its own pictures in real/ and fake/: so it takes no folder in which others may be."""
+    (tmp_path / "mine/real").mkdir(parents=True)
+    (tmp_path / "mine/real/precious.png").write_bytes(b"x")
+    result = program("train.py", *small, "--max-steps", 1, "--run", "mine", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "holds other files" in result.stderr
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "mine/real/precious.png"]
+
+
+def test_a_run_without_its_split_or_with_a_damaged_state_is_refused(trained, small, tmp_path):
+    import shutil
+    copy = shutil.copytree(trained, tmp_path / "runs/x")
+    shutil.copytree(trained.parent / "cache", tmp_path / "runs/cache")
+    arguments = [*small, "--epochs", 2, "--previews", 2, "--run", "runs/x"]
+    train.save_tensors(copy / "state.safetensors", {"a": torch.ones(1)}, {"step": "1"})
+    assert "is damaged" in program("train.py", *arguments, cwd=tmp_path, check=False).stderr
+    (copy / "split.json").unlink()
+    assert "is gone" in program("train.py", *arguments, cwd=tmp_path, check=False).stderr
+
+
+def test_the_network_is_compiled_once_for_training_and_once_for_validation(monkeypatch):
+    """A backend that counts the graphs that it is given: shapes are static, so no later batch brings another."""
+    t, graphs = trainer(n=6, batch=4), []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    t.network = torch.compile(t.unet, dynamic=False, backend=counting)
+    for _ in range(3):
+        t.train_step()
+    t.validation_loss([f"h{i}" for i in range(6)])
+    first = len(graphs)
+    t.train_step()
+    t.validation_loss([f"h{i}" for i in range(5)])
+    assert len(graphs) == first <= 2
 
 
 def test_paths_that_are_not_there_are_looked_for_in_the_newest_run_all_or_none(tmp_path, monkeypatch):
@@ -397,6 +481,11 @@ def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path)
     refused = program("sample.py", *arguments, cwd=tmp_path, check=False)
     assert refused.returncode == 2 and "another base" in refused.stderr and "--other-base" in refused.stderr
     assert not (tmp_path / "out").exists()
+    encoder = train.open_encoder(json.loads((trained / "config.json").read_text())["args"]["uni2h"])
+    (tmp_path / "encoder").mkdir()
+    save_file({n: encoder.get(n) + (n == "norm.bias") for n in encoder.names}, tmp_path / "encoder/model.safetensors")
+    refused = program("sample.py", *arguments, "--other-base", "--uni2h", tmp_path / "encoder", cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "not the encoder" in refused.stderr and not (tmp_path / "out").exists()
     program("sample.py", *arguments, "--other-base", cwd=tmp_path)
     assert list((tmp_path / "out/cfg1.3").glob("*.png"))
 
@@ -448,6 +537,42 @@ def test_a_checkpoint_that_is_none_is_refused_by_name(change, words, base, tmp_p
     with pytest.raises(train.Fail) as problem:
         load_unet(open_sd15(str(damage(base, tmp_path / "sd", change)))[0])
     assert words in str(problem.value) and "\n" not in str(problem.value)
+
+
+class Hub:
+    """A stand-in for the hub's client: a repository of these files, of which these are cached."""
+
+    def __init__(self, monkeypatch, folder, files, cached=()):
+        import huggingface_hub as hub
+        from huggingface_hub.errors import EntryNotFoundError
+
+        def metadata(url):
+            if url not in files:
+                raise EntryNotFoundError.__new__(EntryNotFoundError)
+            return SimpleNamespace(size=len(files[url]))
+
+        def download(repository, name):
+            (folder / name).write_bytes(files[name])
+            return str(folder / name)
+        monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repository, name: str(folder / name) if name in cached else None)
+        monkeypatch.setattr(hub, "hf_hub_url", lambda repository, name: name)
+        monkeypatch.setattr(hub, "get_hf_file_metadata", metadata)
+        monkeypatch.setattr(hub, "hf_hub_download", download)
+
+
+def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch, tmp_path, capsys):
+    from ldm.weights import hub_file
+    Hub(monkeypatch, tmp_path, {"a32": b"1234", "a16": b"12"}, cached=["a32"])
+    assert hub_file("x/y", ["a32", "a16"]) == tmp_path / "a32" and capsys.readouterr().out == ""
+    Hub(monkeypatch, tmp_path, {"a32": b"1234", "a16": b"12"})
+    assert hub_file("x/y", ["a32", "a16"]).read_bytes() == b"12" and "downloading a16 of x/y" in capsys.readouterr().out
+    Hub(monkeypatch, tmp_path, {"a32": b"1234"})
+    assert hub_file("x/y", ["a32", "a16"]).read_bytes() == b"1234"
+    with pytest.raises(train.Fail, match="sha256.*removed"):
+        hub_file("x/y", ["a32"], {"a32": "0" * 64})
+    assert not (tmp_path / "a32").exists()
+    with pytest.raises(train.Fail, match="cannot get b of x/y.*ask for access"):
+        hub_file("x/y", ["b"], gated="ask for access")
 
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):

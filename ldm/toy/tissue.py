@@ -189,7 +189,7 @@ def write_dataset(folder, slides, patches, size=64, seed=0):
     for label, name in enumerate(CLASSES):
         for s in range(slides):
             slide = draw_slide(label, seed * 10_000 + s)
-            paths = [folder / name / f"slide{s:03d}" / f"{p:02d}.png" for p in range(patches)]
+            paths = [folder / name / f"{name}-{s:03d}" / f"{p:02d}.png" for p in range(patches)]
             for path in paths if not all(map(Path.exists, paths)) else []:
                 with whole(path) as temporary:
                     draw_patch(slide, size).save(temporary)
