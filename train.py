@@ -465,7 +465,7 @@ def parameter_table(unet, projector):
     lora, null = (sum(p.numel() for p in ps) for ps in (lora_parameters(unet).values(), [projector.null]))
     mlp = sum(p.numel() for p in projector.parameters()) - null
     total, frozen = lora + mlp + null, sum(p.numel() for p in unet.parameters()) - lora
-    rows = [(name, f"{n:,}", f"{n / total:.1%}") for name, n in (
+    rows = [(name, f"{n:,}", f"{n / total:.1%}" if n / total >= 0.001 else "<0.1%") for name, n in (
         ("LoRA adapters", lora), ("Projector MLP", mlp), ("Null embedding", null), ("Total trainable", total))]
     rows += [("Stable Diffusion backbone (frozen)", f"{frozen:,}", ""), ("Trainable/backbone", "", f"{total / frozen:.2%}")]
     return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in [("Component", "Parameters", "Share")] + rows)
