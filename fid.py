@@ -277,16 +277,22 @@ class ImageSet:
         return {n.split("/")[0] for n in self.names if "/" in n} if self.names is not None else set()
 
 
+def images_of(folder):
+    """The files of a folder of two images or more."""
+    if not folder.is_dir():
+        raise Fail(f"{folder}: no such folder (or .npz file of statistics)")
+    files = list_images(folder)
+    if len(files) < 2:
+        raise Fail(f"{folder} holds {len(files)} images; at least 2 are needed")
+    return files
+
+
 def read_set(path, extract, resize, weights):
     """A folder of images, or an .npz of statistics, -> ImageSet."""
     path = Path(path)
     if path.suffix == ".npz":
         return load_set(path, resize, weights)
-    if not path.is_dir():
-        raise Fail(f"{path}: no such folder (or .npz file of statistics)")
-    files = list_images(path)
-    if len(files) < 2:
-        raise Fail(f"{path} holds {len(files)} images; at least 2 are needed")
+    files = images_of(path)
     return ImageSet.of_features(extract(files), [f.relative_to(path).as_posix() for f in files])
 
 
@@ -387,9 +393,9 @@ def main():
     if args.json not in (None, "-") and Path(args.json).suffix != ".json":
         raise Fail(f"--json {args.json}: the name must end in .json, or be -")
     say = partial(print, file=sys.stderr if args.json == "-" else sys.stdout)
-    for path in (args.real, *args.fake):
-        if not path.exists():
-            raise Fail(f"{path}: no such folder (or .npz file of statistics)")
+    for path in (args.real, *args.fake):        # before any weights are asked for
+        if path.suffix != ".npz" or not path.is_file():
+            images_of(path)
 
     device, encoder = pick_device(args.device), encoder_of(args.real)
     torch.backends.cudnn.allow_tf32 = False         # convolutions in full float32, as on the CPU

@@ -275,6 +275,8 @@ def main():
     args, signals = parse_args(), Signals()
     device, folder = pick_device(args.device), Path(args.run)
 
+    if args.data != toy.DATA:
+        read_dataset(args.data)     # a wrong folder is found before gigabytes are downloaded
     # what can be wrong with the arguments is found here, on the meta device, before anything is computed or written
     unet_file, vae_file = open_sd15(args.sd15)
     encoder_file = open_encoder(args.uni2h)

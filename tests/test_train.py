@@ -353,6 +353,7 @@ def test_a_wrong_argument_of_training_fails_in_one_line_and_writes_nothing(extra
 @pytest.mark.parametrize("name, arguments, culprit", [
     ("train.py", ["--sd15", "elsewhere"], "--data"), ("sample.py", ["--ref", "missing.png", "--run", "{run}"], "missing.png"),
     ("sample.py", ["--ref", "{run}/grids", "--cfg", "nan"], "--cfg"), ("fid.py", ["nowhere", "nowhere"], "nowhere"),
+    ("train.py", ["--data", "nowhere"], "nowhere"),
     ("sample.py", ["--ref", "{run}/log.csv", "--run", "{run}"], "log.csv"), ("sample.py", [], "--ref")])
 def test_a_failing_program_prints_one_line_and_exits_with_2(name, arguments, culprit, trained, tmp_path):
     start = process if name == "fid.py" else program        # one of them as a process of its own
