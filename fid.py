@@ -334,7 +334,8 @@ def extract_features(files, network, resizer, device, batch):
         for start in range(0, len(files), batch):
             part = files[start:start + batch]
             x = torch.stack(list(pool.map(lambda path: resizer(load_rgb(path)), part))).to(device)
-            features.append(network(x.contiguous(memory_format=torch.channels_last)).cpu().double().numpy())     # Apple's GPUs have no float64
+            x = network(x.contiguous(memory_format=torch.channels_last))
+            features.append(x.cpu().double().numpy())       # in this order: Apple's GPUs have no float64
             bar.update(len(part))
     return np.concatenate(features)
 

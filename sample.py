@@ -131,7 +131,8 @@ def main():
             save_image(real[r], fit(load_rgb(references[r]), size))
     for w, folder in folder_of.items():
         shown = list(references)[::max(1, len(references) // 32)][:32]      # and of each reference seven samples at most
-        sheet = contact_sheet([[load_rgb(p) for p in (real[r], *[path_of[job] for job in jobs if job[:2] == (w, r)][:7])] for r in shown])
+        rows = [(real[r], *[path_of[job] for job in jobs if job[:2] == (w, r)][:7]) for r in shown]
+        sheet = contact_sheet([[load_rgb(path) for path in row] for row in rows])
         save_image(out / f"sheet-{folder.name}.png", sheet)
     first = folder_of[args.cfg[0]]
     for folder, n in ((out / "real", len(references)), *((folder, len(references) * args.n) for folder in folder_of.values())):

@@ -60,7 +60,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=26, width=118)
 
     def _get_help_string(self, action):
-        shown = not (action.default is None or action.default is False or action.default == argparse.SUPPRESS or "default" in action.help)
+        hidden = any(action.default is x for x in (None, False, argparse.SUPPRESS))     # by identity: 0 equals False
+        shown = not hidden and "default" not in action.help
         return action.help + (" (default: %(default)s)" if shown else "")
 
 
