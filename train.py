@@ -256,11 +256,11 @@ def parse_args():
             raise Fail("pass --data with a folder of patches; only the toy base (--sd15 toy) brings its own")
         if args.split != "paper":
             raise Fail("--split is for a dataset of yours: pass it with --data")
-        args.data = toy.DATA
     if args.alpha is None:
         args.alpha = float(args.rank)
     for name in ("data", "sd15", "uni2h", "split"):
-        if name == "data" and args.data == toy.DATA:
+        if name == "data" and (args.data is None or (args.resume and args.data == toy.DATA)):
+            args.data = toy.DATA                # drawn beside the run, whatever else has this name
             continue
         path = Path(getattr(args, name)).expanduser()
         named = getattr(args, name) in BUILT_IN and name in ("sd15", "uni2h")
@@ -275,8 +275,8 @@ def main():
     args, signals = parse_args(), Signals()
     device, folder = pick_device(args.device), Path(args.run)
 
-    if args.data != toy.DATA:
-        read_dataset(args.data)     # a wrong folder is found before gigabytes are downloaded
+    if args.data != toy.DATA:       # a wrong folder is found before gigabytes are downloaded
+        data, patches = Path(args.data), read_dataset(args.data)
     # what can be wrong with the arguments is found here, on the meta device, before anything is computed or written
     unet_file, vae_file = open_sd15(args.sd15)
     encoder_file = open_encoder(args.uni2h)
@@ -284,8 +284,8 @@ def main():
     if args.data == toy.DATA:
         print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop, to see the method work.\n"
               "For the real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)", flush=True)
-    data = write_dataset(folder.parent / toy.DATA, **toy.TISSUE) if args.data == toy.DATA else Path(args.data)
-    patches = read_dataset(data)
+        data = write_dataset(folder.parent / toy.DATA, **toy.TISSUE)
+        patches = read_dataset(data)
     split_file, started = folder / "split.json", (folder / "state.safetensors").exists()
     split = make_split(patches, args.split) if not started else None
     if split_file.exists():
@@ -336,17 +336,17 @@ def main():
         while True:
             if trainer.epoch_is_due():
                 speed = (trainer.step - step_then) * args.batch / max(time.perf_counter() - clock, 1e-9) or None
-                signals.deferred = False                # all is committed: to leave while validating loses nothing
+                signals.deferred = False                # all is committed: to leave while validating or drawing loses nothing
                 signals.leave()
                 row = dict(epoch=math.ceil(trainer.step / trainer.steps_per_epoch), step=trainer.step,
                            train_loss=sum(trainer.losses) / len(trainer.losses), val_loss=trainer.validation_loss(hashes["val"]),
                            **dict(zip(("lr_lora", "lr_projector"), trainer.learning_rates(trainer.step - 1))),
                            images_per_second=speed and round(speed, 2), peak_memory_gb=round(peak_memory(device), 2))
-                signals.deferred = True
                 if preview:
                     pairs = draw_pairs(trainer, [h for _, h in preview], titles.values(), vae_file)
                     save_image(folder / "grids" / f"epoch{row['epoch']:02d}.png", contact_sheet(pairs))
                     save_pairs(folder, dict(zip(titles, pairs)))
+                signals.deferred = True
                 if row["val_loss"] < trainer.best:
                     trainer.best = row["val_loss"]
                     save_adapter(folder / "adapter-best.safetensors", unet, projector, header | {"step": str(trainer.step)})

@@ -26,11 +26,11 @@ def run(main):
     except OSError as problem:              # disk full, read-only folder, no permission: the message names the file
         sys.exit(_complain(f"{problem.strerror or problem}: {problem.filename or 'no file named'}"))
     except (MemoryError, RuntimeError) as problem:
-        if not isinstance(problem, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(problem):
-            if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                sys.exit(_complain(f"torch.compile cannot compile here; pass --no-compile ({first_line(problem)})"))
-            raise                           # the string is how torch says it on the CPU
-        sys.exit(_complain(f"out of memory; try a smaller --batch or --size ({first_line(problem)})"))
+        if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(problem):    # torch on the CPU
+            sys.exit(_complain(f"out of memory; try a smaller --batch or --size ({first_line(problem)})"))
+        if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(_complain(f"torch.compile cannot compile here; pass --no-compile ({first_line(problem)})"))
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 

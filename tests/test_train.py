@@ -269,22 +269,22 @@ def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_ha
     assert all(torch.equal(t, expected[n]) for n, t in load_file(tmp_path / "runs/broken/adapter.safetensors").items())
 
 
-@pytest.mark.parametrize("moment", ["step", "validation"])
+@pytest.mark.parametrize("moment", ["step", "validation", "previews"])
 def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
-    """SIGTERM in the third step, or in the validation after the first epoch: what was done till then is on the disk."""
-    method = {"step": "train_step", "validation": "validation_loss"}[moment]
-    original = getattr(Trainer, method)
+    """SIGTERM in the third step, or in what follows the first epoch: what was done till then is on the disk, and no more is done."""
+    owner, name = {"step": (Trainer, "train_step"), "validation": (Trainer, "validation_loss"), "previews": (train, "draw_pairs")}[moment]
+    original = getattr(owner, name)
 
-    def interrupted(self, *args):
-        if moment == "validation" or self.step == 2:
+    def interrupted(first, *args):
+        if moment != "step" or first.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
-    monkeypatch.setattr(Trainer, method, interrupted)
-    result = program("train.py", *small, "--epochs", 2, "--previews", 0, "--run", "runs/x", cwd=tmp_path, check=False)
+        return original(first, *args)
+    monkeypatch.setattr(owner, name, interrupted)
+    result = program("train.py", *small, "--epochs", 2, "--previews", 1, "--run", "runs/x", cwd=tmp_path, check=False)
     assert result.returncode == 143
     state = train.TensorFile(tmp_path / "runs/x/state.safetensors").header
     epoch = math.ceil(len(json.loads((tmp_path / "runs/x/split.json").read_text())["train"]) / 4)
-    assert int(state["step"]) == len(json.loads(state["losses"])) == {"step": 3, "validation": epoch}[moment]
+    assert int(state["step"]) == len(json.loads(state["losses"])) == (3 if moment == "step" else epoch)
 
 
 def test_the_best_adapter_is_that_of_the_lowest_validation_loss_and_is_sampled_from(small, tmp_path, monkeypatch):
