@@ -117,7 +117,7 @@ def test_the_readmes_three_lines_work_on_what_they_leave_behind(tmp_path):
     result = process("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 4, "--previews", 8, **how)
     first = result.stdout.splitlines()[0]
     assert first.startswith("No --data") and "--data FOLDER" in result.stdout
-    [run] = (tmp_path / "runs").glob("toy-64px-r4-t4")
+    [run] = (tmp_path / "runs").glob("toy-tissue-64px-r4-t4")
     config = json.loads((run / "config.json").read_text())["args"]
     assert (config["sd15"], config["uni2h"], config["size"], config["rank"]) == ("toy", "toy", 64, 4)
     process("sample.py", "--ref", "patch.png", "--cfg", 1.3, **how)
