@@ -16,7 +16,7 @@ from ..data import CLASSES
 from ..files import whole
 from . import TISSUE
 
-VIEW = 48       # side of a patch in the units that everything below is drawn in
+VIEW = 36       # side of a patch in the units that everything below is drawn in
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])     # optical density of H and E (Ruifrok and Johnston 2001)
 
 
@@ -32,7 +32,7 @@ def draw_patch(slide, size=64):
     """The next patch of a slide -> PIL image (size, size)."""
     rng, kind = slide["rng"], slide["label"]
     y, x = (np.mgrid[:size, :size] + 0.5) * VIEW / size
-    layers = dict(H=0.12 + 0.1 * noise(rng, x, y, 14), E=0.38 + 0.25 * noise(rng, x, y, 9), clear=np.zeros_like(x))
+    layers = dict(H=0.1 + 0.04 * noise(rng, x, y, 14), E=0.34 + 0.1 * noise(rng, x, y, 9), clear=np.zeros_like(x))
     nuclei = []                                                     # (x, y, half-length, half-width, angle, darkness)
     {"normal": normal, "serrated": serrated, "adenocarcinoma": adenocarcinoma, "adenoma": adenoma}[kind](
         rng, x, y, slide["scale"], layers, nuclei)
@@ -52,12 +52,12 @@ def normal(rng, x, y, scale, layers, nuclei):
         r = 11.2 * scale * rng.uniform(0.94, 1.06)
         rho, phi = polar(x, y, cx, cy, 0, rng.uniform(1, 1.12))
         paint(layers, rho, r, H=0.28, E=0.42)
-        hollow(layers, rho, 0.17 * r)
-        goblets = int(rng.integers(8, 11))
+        hollow(layers, rho, 0.18 * r)
+        goblets = int(rng.integers(6, 9))
         for a in np.arange(goblets) * 2 * np.pi / goblets + rng.uniform(0, 6):
-            near, _ = polar(x, y, cx + 0.53 * r * np.cos(a), cy + 0.53 * r * np.sin(a), a, 1.4)
-            hollow(layers, near, 0.15 * r, 0.75)
-        ring(rng, nuclei, cx, cy, r, 0.87, 20, 1.5, 0.9, 0, 0.9)
+            near, _ = polar(x, y, cx + 0.5 * r * np.cos(a), cy + 0.5 * r * np.sin(a), a, 1.3)
+            hollow(layers, near, 0.17 * r, 0.8)
+        ring(rng, nuclei, cx, cy, r, 0.88, 18, 1.7, 1.25, 0, 1.0)
 
 
 def serrated(rng, x, y, scale, layers, nuclei):
