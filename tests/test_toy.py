@@ -9,6 +9,8 @@ from conftest import ROOT, process, program
 from PIL import Image
 
 from ldm.data import CLASSES, load_rgb, read_dataset, split_patches, to_images, to_tensor
+from ldm.schedule import alpha_bar
+from ldm.toy.base import draw_world, pictures_of, small_picture
 from ldm.toy.tissue import draw_patch, draw_slide, write_dataset
 from ldm.vae import SCALE
 from ldm.weights import BUILT_IN, load_unet, load_vae, open_sd15
@@ -70,7 +72,7 @@ def test_the_weights_are_small_and_of_the_very_classes():
     unet, vae = load_unet(unet_file, "meta"), load_vae(vae_file, "meta")
     assert vae.factor == 4 and unet.latent == 4 and unet.context == 128
     rows = (WEIGHTS / "log.csv").read_text().splitlines()
-    assert rows[0] == "network,step,loss,validation" and {r.split(",")[0] for r in rows[1:]} == {"vae", "encoder", "unet"}
+    assert rows[0] == "network,step,loss,validation" and {r.split(",")[0] for r in rows[1:]} == {"vae", "encoder", "unet", "details"}
 
 
 @needs_weights
@@ -82,6 +84,32 @@ def test_the_vae_keeps_tissue_that_it_never_saw(tissue):
     error = [np.square(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(tissue, images)]
     assert np.mean([10 * np.log10(255 ** 2 / e) for e in error]) >= 24
     assert 0.6 < (mean * SCALE).std() < 1.6 and (logvar / 2).exp().mean() < 0.3 * mean.std()
+
+
+@needs_weights
+def test_three_channels_of_a_latent_are_a_small_picture(tissue):
+    """What makes the toy's U-Net able to learn shapes: their difference from the averages is a twentieth of their variance."""
+    x = to_tensor(tissue, 64)
+    with torch.no_grad():
+        z = load_vae(open_sd15("toy")[1]).encode(x)[0][:, :3] * SCALE
+    small = small_picture(x, 4)
+    assert (z - small).square().mean() < 0.05 * small.var()
+
+
+def test_a_small_picture_keeps_the_mean_at_half_the_contrast_of_the_rest():
+    mean = torch.tensor([0.55, 0.1, 0.7])[None, :, None, None]
+    flat = small_picture((mean + 0.25).expand(1, 3, 8, 8), 4)
+    assert flat.shape == (1, 3, 2, 2) and torch.allclose(flat, torch.full_like(flat, 0.5), atol=1e-6)
+    halves = mean + torch.tensor([-0.25, 0.25]).repeat_interleave(4).expand(1, 3, 8, 8)
+    assert torch.allclose(small_picture(halves, 4), torch.tensor([-1.0, 1.0]).expand(1, 3, 2, 2), atol=1e-6)
+
+
+def test_the_bases_pictures_are_a_function_of_their_world():
+    for world in (3, 4003):
+        pictures = pictures_of(world)
+        assert pictures.shape == (4, 64, 64, 3) and np.array_equal(pictures, pictures_of(world))
+        assert not np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures, pictures_of(world + 1))
+    assert np.array_equal(draw_world(4)["dyes"], draw_world(7)["dyes"]) and not np.array_equal(draw_world(4)["dyes"], draw_world(8)["dyes"])
 
 
 @needs_weights
@@ -98,14 +126,16 @@ def test_the_encoder_tells_the_classes_apart(tissue):
 
 @needs_weights
 def test_the_toy_unets_cross_attention_is_alive():
-    """Other tokens move the prediction by a twentieth of its size at least: the condition has not been learnt away."""
+    """Other tokens move ẑ_0 by a twentieth of the latents' deviation, which is 1, at least. (At t = 700 the noise is nearly z_t
+    itself whatever the tokens say, and moves less.)"""
     unet = load_unet(open_sd15("toy")[0])
     g = torch.Generator().manual_seed(0)
     z, t = torch.randn(8, 4, 16, 16, generator=g), torch.full((8,), 700)
     a, b = (torch.randn(8, 4, unet.context, generator=g) for _ in range(2))
     with torch.no_grad():
-        first, second = unet(z, t, a), unet(z, t, b)
-    assert (first - second).square().mean().sqrt() > 0.05 * first.square().mean().sqrt()
+        difference = unet(z, t, a) - unet(z, t, b)
+    a_t = alpha_bar()[700].item()
+    assert difference.square().mean().sqrt() * ((1 - a_t) / a_t) ** 0.5 > 0.05      # ẑ_0 = (z_t - √(1-ᾱ) ε) / √ᾱ
 
 
 @needs_weights

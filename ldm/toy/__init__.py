@@ -7,10 +7,10 @@ nothing else: train.py takes it for the defaults of its flags where the base is 
 SETTINGS = dict(
     size=64,            # 16 x 16 latent pixels: the toy VAE halves twice, Stable Diffusion's three times
     hidden=256,         # the embedding has 192 numbers, not 1,536
-    lr=1e-3,            # a tenth of the paper's steps must do
-    lr_ratio=2.0,
-    epochs=8,
-    previews=16,
+    lr=5e-3,            # a tenth of the paper's steps must do
+    lr_ratio=1.0,
+    epochs=24,
+    previews=8,
 )
 DATA = "toy-tissue"     # what --data is called where it is drawn; in a run's folder it lies beside the run
 TISSUE = dict(slides=24, patches=7)     # of each class: 672 patches
