@@ -34,13 +34,14 @@ def matched(image):
 
 
 class Judge:
-    def __init__(self, inception, train, cpu=torch.device("cpu")):
+    def __init__(self, inception, folders, cpu=torch.device("cpu")):
         network = load(Inception, open_inception(inception), cpu).to(memory_format=torch.channels_last)
         self.features = {
             "plain": lambda files: extract_features(files, network, resize_pytorch_fid, cpu, 32),
             "matched": lambda files: extract_features(files, network, lambda image: resize_pytorch_fid(matched(image)), cpu, 32)}
-        files = list_images(train)
-        self.classifiers = {kind: ridge(f(files), labels(files, train)) for kind, f in self.features.items()}
+        files = [list_images(folder) for folder in folders]
+        y = np.concatenate([labels(part, folder) for part, folder in zip(files, folders)])
+        self.classifiers = {kind: ridge(np.concatenate([f(part) for part in files]), y) for kind, f in self.features.items()}
 
     def consistency(self, folder, kind):
         files = list_images(folder)
@@ -92,7 +93,8 @@ def main():
     out = args.out.resolve()
     sets = {name: write_dataset(out / name, slides, patches, seed=seed)             # slides that no run has seen
             for name, slides, patches, seed in (("judge", 20, 6, 1), ("references", 12, 2, 2), ("real", 12, 2, 3))}
-    judge, rows = Judge(args.inception, sets["judge"]), {}
+    reconstruct(list_images(sets["judge"]), sets["judge"], out / "judge-vae")
+    judge, rows = Judge(args.inception, [sets["judge"], out / "judge-vae"]), {}
 
     def score(name, folder):
         rows[name] = dict(consistency=judge.consistency(folder, "plain"), matched=judge.consistency(folder, "matched"),
