@@ -198,8 +198,8 @@ def _find(folder, part):
     for name in _candidates(part):
         if (folder / name).is_file():
             return folder / name
-    how = (f"make it with `python -m ldm.toy.base {folder}` (hours on 2 cores), or pass --data and --sd15" if folder in BUILT_IN.values()
-           else "pass the folder that contains unet/ and vae/")
+    how = (f"make it with `python -m ldm.toy.base {folder}` (an hour and a half on 2 cores), or pass --data and --sd15"
+           if folder in BUILT_IN.values() else "pass the folder that contains unet/ and vae/")
     raise Fail(f"{folder} holds neither {' nor '.join(_candidates(part))}; {how}")
 
 

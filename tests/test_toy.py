@@ -180,7 +180,7 @@ def test_flags_beat_the_toys_table_and_other_bases_have_the_papers(monkeypatch):
 
 
 def test_the_program_that_made_the_base_makes_one(tmp_path):
-    """Two steps of each part: it runs, and what it writes loads. (It takes hours to make a good one.)"""
+    """Two steps of each part: it runs, and what it writes loads. (A good one takes an hour and a half.)"""
     import subprocess
     subprocess.run([sys.executable, "-m", "ldm.toy.base", str(tmp_path), "--scale", "0.0001"], cwd=ROOT, check=True, capture_output=True)
     unet_file, vae_file = open_sd15(str(tmp_path))

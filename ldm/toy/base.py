@@ -150,8 +150,9 @@ def pictures_of(index):
     return np.stack([draw_picture(world, rng) for _ in range(PER_WORLD)])
 
 
+@cache      # VAE, encoder and U-Net take the same ones
 def make_pictures(first, worlds):
-    """-> uint8 (worlds, PER_WORLD, SIZE, SIZE, 3), from world `first` on."""
+    """-> uint8 (worlds, PER_WORLD, SIZE, SIZE, 3), from world `first` on; not to be changed."""
     with ProcessPoolExecutor() as pool:
         made = pool.map(pictures_of, range(first, first + worlds), chunksize=16)
         return np.stack(list(tqdm(made, "pictures", worlds, disable=None)))
@@ -295,7 +296,7 @@ def fit_unet(worlds, vae, encoder, steps, out, log):
     """Algorithm 1 with everything trainable, through a projector that is then thrown away: first plain shapes, then detailed ones.
 
     Noise is weighed by what it says of the picture. At high t the error of ẑ_0 is 1/ᾱ times that of ε, and there alone can the
-    condition lower it much: unweighted, the base did not learn to use it. At low t little can be learnt and the loss is large:
+    condition lower it much: an earlier base, unweighted, did not learn to use it. At low t little can be learnt and the loss is large:
     min(1, 5/SNR) (Hang et al. 2023). The timesteps of a batch are spread evenly.
     """
     torch.manual_seed(FIT_UNET)
@@ -314,7 +315,7 @@ def fit_unet(worlds, vae, encoder, steps, out, log):
                     rows.append((*vae.encode(as_batch(part)), encoder(preprocess([Image.fromarray(p) for p in part]))))
             return [torch.cat(column).float() for column in zip(*rows)]
 
-        held = min(HELD_OUT, worlds // 2) * PER_WORLD
+        held = len(hold_out(range(worlds))[1]) * PER_WORLD
 
         def loss(step, at=None, p=0.1):
             g, (mean, logvar, e) = generator(FIT_UNET, step), data()
