@@ -327,17 +327,38 @@ def load_set(path, resize, weights):
 
 
 @torch.no_grad()
-def extract_features(files, network, resizer, device, batch):
-    """Image files -> features (n, d) in float64; each image is resized on its own, so that sizes may differ."""
+def extract_features(images, network, resizer, device, batch):
+    """Image files or PIL images -> features (n, d) in float64; each is resized on its own, so that sizes may differ."""
     features = []
-    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="features", unit="image", disable=None, leave=False) as bar:
-        for start in range(0, len(files), batch):
-            part = files[start:start + batch]
-            x = torch.stack(list(pool.map(lambda path: resizer(load_rgb(path)), part))).to(device)
+    with ThreadPoolExecutor() as pool, tqdm(total=len(images), desc="features", unit="image", disable=None, leave=False) as bar:
+        for start in range(0, len(images), batch):
+            part = images[start:start + batch]
+            x = torch.stack(list(pool.map(lambda it: resizer(it if isinstance(it, Image.Image) else load_rgb(it)), part))).to(device)
             x = network(x.contiguous(memory_format=torch.channels_last))
             features.append(x.cpu().double().numpy())       # in this order: Apple's GPUs have no float64
             bar.update(len(part))
     return np.concatenate(features)
+
+
+class Extractor:
+    """A feature space: extractor(images) loads its network, extracts and lets go of it. `weights` is the network's hash."""
+
+    def __init__(self, kind, source, device, resize="pytorch-fid", batch=32):
+        """kind: "inception", source a file or None for torch.hub's cache; or "encoder", source as in train.py's --uni2h."""
+        self.kind, self.device, self.batch = kind, device, batch
+        if kind == "encoder":
+            self.file, self.resize, self.resizer = open_encoder(source), "224", lambda image: preprocess([image])[0]
+        else:
+            self.file, self.resize, self.resizer = open_inception(source), resize, RESIZERS[resize]
+        self.weights = self.file.fingerprint()[:8]
+
+    def __call__(self, images):
+        if self.kind == "encoder":
+            network = load_encoder(self.file, self.device)
+        else:
+            network = load(Inception, self.file, self.device, hint="pass pytorch-fid's Inception weights").to(memory_format=torch.channels_last)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):        # convolutions in full float32, as on the CPU
+            return extract_features(images, network, self.resizer, self.device, self.batch)
 
 
 def compare(real, fake, subset=1000):
@@ -398,8 +419,7 @@ def main():
         if path.suffix != ".npz" or not path.is_file():
             images_of(path)
 
-    device, encoder = pick_device(args.device), encoder_of(args.real)
-    torch.backends.cudnn.allow_tf32 = False         # convolutions in full float32, as on the CPU
+    encoder = encoder_of(args.real)
     if args.features is None:
         at_hand = args.inception or cached_inception().is_file()
         args.features = "encoder" if encoder == "toy" and not at_hand else "inception"
@@ -408,26 +428,22 @@ def main():
             raise Fail(f"--features encoder: {args.real} lies in no run of train.py, so that its encoder is not known")
         if args.resize != "pytorch-fid":
             raise Fail(f"--resize {args.resize} is for Inception's features; the encoder has a resizer of its own")
-        file, resizer, args.resize = open_encoder(encoder), lambda image: preprocess([image])[0], "224"
-        network = load_encoder(file, device)
-    else:
-        file, resizer = open_inception(args.inception), RESIZERS[args.resize]
-        network = load(Inception, file, device, hint="pass pytorch-fid's Inception weights").to(memory_format=torch.channels_last)
-    weights = file.fingerprint()[:8]
+    extract = Extractor(args.features, encoder if args.features == "encoder" else args.inception, pick_device(args.device), args.resize, args.batch)
+    resize, weights = extract.resize, extract.weights
 
     def read(path):
-        return read_set(path, lambda files: extract_features(files, network, resizer, device, args.batch), args.resize, weights)
+        return read_set(path, extract, resize, weights)
 
     real = read(args.real)
     if args.save:
-        save_set(args.save, real, args.resize, weights)
+        save_set(args.save, real, resize, weights)
     results = []
     for path in args.fake:
         fake = read(path)
-        result = dict(real=str(args.real), fake=str(path), features=args.features, resize=args.resize, weights=weights)
+        result = dict(real=str(args.real), fake=str(path), features=args.features, resize=resize, weights=weights)
         result |= compare(real, fake, args.kid_subset)
         say(f"FID {result['fid']:.4f}   {args.real} | {path}   n {real.n or '?'} | {fake.n or '?'}, "
-            + (f"resize {args.resize}, Inception {weights}" if args.features == "inception" else
+            + (f"resize {resize}, Inception {weights}" if args.features == "inception" else
                f"features of the encoder {weights}, not Inception's: comparable with nothing else"))
         if "kid" in result:
             say(f"KID x 1000 {describe_kid(result)}")

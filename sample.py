@@ -3,6 +3,7 @@
 
     python sample.py --ref patch.png --cfg 1.3
     python sample.py --split val --cfg 1.0 1.3 1.5        # one sample for every validation patch, at three guidances
+    python sample.py --split train --label adenoma --n 8  # eight for every training patch of a rare class
 
 Writes OUT/real/*.png (the references at the model's size), OUT/cfg1.3/*.png (the samples, named by reference, seed and
 guidance) and OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.
@@ -15,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ldm import toy
-from ldm.data import contact_sheet, fit, list_images, load_rgb, read_dataset, read_split, to_images
+from ldm.data import contact_sheet, fit, list_images, load_rgb, read_dataset, read_split, thin, to_images
 from ldm.files import Fail, Parser, find, frozen_dtype, newest_run, number, pick_device, read_json, run, safe_name, save_text, settings_of, whole
 from ldm.schedule import ddpm_step, timesteps
 from ldm.weights import file_sha256, load_unet, load_vae, open_sd15
@@ -70,6 +71,8 @@ def main():
     what = parser.add_argument_group("what to sample")
     what.add_argument("--ref", nargs="+", metavar="PATH", help="reference patches: images, or folders of images; also looked for in the run")
     what.add_argument("--split", choices=("train", "val", "test"), help="or every patch of this part of the run's split")
+    what.add_argument("--label", nargs="+", metavar="CLASS", help="of --split, only patches of these classes")
+    what.add_argument("--limit", type=number(int, 1), metavar="N", help="of --split, at most N patches, spread evenly over them")
     what.add_argument("--cfg", nargs="+", type=number(float, 0), default=[1.3], metavar="W", help="guidance scales (default: 1.3)")
     what.add_argument("--n", type=number(int, 1), default=1, help="samples per reference")
     what.add_argument("--steps", type=number(int, 1, 999), default=30, help="denoising steps")
@@ -87,6 +90,8 @@ def main():
     args = parser.parse_args()
     if bool(args.ref) == bool(args.split):
         raise Fail("pass either --ref with images or folders, or --split with a part of the run's split")
+    if args.ref and (args.label or args.limit):
+        raise Fail("--label and --limit choose among the patches of --split; with --ref, name the images themselves")
     device = pick_device(args.device)
     adapter = find_adapter(args.run, args.adapter)
     header, config = adapter.header, settings_of(adapter.path.parent) or {}
@@ -164,6 +169,9 @@ def find_references(args, config, run_folder):
         data = run_folder.parent / toy.DATA if config["data"] == toy.DATA else Path(config["data"])
         patches = {p.name: p for p in read_dataset(data)}
         names = read_split(run_folder / "split.json", list(patches.values()))[args.split]
+        if unknown := set(args.label or ()) - (labels := {patches[n].label for n in names}):
+            raise Fail(f"--label {min(unknown)}: the classes of this part are {', '.join(sorted(labels))}")
+        names = thin(sorted((n for n in names if patches[n].label in (args.label or labels)), key=lambda n: patches[n].title), args.limit)
         if not names:
             raise Fail(f"--split {args.split}: that part of {run_folder / 'split.json'} is empty")
         return [(patches[n].title, data / n) for n in names]

@@ -4,13 +4,11 @@
     python train.py --data chaoyang/ --rank 4 --tokens 4        # the paper's best configuration
     python train.py --resume runs/chaoyang-512px-r4-t4          # go on with a run; to repeat its command does the same
 
-Writes runs/NAME: config.json, split.json, log.csv, grids/ (and the newest grid's images in real/ and fake/),
-adapter.safetensors (the last), adapter-best.safetensors (lowest validation loss) and state.safetensors (to go on from). What
-is computed once per image is kept in cache/ beside the run.
+Writes runs/NAME: config.json, split.json, log.csv with the validation FID of every epoch (Table 4), grids/ and the newest
+validation samples (real/, fake/), adapter.safetensors (the last), adapter-best.safetensors (lowest FID) and state.safetensors
+(to go on from). What is computed once per image is kept in cache/ beside the run.
 """
-import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -25,12 +23,14 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+from fid import Extractor, cached_inception, frechet_distance_of_features
 from ldm import toy
-from ldm.data import Cache, contact_sheet, describe_split, fit, list_images, load_rgb, make_split, read_dataset, read_split
-from ldm.files import Fail, Parser, first_line, frozen_dtype, number, pick_device, read_json, run, safe_name, save_tensors, \
-    save_text, settings_of
+from ldm.data import Cache, contact_sheet, describe_split, fit, list_images, load_rgb, make_split, read_dataset, read_split, thin
+from ldm.files import Fail, Parser, first_line, frozen_dtype, number, pick_device, read_json, run, safe_name, save_csv, \
+    save_tensors, save_text, settings_of
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import write_dataset
+from ldm.unet import UNet
 from ldm.vae import draw_latent
 from ldm.weights import BUILT_IN, SD15, TensorFile, load_unet, load_vae, open_sd15
 from lora import inject, lora_parameters, save_adapter
@@ -41,7 +41,8 @@ DROPOUT = 0.05                                      # of the projector's hidden 
 BETAS = (0.9, 0.999)
 WEIGHT_DECAY = dict(lora=1e-3, projector=1e-4)
 MAX_GRAD_NORM = 1.0         # the paper names no clipping; this is the default of Diffusers' training scripts
-PREVIEW_CFG = 1.5           # the paper's guidance while it trains
+VALIDATION_STEPS = 30       # the paper's denoising steps
+GRID = 8                    # reference | sample pairs of an epoch's picture
 COMMIT_SECONDS = 300
 
 
@@ -204,6 +205,43 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
+class ValidationSamples:
+    """One sample of each validation image, and their Fréchet distance from the images themselves (Table 4).
+
+    The images at the model's size stay in the run's real/, the newest samples in fake/, so that fid.py gives the same number.
+    """
+
+    def __init__(self, folder, references, hashes, extract, size, anew):
+        """references: {title: path}. hashes: of the same images, in the cache. anew: write real/ though it is there."""
+        self.folder, self.hashes, self.extract = folder, hashes, extract
+        self.column = "fid" if extract.kind == "inception" else "fid_encoder"
+        self.real, self.fake = ({title: folder / part / f"{title}.png" for title in references} for part in ("real", "fake"))
+        for title, path in references.items():
+            if anew or not self.real[title].exists():
+                save_image(self.real[title], fit(load_rgb(path), size))
+        for path in list_images(folder / "real") if (folder / "real").is_dir() else []:         # of an earlier choice
+            if path not in self.real.values():
+                path.unlink()
+        if references:
+            save_image(folder / "patch.png", load_rgb(next(iter(self.real.values()))))
+        self.features = extract(list(self.real.values())) if len(references) > 1 else None
+
+    def draw(self, trainer, vae_file, epoch):
+        """Sample with the weights as they are, image i with seed i; save samples and grid -> the distance, or None of one image."""
+        args, n = trainer.args, len(self.hashes)
+        if not n:
+            return None
+        e = trainer.cache.gather(self.hashes, [False] * n)[2]
+        z0 = [sample(e[i:i + args.batch], trainer.projector, trainer.unet, args.val_cfg, VALIDATION_STEPS,
+                     range(i, min(i + args.batch, n)), trainer.latent) for i in range(0, n, args.batch)]
+        images = decode(load_vae(vae_file, trainer.device), torch.cat(z0))
+        for path, image in zip(self.fake.values(), images):
+            save_image(path, image)
+        pairs = list(zip(self.real.values(), images))
+        save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", contact_sheet([[load_rgb(path), image] for path, image in thin(pairs, GRID)]))
+        return frechet_distance_of_features(self.features, self.extract(images)) if n > 1 else None
+
+
 # ---- the program ---------------------------------------------------------------------------------------------------
 
 def parse_args():
@@ -231,14 +269,19 @@ def parse_args():
     train.add_argument("--batch", type=number(int, 1), default=16, help="images per step")
     train.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps, the schedule shortened to them")
     train.add_argument("--seed", type=number(int, 0, 2 ** 63), default=0, help="of all that is random, but for the split")
+    valid = parser.add_argument_group("validation")
+    valid.add_argument("--val-samples", type=number(int, 0), metavar="N", help="validation images that are sampled for FID and grid (default: all)")
+    valid.add_argument("--val-every", type=number(int, 1), default=1, metavar="K", help="sample at every Kth epoch, and at the last")
+    valid.add_argument("--val-cfg", type=number(float, 0), default=1.5, metavar="W", help="their guidance")
+    valid.add_argument("--inception", metavar="FILE", help="weights for the FID (default: torch.hub's cache; if not there, the encoder's features serve)")
     where = parser.add_argument_group("run")
     where.add_argument("--run", metavar="DIR", help="folder of the run (default: under runs/, named by its settings)")
     where.add_argument("--resume", metavar="DIR", help="go on with this run, with its own settings")
-    where.add_argument("--previews", type=number(int, 0), default=8, metavar="N", help="reference | sample pairs per epoch")
+    where.add_argument("--parameters", action="store_true", help="print the number of parameters (Table 2) and leave")
     where.add_argument("--device", default="auto", help="cuda, mps or cpu")
     where.add_argument("--no-compile", action="store_true", help="do not torch.compile the U-Net (it is done on CUDA only)")
     args = parser.parse_args()
-    if args.sd15 == "toy" or not (args.sd15 or args.data or args.resume):
+    if args.sd15 == "toy" or not (args.sd15 or args.data or args.resume or args.parameters):
         parser.set_defaults(sd15="toy", uni2h="toy", **toy.SETTINGS)
         args = parser.parse_args()
     elif args.sd15 is None:
@@ -251,20 +294,21 @@ def parse_args():
             raise Fail(f"--resume {args.resume}: no run of train.py is there")
         parser.set_defaults(**saved | dict(run=args.resume, device="auto", no_compile=False))
         args = parser.parse_args()
-    if args.data is None:
+    if args.data is None and not args.parameters:
         if args.sd15 != "toy":
             raise Fail("pass --data with a folder of patches; only the toy base (--sd15 toy) brings its own")
         if args.split != "paper":
             raise Fail("--split is for a dataset of yours: pass it with --data")
     if args.alpha is None:
         args.alpha = float(args.rank)
-    for name in ("data", "sd15", "uni2h", "split"):
+    for name in ("data", "sd15", "uni2h", "split", "inception"):
         if name == "data" and (args.data is None or (args.resume and args.data == toy.DATA)):
             args.data = toy.DATA                # drawn beside the run, whatever else has this name
             continue
-        path = Path(getattr(args, name)).expanduser()
-        named = getattr(args, name) in BUILT_IN and name in ("sd15", "uni2h")
-        if not named and (path.is_file() or (path.is_dir() and name != "split")):
+        value, may_be_folder = getattr(args, name), name in ("data", "sd15", "uni2h")
+        path = Path(value or "-").expanduser()
+        named = may_be_folder and value in BUILT_IN
+        if not named and (path.is_file() or (path.is_dir() and may_be_folder)):
             setattr(args, name, str(path.resolve()))
     if args.run is None:
         args.run = f"runs/{safe_name(Path(args.data).name)}-{args.size}px-r{args.rank}-t{args.tokens}"
@@ -273,6 +317,8 @@ def parse_args():
 
 def main():
     args, signals = parse_args(), Signals()
+    if args.parameters:
+        return print(count_parameters(args))
     device, folder = pick_device(args.device), Path(args.run)
 
     if args.data != toy.DATA:       # a wrong folder is found before gigabytes are downloaded
@@ -299,6 +345,9 @@ def main():
     names = {part: thin(split[part], args.limit) for part in ("train", "val")}
 
     sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
+    by_inception = args.inception or cached_inception().is_file()
+    extract = Extractor(*("inception", args.inception) if by_inception else ("encoder", args.uni2h), device)
+    sha256["features"] = extract.weights
     claim(folder, args, sha256)
     save_text(split_file, describe_split(split, patches))
     cases = len({p.case for p in patches})
@@ -322,14 +371,16 @@ def main():
     if started:
         trainer.restore(folder / "state.safetensors")
         if trainer.history:
-            save_text(folder / "log.csv", as_csv(trainer.history))
+            save_csv(folder / "log.csv", trainer.history)
         print(f"{folder}: found, goes on after step {trainer.step} of {trainer.total}")
 
-    title = {p.name: p.title for p in patches}
-    preview = thin(sorted(zip(names["val"], hashes["val"]), key=lambda pair: title[pair[0]]), args.previews)
-    titles = name_references([(title[name], data / name) for name, _ in preview], {})[0]       # {title: path}
+    title, hash_of = {p.name: p.title for p in patches}, dict(zip(names["val"], hashes["val"]))
+    chosen = thin(sorted(names["val"], key=title.get), args.val_samples)
+    references = name_references([(title[name], data / name) for name in chosen], {})[0]
+    samples = ValidationSamples(folder, references, [hash_of[name] for name in chosen], extract, args.size, anew=not started)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)      # what caching took is another matter
+    best_of = samples.column if samples.features is not None else "val_loss"
     with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step", disable=None) as bar:
         signals.deferred = True
         clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
@@ -342,18 +393,19 @@ def main():
                            train_loss=sum(trainer.losses) / len(trainer.losses), val_loss=trainer.validation_loss(hashes["val"]),
                            **dict(zip(("lr_lora", "lr_projector"), trainer.learning_rates(trainer.step - 1))),
                            images_per_second=speed and round(speed, 2), peak_memory_gb=round(peak_memory(device), 2))
-                if preview:
-                    pairs = draw_pairs(trainer, [h for _, h in preview], titles.values(), vae_file)
-                    save_image(folder / "grids" / f"epoch{row['epoch']:02d}.png", contact_sheet(pairs))
-                    save_pairs(folder, dict(zip(titles, pairs)))
+                due = row["epoch"] % args.val_every == 0 or trainer.step == trainer.total
+                row[samples.column] = samples.draw(trainer, vae_file, row["epoch"]) if due else None
                 signals.deferred = True
-                if row["val_loss"] < trainer.best:
-                    trainer.best = row["val_loss"]
+                score = row[best_of]
+                if score is not None and score < trainer.best:
+                    trainer.best = score
                     save_adapter(folder / "adapter-best.safetensors", unet, projector, header | {"step": str(trainer.step)})
+                spent = trainer.history[-1]["minutes"] if trainer.history else 0
+                row["minutes"] = round(spent + (time.perf_counter() - clock) / 60, 2)
                 trainer.history, trainer.losses = trainer.history + [row], []
                 trainer.commit(folder, header)
-                save_text(folder / "log.csv", as_csv(trainer.history))
-                bar.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+                save_csv(folder / "log.csv", trainer.history)
+                bar.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None))
                 clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
             if trainer.step == trainer.total:
                 break
@@ -366,8 +418,8 @@ def main():
                 trainer.commit(folder, header)
                 committed = now
             signals.leave()
-    print(f"{folder}: complete after {trainer.step} steps; best validation loss {trainer.best:.4f}; peak memory "
-          f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch.png' if preview else 'PATCH.png'} --cfg 1.3")
+    print(f"{folder}: complete after {trainer.step} steps; best {best_of} {trainer.best:.4f}; peak memory "
+          f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch.png' if references else 'PATCH.png'} --cfg 1.3")
 
 
 class Signals:
@@ -388,12 +440,6 @@ class Signals:
     def leave(self):
         if self.received:
             sys.exit(128 + self.received)
-
-
-def thin(items, n):
-    """At most n of the items, spread evenly over them; all where n is None."""
-    n = len(items) if n is None else min(n, len(items))
-    return [items[i * len(items) // n] for i in range(n)]
 
 
 def latent_shape(unet, vae, size):
@@ -433,33 +479,19 @@ def claim(folder, args, sha256):
     there = read_json(path)
     if not all(isinstance(there.get(key), dict) for key in ("args", "sha256")):
         raise Fail(f"{path} is damaged; restore it, or pass another --run")
-    same = set(settings) - {"run", "data", "sd15", "uni2h", "device", "no_compile", "previews"}
+    same = set(settings) - {"run", "data", "sd15", "uni2h", "device", "no_compile", "inception", "parameters"}
     for was, now, keys in ((there["args"], settings, same), (there["sha256"], sha256, sha256)):
         for key in sorted(keys):
             if was.get(key) != now[key]:    # of the images nothing is known before they are cached
                 raise Fail(f"{folder} is a run with {key} {was.get(key)}, not {now[key]}; pass another --run for a new one")
 
 
-def draw_pairs(trainer, hashes, paths, vae_file):
-    """One sample for each of these cached images -> [[reference, sample]] as PIL images; image i uses seed i."""
-    args, device = trainer.args, trainer.device
-    e = trainer.cache.gather(hashes, [False] * len(hashes))[2]
-    seeds = range(len(e))
-    z0 = [sample(e[i:i + args.batch], trainer.projector, trainer.unet, PREVIEW_CFG, 30, seeds[i:i + args.batch], trainer.latent)
-          for i in seeds[::args.batch]]
-    images = decode(load_vae(vae_file, device), torch.cat(z0))
-    return [[fit(load_rgb(path), args.size), image] for path, image in zip(paths, images)]
-
-
-def save_pairs(folder, pairs):
-    """{title: [reference, sample]} -> real/, fake/ and patch.png of the run, so that fid.py and sample.py have a first input."""
-    for k, part in enumerate(("real", "fake")):
-        for title, pair in pairs.items():
-            save_image(folder / part / f"{title}.png", pair[k])
-        for path in list_images(folder / part):                 # of an earlier choice of previews
-            if path.relative_to(folder / part).with_suffix("").as_posix() not in pairs:
-                path.unlink()
-    save_image(folder / "patch.png", next(iter(pairs.values()))[0])
+def count_parameters(args):
+    """Table 2 for these arguments; for Stable Diffusion 1.5 and UNI2-h themselves no file is needed."""
+    unet = UNet() if args.sd15 == SD15 else load_unet(open_sd15(args.sd15)[0], "meta")
+    width = 1536 if args.uni2h == UNI2H else load_encoder(open_encoder(args.uni2h), "meta").embed_dim
+    projector = Projector(width, args.hidden, args.tokens, unet.context, args.depth, args.token_norm)
+    return parameter_table(inject(unet, args.rank, args.alpha), projector)
 
 
 def parameter_table(unet, projector):
@@ -471,14 +503,6 @@ def parameter_table(unet, projector):
         ("LoRA adapters", lora), ("Projector MLP", mlp), ("Null embedding", null), ("Total trainable", total))]
     rows += [("Stable Diffusion backbone (frozen)", f"{frozen:,}", ""), ("Trainable/backbone", "", f"{total / frozen:.2%}")]
     return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in [("Component", "Parameters", "Share")] + rows)
-
-
-def as_csv(rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def public_name(source):

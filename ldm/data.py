@@ -300,6 +300,12 @@ def describe_split(split, patches):
     return json.dumps({"patches": counts, "cases": cases, **split}, indent=1, ensure_ascii=False) + "\n"
 
 
+def thin(items, n):
+    """At most n of the items, spread evenly over them; all where n is None."""
+    n = len(items) if n is None else min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
+
+
 # ---- the cache -----------------------------------------------------------------------------------------------------
 
 class Cache:

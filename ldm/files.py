@@ -1,5 +1,7 @@
 """What the three programs share at their doors: clear failures, whole files, and the choice of device."""
 import argparse
+import csv
+import io
 import json
 import os
 import re
@@ -155,6 +157,15 @@ def save_tensors(path, tensors, header):
 def save_text(path, text):
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def save_csv(path, rows):
+    """Write [{column: value}], all with the same columns; None as nothing."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    save_text(path, text.getvalue())
 
 
 def read_json(path):

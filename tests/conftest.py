@@ -159,5 +159,5 @@ def small(base, uni2h, dataset):
 def trained(small, tmp_path_factory):
     """A finished run of two epochs -> its folder."""
     cwd = tmp_path_factory.mktemp("trained")
-    program("train.py", *small, "--epochs", 2, "--previews", 2, "--run", "runs/x", cwd=cwd)
+    program("train.py", *small, "--epochs", 2, "--val-samples", 2, "--run", "runs/x", cwd=cwd)
     return cwd / "runs" / "x"

@@ -225,13 +225,18 @@ def test_a_validation_loss_does_not_depend_on_the_batch_size():
 def test_a_run_leaves_what_the_readme_says(trained):
     rows = list(csv.DictReader(open(trained / "log.csv")))
     assert [int(row["epoch"]) for row in rows] == [1, 2] and all(float(row["val_loss"]) > 0 for row in rows)
+    distances = [float(row["fid_encoder"]) for row in rows]
     split = json.loads((trained / "split.json").read_text())
     assert all(split[part] for part in ("train", "val", "test"))
     assert Image.open(trained / "grids/epoch02.png").size == (4 * 64 + 3 * 4, 64)         # two pairs
     best, last = load_file(trained / "adapter-best.safetensors"), load_file(trained / "adapter.safetensors")
     assert best.keys() == last.keys() and len(last) == 256 + 2 + 2 + 2 + 1
     config = json.loads((trained / "config.json").read_text())
-    assert config["args"]["rank"] == 2 and set(config["sha256"]) == {"vae", "encoder", "base", "images"}
+    assert config["args"]["rank"] == 2 and set(config["sha256"]) == {"vae", "encoder", "base", "images", "features"}
+    result = program("fid.py", trained / "real", trained / "fake", "--features", "encoder", "--json", "-", cwd=trained)
+    assert json.loads(result.stdout)[0]["fid"] == pytest.approx(distances[-1], rel=1e-6)   # the logged number is fid.py's
+    best_epoch = 1 + distances.index(min(distances))
+    assert int(train.TensorFile(trained / "adapter-best.safetensors").header["step"]) == int(rows[best_epoch - 1]["step"])
     assert not [p for p in trained.rglob(".*")]                                           # no temporary files
 
 
@@ -239,7 +244,7 @@ def test_the_cache_is_used_again_and_repeating_the_command_goes_on(trained, smal
     cwd = trained.parent.parent
     shards = {p: p.stat().st_mtime_ns for p in (cwd / "runs/cache").rglob("*.safetensors")}
     before = (trained / "adapter.safetensors").read_bytes()
-    result = program("train.py", *small, "--epochs", 2, "--previews", 2, "--run", "runs/x", cwd=cwd)
+    result = program("train.py", *small, "--epochs", 2, "--val-samples", 2, "--run", "runs/x", cwd=cwd)
     assert "found, goes on after step" in result.stdout and "complete" in result.stdout
     assert (trained / "adapter.safetensors").read_bytes() == before
     assert shards == {p: p.stat().st_mtime_ns for p in (cwd / "runs/cache").rglob("*.safetensors")}
@@ -247,7 +252,7 @@ def test_the_cache_is_used_again_and_repeating_the_command_goes_on(trained, smal
 
 def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_had_been(small, tmp_path):
     """SIGTERM in training commits and exits with 143; SIGKILL loses at most what was not committed."""
-    arguments = [*small, "--epochs", 6, "--previews", 0]
+    arguments = [*small, "--epochs", 6, "--val-samples", 0]
     process("train.py", *arguments, "--run", "runs/whole", cwd=tmp_path)
     expected = load_file(tmp_path / "runs/whole/adapter.safetensors")
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--run", "runs/broken"]
@@ -269,32 +274,47 @@ def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_ha
     assert all(torch.equal(t, expected[n]) for n, t in load_file(tmp_path / "runs/broken/adapter.safetensors").items())
 
 
-@pytest.mark.parametrize("moment", ["step", "validation", "previews"])
+@pytest.mark.parametrize("moment", ["step", "validation", "samples"])
 def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
     """SIGTERM in the third step, or in what follows the first epoch: what was done till then is on the disk, and no more is done."""
-    owner, name = {"step": (Trainer, "train_step"), "validation": (Trainer, "validation_loss"), "previews": (train, "draw_pairs")}[moment]
+    owner, name = {"step": (Trainer, "train_step"), "validation": (Trainer, "validation_loss"), "samples": (train.ValidationSamples, "draw")}[moment]
     original = getattr(owner, name)
 
-    def interrupted(first, *args):
-        if moment != "step" or first.step == 2:
+    def interrupted(self, *args):
+        if moment != "step" or self.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(first, *args)
+        return original(self, *args)
     monkeypatch.setattr(owner, name, interrupted)
-    result = program("train.py", *small, "--epochs", 2, "--previews", 1, "--run", "runs/x", cwd=tmp_path, check=False)
+    result = program("train.py", *small, "--epochs", 2, "--val-samples", 1, "--run", "runs/x", cwd=tmp_path, check=False)
     assert result.returncode == 143
     state = train.TensorFile(tmp_path / "runs/x/state.safetensors").header
     epoch = math.ceil(len(json.loads((tmp_path / "runs/x/split.json").read_text())["train"]) / 4)
     assert int(state["step"]) == len(json.loads(state["losses"])) == (3 if moment == "step" else epoch)
 
 
-def test_the_best_adapter_is_that_of_the_lowest_validation_loss_and_is_sampled_from(small, tmp_path, monkeypatch):
-    losses = iter([2.0, 1.0, 3.0])
-    monkeypatch.setattr(Trainer, "validation_loss", lambda self, hashes: next(losses))
-    program("train.py", *small, "--epochs", 3, "--previews", 0, "--run", "runs/x", cwd=tmp_path)
+@pytest.mark.parametrize("samples, owner, name", [(0, Trainer, "validation_loss"), (2, train.ValidationSamples, "draw")])
+def test_the_best_adapter_is_that_of_the_lowest_fid_else_of_the_lowest_loss_and_is_sampled_from(samples, owner, name, small, tmp_path, monkeypatch):
+    values = iter([2.0, 1.0, 3.0])
+    monkeypatch.setattr(owner, name, lambda *args: next(values))
+    program("train.py", *small, "--epochs", 3, "--val-samples", samples, "--run", "runs/x", cwd=tmp_path)
     steps = [train.TensorFile(tmp_path / f"runs/x/{name}.safetensors").header["step"] for name in ("adapter", "adapter-best")]
     assert int(steps[0]) / 3 == int(steps[1]) / 2
     from sample import find_adapter
     assert find_adapter(tmp_path / "runs/x", None).path.name == "adapter-best.safetensors"
+
+
+def test_samples_are_drawn_at_every_kth_epoch_and_at_the_last(small, tmp_path):
+    program("train.py", *small, "--epochs", 3, "--val-samples", 2, "--val-every", 2, "--run", "runs/x", cwd=tmp_path)
+    rows = list(csv.DictReader(open(tmp_path / "runs/x/log.csv")))
+    assert [bool(row["fid_encoder"]) for row in rows] == [False, True, True]
+    assert sorted(p.name for p in (tmp_path / "runs/x/grids").iterdir()) == ["epoch02.png", "epoch03.png"]
+
+
+def test_the_papers_table_2_is_printed_without_weights_or_data(tmp_path):
+    result = program("train.py", "--parameters", cwd=tmp_path)
+    rows = dict(line.rsplit(maxsplit=2)[:2] for line in result.stdout.splitlines() if line.endswith("%"))
+    assert rows["LoRA adapters"] == "1,594,368" and rows["Total trainable"] == "6,320,640"      # 1,536 apart, see README
+    assert "859,520,964" in result.stdout and "0.74%" in result.stdout and not list(tmp_path.iterdir())
 
 
 def test_samples_are_named_seeded_and_not_made_twice(trained, tmp_path):
@@ -366,7 +386,7 @@ def test_a_failing_program_prints_one_line_and_exits_with_2(name, arguments, cul
 def test_a_run_with_other_settings_is_not_overwritten(other, trained, small, monkeypatch):
     before = (trained / "config.json").read_bytes()
     monkeypatch.chdir(trained.parent.parent)
-    run_of = [] if "--resume" in other else [*map(str, small), "--epochs", "2", "--previews", "2", "--run", "runs/x"]
+    run_of = [] if "--resume" in other else [*map(str, small), "--epochs", "2", "--val-samples", "2", "--run", "runs/x"]
     monkeypatch.setattr(sys, "argv", ["train.py", *run_of, *other])
     monkeypatch.setattr(train, "Signals", lambda: None)
     with pytest.raises(train.Fail, match=other[-2][2:]):
@@ -405,7 +425,7 @@ def test_a_run_without_its_split_or_with_a_damaged_state_is_refused(trained, sma
     import shutil
     copy = shutil.copytree(trained, tmp_path / "runs/x")
     shutil.copytree(trained.parent / "cache", tmp_path / "runs/cache")
-    arguments = [*small, "--epochs", 2, "--previews", 2, "--run", "runs/x"]
+    arguments = [*small, "--epochs", 2, "--val-samples", 2, "--run", "runs/x"]
     train.save_tensors(copy / "state.safetensors", {"a": torch.ones(1)}, {"step": "1"})
     assert "is damaged" in program("train.py", *arguments, cwd=tmp_path, check=False).stderr
     (copy / "split.json").unlink()

@@ -114,7 +114,7 @@ def main():
             for w in guidances:
                 score(f"seed {seed}, {variant}, w = {w}", run / f"s/cfg{w}")
         run = out / f"runs/before-{seed}"
-        program("train.py", "--seed", seed, "--run", run, "--max-steps", 1, "--lr", 0, "--rank", 4, "--previews", 0, cwd=out)
+        program("train.py", "--seed", seed, "--run", run, "--max-steps", 1, "--lr", 0, "--rank", 4, "--val-samples", 0, cwd=out)
         program("sample.py", "--run", run, "--ref", sets["references"], "--seed", 1000 * seed, "--out", run / "s", cwd=out)
         score(f"seed {seed}, before adaptation", run / "s/cfg1.3")
 

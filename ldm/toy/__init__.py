@@ -10,7 +10,8 @@ SETTINGS = dict(
     lr=5e-3,            # a tenth of the paper's steps must do
     lr_ratio=1.0,
     epochs=24,
-    previews=8,
+    val_samples=32,     # at every sixth epoch: sampling them takes as long as an epoch
+    val_every=6,
 )
 DATA = "toy-tissue"     # what --data is called where it is drawn; in a run's folder it lies beside the run
-TISSUE = dict(slides=24, patches=7)     # of each class: 672 patches
+TISSUE = dict(slides=32, patches=7)     # of each class: 896 patches

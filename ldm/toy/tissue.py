@@ -25,7 +25,7 @@ def draw_slide(label, seed):
     rng = np.random.default_rng([seed, label])
     stains = (STAINS + rng.normal(0, [[0.05] * 3, [0.06, 0.03, 0.06]])).clip(0.02)
     return dict(label=CLASSES[label], stains=stains / np.linalg.norm(stains, axis=1, keepdims=True),
-                strength=rng.uniform(0.7, 1.3, 2), scale=rng.uniform(0.9, 1.15), rng=rng)
+                strength=rng.uniform(0.95, 1.4, 2), scale=rng.uniform(0.9, 1.15), rng=rng)
 
 
 def draw_patch(slide, size=64):
@@ -46,29 +46,28 @@ def draw_patch(slide, size=64):
 # ---- the four classes ------------------------------------------------------------------------------------------------
 
 def normal(rng, x, y, scale, layers, nuclei):
-    """Round, regular crypts with a small lumen, pale goblet vacuoles all around it, and one row of basal nuclei."""
-    stroma(rng, nuclei, 15)
-    for cx, cy in lattice(rng, 27 * scale, 0.08):
-        r = 11.2 * scale * rng.uniform(0.94, 1.06)
-        rho, phi = polar(x, y, cx, cy, 0, rng.uniform(1, 1.12))
-        paint(layers, rho, r, H=0.28, E=0.42)
-        hollow(layers, rho, 0.18 * r)
-        goblets = int(rng.integers(6, 9))
-        for a in np.arange(goblets) * 2 * np.pi / goblets + rng.uniform(0, 6):
-            near, _ = polar(x, y, cx + 0.5 * r * np.cos(a), cy + 0.5 * r * np.sin(a), a, 1.3)
-            hollow(layers, near, 0.17 * r, 0.8)
-        ring(rng, nuclei, cx, cy, r, 0.88, 18, 1.7, 1.25, 0, 1.0)
+    """A regular field of round crypts: a flower of pale goblet vacuoles in a dark row of basal nuclei."""
+    stroma(rng, nuclei, 5)
+    for cx, cy in lattice(rng, 16.5 * scale, 0.05):
+        r = 7.2 * scale * rng.uniform(0.95, 1.05)
+        rho, _ = polar(x, y, cx, cy, rng.uniform(0, 6), rng.uniform(1, 1.12))
+        paint(layers, rho, r, H=0.6, E=0.4)
+        hollow(layers, rho, 0.34 * r, 0.9)
+        for a in np.arange(5) * np.pi / 2.5 + rng.uniform(0, 6):
+            near, _ = polar(x, y, cx + 0.4 * r * np.cos(a), cy + 0.4 * r * np.sin(a), a, 1.2)
+            hollow(layers, near, 0.25 * r, 0.9)
+        ring(rng, nuclei, cx, cy, r, 0.86, 12, 1.6, 1.0, 0, 0.9)
 
 
 def serrated(rng, x, y, scale, layers, nuclei):
     """Large crypts whose lumen is a saw-toothed star, in a broad pink epithelium with a sparse basal row of nuclei."""
     stroma(rng, nuclei, 12)
     for cx, cy in lattice(rng, 33 * scale, 0.1):
-        r, teeth = 14.5 * scale * rng.uniform(0.92, 1.08), rng.integers(6, 9)
+        r, teeth = 14.5 * scale * rng.uniform(0.92, 1.08), rng.integers(5, 8)
         rho, phi = polar(x, y, cx, cy, rng.uniform(0, 6), rng.uniform(1, 1.25))
         saw = np.abs((teeth * phi / (2 * np.pi)) % 1 * 2 - 1)       # 1 at the tips, 0 between them
         paint(layers, rho, r * (1 + 0.04 * np.cos(teeth * phi)), H=0.14, E=0.72)
-        hollow(layers, rho, r * (0.2 + 0.5 * saw ** 1.3))
+        hollow(layers, rho, r * (0.22 + 0.54 * saw ** 1.2))
         ring(rng, nuclei, cx, cy, r, 0.91, 20, 1.3, 0.85, 0, 0.8)
 
 
@@ -80,7 +79,7 @@ def adenocarcinoma(rng, x, y, scale, layers, nuclei):
         rho, phi = polar(x, y, cx, cy, rng.uniform(0, 6), rng.uniform(1, 1.7))
         edge = 1 + sum(rng.normal(0, 0.16) * np.cos(m * phi + rng.uniform(0, 6)) for m in (2, 3, 5))
         paint(layers, rho, r * edge, H=0.32, E=0.4)
-        if rng.random() < 0.5:
+        if rng.random() < 0.25:
             hollow(layers, rho, r * 0.33 * edge ** 2, 0.85)
     for cx, cy in lattice(rng, 6.1 * scale, 0.3):
         w = rng.uniform(1.3, 2.4)
@@ -101,13 +100,13 @@ def adenoma(rng, x, y, scale, layers, nuclei):
             p, q = (x - cx) * c + (y - cy) * s, -(x - cx) * s + (y - cy) * c
             q = q + 1.2 * np.sin(p / 9 + i)                         # the tubes sway a little
             rho = np.hypot(np.maximum(np.abs(p) - half + r, 0), q)  # distance from the axis: a stadium
-            paint(layers, rho, r, H=0.42, E=0.36)
+            paint(layers, rho, r, H=0.46, E=0.36)
             hollow(layers, rho, 0.13 * r + 0.5, 0.9)
             for row, side in [(row, side) for row in (0.45, 0.66, 0.86) for side in (-1, 1)]:
-                for p0 in np.arange(-half, half, 2.7) + rng.uniform(0, 2.7):
+                for p0 in np.arange(-half, half, 3.1) + rng.uniform(0, 3.1):
                     q0 = side * r * row + rng.normal(0, 0.5) - 1.2 * np.sin(p0 / 9 + i)
-                    nuclei.append((cx + p0 * c - q0 * s, cy + p0 * s + q0 * c, rng.uniform(1.7, 2.4), rng.uniform(0.65, 0.9),
-                                   direction + np.pi / 2 + rng.normal(0, 0.2), rng.uniform(0.8, 1.1)))
+                    nuclei.append((cx + p0 * c - q0 * s, cy + p0 * s + q0 * c, rng.uniform(1.7, 2.4), rng.uniform(0.75, 0.95),
+                                   direction + np.pi / 2 + rng.normal(0, 0.2), rng.uniform(0.75, 0.95)))
 
 
 # ---- strokes ---------------------------------------------------------------------------------------------------------
