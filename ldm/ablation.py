@@ -1,0 +1,96 @@
+"""The ablation study (Tables 3 and 6): twelve runs of train.py that differ in one factor, and their table sorted by FID.
+
+    python -m ldm.ablation OUT --data chaoyang/                 # all twelve; goes on where it was interrupted
+    python -m ldm.ablation OUT --data chaoyang/ --row 3         # this one only, say for one task of a cluster's array job
+    python -m ldm.ablation OUT --table                          # the table of what is finished
+
+All other arguments go to train.py. Writes OUT/r8-t4-d2-w1024-x10/ and so on, and OUT/table6.csv.
+"""
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from .files import Fail, Parser, number, run, save_csv, settings_of
+from .weights import TensorFile
+
+# The first row is the baseline; each of the others changes one factor (Table 3). Last, what the paper reports (Table 6).
+ROWS = [dict(zip(("rank", "tokens", "depth", "width", "ratio", "paper_epoch", "paper_fid"), row)) for row in (
+    #   rank  tokens  depth  width  ratio   best epoch, FID
+    (8,    4,      2,     1024,  10,     8,  79.74),
+    (4,    4,      2,     1024,  10,    12,  77.59),
+    (16,   4,      2,     1024,  10,     6,  82.98),
+    (8,    1,      2,     1024,  10,     6,  85.09),
+    (8,    2,      2,     1024,  10,     5,  83.69),
+    (8,    8,      2,     1024,  10,    12,  80.87),
+    (8,    4,      3,     1024,  10,     8,  83.66),
+    (8,    4,      2,      512,  10,     6,  84.61),
+    (8,    4,      2,     2048,  10,     5,  83.57),
+    (8,    4,      2,     1024,   1,    11,  90.72),
+    (8,    4,      2,     1024,   5,     6,  79.94),
+    (8,    4,      2,     1024,  20,     5,  80.64),
+)]
+CFG = 1.3           # the guidance at which all rows are compared
+
+
+def folder_of(out, row):
+    return out / "r{rank}-t{tokens}-d{depth}-w{width}-x{ratio}".format(**row)
+
+
+def read_log(folder):
+    """The rows of a run's log.csv; [] where there is none."""
+    path = folder / "log.csv"
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+
+
+def is_finished(folder):
+    log, settings = read_log(folder), settings_of(folder)
+    return bool(log and settings) and int(log[-1]["epoch"]) == settings["epochs"]
+
+
+def train(out, row, rest):
+    """Run train.py for a row; alpha is matched to the rank, as it is by default. Returns its exit code."""
+    program = Path(__file__).resolve().parents[1] / "train.py"
+    flags = dict(rank=row["rank"], tokens=row["tokens"], depth=row["depth"], hidden=row["width"], lr_ratio=row["ratio"], val_cfg=CFG)
+    flags = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return subprocess.run([sys.executable, str(program), *rest, *flags, "--run", str(folder_of(out, row))]).returncode
+
+
+def tabulate(out):
+    """The finished rows, sorted by the lowest FID of their epochs -> [{column of Table 6: value}]."""
+    table = []
+    for row in ROWS:
+        folder = folder_of(out, row)
+        if is_finished(folder):
+            log = read_log(folder)
+            column = next((name for name in log[0] if name.startswith("fid") and any(r[name] for r in log)), "val_loss")
+            best = min((r for r in log if r[column]), key=lambda r: float(r[column]))
+            shapes = TensorFile(folder / "adapter.safetensors").shapes.values()
+            table.append({name: row[name] for name in ("rank", "tokens", "depth", "width", "ratio")} | {
+                "best_epoch": int(best["epoch"]), column: round(float(best[column]), 4), "parameters": sum(map(math.prod, shapes)),
+                "minutes": log[-1]["minutes"], "paper_epoch": row["paper_epoch"], "paper_fid": row["paper_fid"]})
+    return sorted(table, key=lambda r: next(value for name, value in r.items() if name.startswith(("fid", "val_loss"))))
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--row", type=number(int, 1, len(ROWS)), metavar="N", help=f"only this row of the table in this file, 1 to {len(ROWS)}")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    args, rest = parser.parse_known_args()
+    for row in [] if args.table else ROWS[args.row - 1:args.row] if args.row else ROWS:
+        if is_finished(folder_of(args.out, row)):
+            print(f"{folder_of(args.out, row)}: finished already")
+        elif code := train(args.out, row, rest):
+            sys.exit(code)              # train.py has said why
+    table = tabulate(args.out)
+    if not table:
+        raise Fail(f"{args.out} holds no finished run of the ablation study")
+    save_csv(args.out / "table6.csv", table)
+    print((args.out / "table6.csv").read_text(encoding="utf-8").replace(",", "\t"), end="")
+    print(f"{len(table)} of {len(ROWS)} rows; the paper's FIDs are on Chaoyang at 512 px with Stable Diffusion 1.5 and UNI2-h")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,112 @@
+"""The metrics beside the distances, each on a case whose answer is known; and the report and the ablation on tiny runs."""
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import program
+from PIL import Image
+
+from fid import frechet_distance_of_features
+from ldm import ablation, metrics, report
+
+RNG = np.random.default_rng
+
+
+def test_fidelity_of_copies_is_1_and_of_orthogonal_others_0():
+    x = np.eye(5) * np.arange(1, 6)[:, None]
+    assert metrics.fidelity(x, x) == pytest.approx((1, 0))
+    assert metrics.fidelity(np.roll(x, 1, 0), x) == pytest.approx((0, 0.25))       # the own one is among the four others
+
+
+def test_the_nearest_centroid_is_the_class_of_the_nearest_direction():
+    train, labels = np.array([[1.0, 0], [1, 0.2], [0, 1], [0.2, 1]]), np.array(["a", "a", "b", "b"])
+    assert list(metrics.nearest_centroid(train, labels, np.array([[9.0, 1], [0.1, 0.3]]))) == ["a", "b"]
+
+
+def test_a_planted_copy_of_a_training_image_is_found():
+    train, x = RNG(0).normal(size=(50, 20)), RNG(1).normal(size=(10, 20))
+    x[3] = train[17]
+    index, distance = metrics.nearest(x, train)
+    assert index[3] == 17 and distance[3] == 0 and (np.delete(distance, 3) > 1).all()
+    assert np.allclose(distance, np.linalg.norm(x[:, None] - train, axis=2).min(1))
+
+
+def test_the_interval_holds_the_estimate_and_narrows_with_n():
+    """For the distance of means of one number each, the bootstrap's spread is the standard error of their difference."""
+    def distance(a, b):
+        return float(a.mean() - b.mean())
+    for n in (100, 1600):
+        x, y = RNG(2).normal(size=(n, 1)), RNG(3).normal(3, 1, size=(n, 1))
+        low, high = metrics.bootstrap_interval(distance, x, y, repeats=2000)
+        assert low < distance(x, y) < high and high - low == pytest.approx(2 * 1.96 * (2 / n) ** 0.5, rel=0.1)
+
+
+def test_the_interval_of_a_frechet_distance_is_put_around_it():
+    x, y = RNG(4).normal(size=(60, 30)), RNG(5).normal(0.3, 1, size=(60, 30))
+    low, high = metrics.bootstrap_interval(frechet_distance_of_features, x, y)
+    assert low < frechet_distance_of_features(x, y) < high
+
+
+def test_separable_classes_are_told_apart_and_inseparable_ones_are_not():
+    labels = np.array(["a", "b", "c"]).repeat(200)
+    centre = np.eye(3)[np.arange(3).repeat(200)]
+    for scale, low, high in ((8.0, 0.99, 1.0), (0.0, 0.2, 0.47)):
+        x, test = (scale * centre + RNG(s).normal(size=(600, 3)) for s in (6, 7))
+        recalls = metrics.recalls(labels, metrics.fit_linear(x, labels)(test))
+        assert list(recalls) == ["a", "b", "c"] and low <= np.mean(list(recalls.values())) <= high
+
+
+def test_the_classifier_is_at_the_minimum_and_weighs_classes_alike():
+    """Two classes of 90 and 10 that differ by nothing but their mean: the boundary lies in the middle, whatever their numbers are."""
+    x = np.concatenate([RNG(8).normal(-1, 1, (900, 1)), RNG(9).normal(1, 1, (100, 1))])
+    guess = metrics.fit_linear(x, np.array(["a"] * 900 + ["b"] * 100))
+    assert (guess(np.array([[-0.3], [0.3]])) == ["a", "b"]).all()
+
+
+def test_recall_counts_each_class_by_itself():
+    truth, guess = np.array(list("aaab")), np.array(list("aabb"))
+    assert metrics.recalls(truth, guess) == {"a": pytest.approx(2 / 3), "b": 1.0}
+
+
+def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch):
+    assert report.SWEEP == [f"{w / 10:.1f}" for w in range(10, 21)]
+    monkeypatch.setattr(report, "SWEEP", ["1.0", "1.3"])
+    result = program("ldm.report", trained, "--limit", 8, cwd=trained)
+    out = trained / "report"
+    table = {path.stem: list(csv.DictReader(open(path))) for path in out.glob("*.csv")}
+    assert set(table) == {"table4", "table5", "table7", "table8", "fidelity", "memorisation", "usefulness"}
+    assert [row["guidance"] for row in table["table5"]] == ["1.0", "1.3"]
+    for row in table["table7"]:
+        assert float(row["low"]) <= float(row["fid"]) <= float(row["high"]) and int(row["n"]) > 1
+    assert float(table["memorisation"][0]["closer"]) <= 0.5 and table["memorisation"][0]["images"] == "real val"
+    assert [row["train"] for row in table["usefulness"]] == ["real", "synthetic", "both", "all real"]
+    text = (out / "report.md").read_text()
+    for picture in ("sweep.png", "figure5.png", "closest.png"):
+        assert Image.open(out / picture).width > 64 and f"({picture})" in text
+    assert "Table 5" in result.stdout
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
+    program("ldm.report", trained, "--limit", 8, "--only", "fidelity", cwd=trained)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}        # nothing is sampled twice
+
+
+def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
+    assert len(ablation.ROWS) == 12
+    factors = ("rank", "tokens", "depth", "width", "ratio")
+    changed = [[f for f in factors if row[f] != ablation.ROWS[0][f]] for row in ablation.ROWS]
+    assert changed[0] == [] and all(len(c) == 1 for c in changed[1:])
+    values = {f: sorted({row[f] for row in ablation.ROWS}) for f in factors}
+    assert values == dict(rank=[4, 8, 16], tokens=[1, 2, 4, 8], depth=[2, 3], width=[512, 1024, 2048], ratio=[1, 5, 10, 20])
+
+
+def test_a_row_of_the_ablation_is_trained_once_and_tabulated(small, tmp_path):
+    arguments = small[:small.index("--rank")] + ["--batch", 4, "--epochs", 1, "--val-samples", 2]
+    for row in (2, 10):
+        program("ldm.ablation", "out", "--row", row, *arguments, cwd=tmp_path)
+    again = program("ldm.ablation", "out", "--row", 2, *arguments, cwd=tmp_path)
+    assert "finished already" in again.stdout
+    table = list(csv.DictReader(open(tmp_path / "out/table6.csv")))
+    assert sorted((row["rank"], row["ratio"]) for row in table) == [("4", "10"), ("8", "1")]
+    assert float(table[0]["fid_encoder"]) <= float(table[1]["fid_encoder"])
+    config = json.loads((tmp_path / "out/r4-t4-d2-w1024-x10/config.json").read_text())["args"]
+    assert (config["rank"], config["alpha"], config["hidden"], config["lr_ratio"], config["val_cfg"]) == (4, 4.0, 1024, 10.0, 1.3)
