@@ -30,6 +30,7 @@ from ldm.weights import TensorFile, load
 from projector import load_encoder, open_encoder, preprocess
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+HINT = "pass pytorch-fid's Inception weights"
 SIDE = 299
 
 
@@ -344,19 +345,20 @@ class Extractor:
     """A feature space: extractor(images) loads its network, extracts and lets go of it. `weights` is the network's hash."""
 
     def __init__(self, kind, source, device, resize="pytorch-fid", batch=32):
-        """kind: "inception", source a file or None for torch.hub's cache; or "encoder", source as in train.py's --uni2h."""
+        """kind: "inception", source a file or None for torch.hub's cache; or "encoder", source as from `open_encoder`."""
         self.kind, self.device, self.batch = kind, device, batch
         if kind == "encoder":
-            self.file, self.resize, self.resizer = open_encoder(source), "224", lambda image: preprocess([image])[0]
+            self.file, self.resize, self.resizer = source, "224", lambda image: preprocess([image])[0]
         else:
             self.file, self.resize, self.resizer = open_inception(source), resize, RESIZERS[resize]
+            load(Inception, self.file, "meta", hint=HINT)
         self.weights = self.file.fingerprint()[:8]
 
     def __call__(self, images):
         if self.kind == "encoder":
             network = load_encoder(self.file, self.device)
         else:
-            network = load(Inception, self.file, self.device, hint="pass pytorch-fid's Inception weights").to(memory_format=torch.channels_last)
+            network = load(Inception, self.file, self.device, hint=HINT).to(memory_format=torch.channels_last)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):        # convolutions in full float32, as on the CPU
             return extract_features(images, network, self.resizer, self.device, self.batch)
 
@@ -428,7 +430,7 @@ def main():
             raise Fail(f"--features encoder: {args.real} lies in no run of train.py, so that its encoder is not known")
         if args.resize != "pytorch-fid":
             raise Fail(f"--resize {args.resize} is for Inception's features; the encoder has a resizer of its own")
-    extract = Extractor(args.features, encoder if args.features == "encoder" else args.inception, pick_device(args.device), args.resize, args.batch)
+    extract = Extractor(args.features, open_encoder(encoder) if args.features == "encoder" else args.inception, pick_device(args.device), args.resize, args.batch)
     resize, weights = extract.resize, extract.weights
 
     def read(path):

@@ -76,7 +76,7 @@ def main():
     what.add_argument("--cfg", nargs="+", type=number(float, 0), default=[1.3], metavar="W", help="guidance scales (default: 1.3)")
     what.add_argument("--n", type=number(int, 1), default=1, help="samples per reference")
     what.add_argument("--steps", type=number(int, 1, 999), default=30, help="denoising steps")
-    what.add_argument("--seed", type=number(int, 0, 2 ** 62), default=0, help="image i uses seed + i, in the order of references")
+    what.add_argument("--seed", type=number(int, 0, 2 ** 62), default=0, help="image i uses seed + i, in the order of references; of --split, of the whole part")
     model = parser.add_argument_group("with which model")
     model.add_argument("--run", metavar="DIR", help="a run of train.py (default: the newest under runs/); its best adapter is used")
     model.add_argument("--adapter", metavar="FILE", help="or an adapter file")
@@ -96,7 +96,7 @@ def main():
     adapter = find_adapter(args.run, args.adapter)
     header, config = adapter.header, settings_of(adapter.path.parent) or {}
     size = int(header["resolution"])
-    found = find_references(args, config, adapter.path.parent)
+    found, chosen = find_references(args, config, adapter.path.parent)
     unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"])
     encoder_file = open_encoder(args.uni2h or config.get("uni2h") or header["encoder"])
     base = refuse_others(adapter, unet_file, vae_file, encoder_file, args.other_base)
@@ -107,9 +107,9 @@ def main():
     if there and {key: there.get(key) for key in settings} != settings:
         raise Fail(f"{out} holds samples of another adapter, base, size or number of steps; pass another --out")
     references, known = name_references(found, there.get("references", {}))
-
-    jobs = [(w, r, args.seed + i * args.n + k) for w in dict.fromkeys(args.cfg)
-            for i, r in enumerate(references) for k in range(args.n)]
+    place = {r: i for i, r in enumerate(references) if i in chosen}
+    references = {r: references[r] for r in place}
+    jobs = [(w, r, args.seed + i * args.n + k) for w in dict.fromkeys(args.cfg) for r, i in place.items() for k in range(args.n)]
     folder_of = {w: out / f"cfg{repr(w).removesuffix('.0')}" for w in args.cfg}
     path_of = {(w, r, seed): folder_of[w] / f"{r}_seed{seed}_{folder_of[w].name}.png" for w, r, seed in jobs}
     real = {r: out / "real" / f"{r}.png" for r in references}
@@ -161,20 +161,28 @@ def find_adapter(run_folder, path):
     return open_adapter(path)
 
 
+def patches_of(part, config, run_folder):
+    """A part of a run's split -> [(Patch, path)] sorted by title; of train and val no more than the run's --limit has left."""
+    if not (run_folder / "split.json").is_file() or not config.get("data"):
+        raise Fail(f"{run_folder} holds no split.json; pass --ref")
+    data = run_folder.parent / toy.DATA if config["data"] == toy.DATA else Path(config["data"])
+    patches = {p.name: p for p in read_dataset(data)}
+    names = read_split(run_folder / "split.json", list(patches.values()))[part]
+    names = names if part == "test" else thin(names, config.get("limit"))
+    return sorted(((patches[n], data / n) for n in names), key=lambda pair: pair[0].title)
+
+
 def find_references(args, config, run_folder):
-    """[(name of the reference, with its class's folder, path)] of --ref or --split, in order."""
+    """--ref or --split -> [(name of the reference, with its class's folder, path)] in order, and the places of those to sample."""
     if args.split:
-        if not (run_folder / "split.json").is_file() or not config.get("data"):
-            raise Fail(f"{run_folder} holds no split.json; pass --ref")
-        data = run_folder.parent / toy.DATA if config["data"] == toy.DATA else Path(config["data"])
-        patches = {p.name: p for p in read_dataset(data)}
-        names = read_split(run_folder / "split.json", list(patches.values()))[args.split]
-        if unknown := set(args.label or ()) - (labels := {patches[n].label for n in names}):
-            raise Fail(f"--label {min(unknown)}: the classes of this part are {', '.join(sorted(labels))}")
-        names = thin(sorted((n for n in names if patches[n].label in (args.label or labels)), key=lambda n: patches[n].title), args.limit)
-        if not names:
+        found = patches_of(args.split, config, run_folder)
+        labels = {patch.label for patch, _ in found}
+        if unknown := set(args.label or ()) - labels:
+            raise Fail(f"--label {min(unknown)}: the classes of this part are {', '.join(sorted(labels)) or 'none'}")
+        chosen = thin([i for i, (patch, _) in enumerate(found) if patch.label in (args.label or labels)], args.limit)
+        if not chosen:
             raise Fail(f"--split {args.split}: that part of {run_folder / 'split.json'} is empty")
-        return [(patches[n].title, data / n) for n in names]
+        return [(patch.title, path) for patch, path in found], set(chosen)
     found = []
     for path in find(args.ref, run_folder):
         below = list_images(path) if path.is_dir() else [path]
@@ -183,7 +191,7 @@ def find_references(args, config, run_folder):
         if not path.exists():
             raise Fail(f"--ref {path}: no such file or folder")
         found += [((p.relative_to(path) if path.is_dir() else Path(p.name)).with_suffix("").as_posix(), p) for p in below]
-    return found
+    return found, set(range(len(found)))
 
 
 def name_references(found, known):

@@ -208,7 +208,7 @@ class Trainer:
 class ValidationSamples:
     """One sample of each validation image, and their Fréchet distance from the images themselves (Table 4).
 
-    The images at the model's size stay in the run's real/, the newest samples in fake/, so that fid.py gives the same number.
+    The images at the model's size stay in the run's real/, the newest samples in fake/: fid.py gives the same number of them.
     """
 
     def __init__(self, folder, references, hashes, extract, size, anew):
@@ -273,7 +273,8 @@ def parse_args():
     valid.add_argument("--val-samples", type=number(int, 0), metavar="N", help="validation images that are sampled for FID and grid (default: all)")
     valid.add_argument("--val-every", type=number(int, 1), default=1, metavar="K", help="sample at every Kth epoch, and at the last")
     valid.add_argument("--val-cfg", type=number(float, 0), default=1.5, metavar="W", help="their guidance")
-    valid.add_argument("--inception", metavar="FILE", help="weights for the FID (default: torch.hub's cache; if not there, the encoder's features serve)")
+    valid.add_argument("--features", choices=("inception", "encoder"), help="of the FID (default: inception, but encoder where its weights are not at hand)")
+    valid.add_argument("--inception", metavar="FILE", help="pytorch-fid's weights (default: torch.hub's cache)")
     where = parser.add_argument_group("run")
     where.add_argument("--run", metavar="DIR", help="folder of the run (default: under runs/, named by its settings)")
     where.add_argument("--resume", metavar="DIR", help="go on with this run, with its own settings")
@@ -312,6 +313,9 @@ def parse_args():
             setattr(args, name, str(path.resolve()))
     if args.run is None:
         args.run = f"runs/{safe_name(Path(args.data).name)}-{args.size}px-r{args.rank}-t{args.tokens}"
+    if args.features is None:           # a run keeps its kind, whatever has come into the cache or gone since
+        at_hand = args.inception or cached_inception().is_file()
+        args.features = (settings_of(args.run) or {}).get("features") or ("inception" if at_hand else "encoder")
     return args
 
 
@@ -345,8 +349,7 @@ def main():
     names = {part: thin(split[part], args.limit) for part in ("train", "val")}
 
     sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
-    by_inception = args.inception or cached_inception().is_file()
-    extract = Extractor(*("inception", args.inception) if by_inception else ("encoder", args.uni2h), device)
+    extract = Extractor(args.features, args.inception if args.features == "inception" else encoder_file, device)
     sha256["features"] = extract.weights
     claim(folder, args, sha256)
     save_text(split_file, describe_split(split, patches))
@@ -488,7 +491,8 @@ def claim(folder, args, sha256):
 
 def count_parameters(args):
     """Table 2 for these arguments; for Stable Diffusion 1.5 and UNI2-h themselves no file is needed."""
-    unet = UNet() if args.sd15 == SD15 else load_unet(open_sd15(args.sd15)[0], "meta")
+    with torch.device("meta"):
+        unet = UNet() if args.sd15 == SD15 else load_unet(open_sd15(args.sd15)[0], "meta")
     width = 1536 if args.uni2h == UNI2H else load_encoder(open_encoder(args.uni2h), "meta").embed_dim
     projector = Projector(width, args.hidden, args.tokens, unet.context, args.depth, args.token_norm)
     return parameter_table(inject(unet, args.rank, args.alpha), projector)

@@ -31,6 +31,7 @@ ROWS = [dict(zip(("rank", "tokens", "depth", "width", "ratio", "paper_epoch", "p
     (8,    4,      2,     1024,   5,     6,  79.94),
     (8,    4,      2,     1024,  20,     5,  80.64),
 )]
+FACTORS = ("rank", "alpha", "tokens", "depth", "hidden", "lr_ratio")     # as train.py names them
 CFG = 1.3           # the guidance at which all rows are compared
 
 
@@ -44,11 +45,6 @@ def read_log(folder):
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
 
 
-def is_finished(folder):
-    log, settings = read_log(folder), settings_of(folder)
-    return bool(log and settings) and int(log[-1]["epoch"]) == settings["epochs"]
-
-
 def train(out, row, rest):
     """Run train.py for a row; alpha is matched to the rank, as it is by default. Returns its exit code."""
     program = Path(__file__).resolve().parents[1] / "train.py"
@@ -58,12 +54,16 @@ def train(out, row, rest):
 
 
 def tabulate(out):
-    """The finished rows, sorted by the lowest FID of their epochs -> [{column of Table 6: value}]."""
-    table = []
+    """The finished rows, sorted by the lowest FID of their epochs -> [{column of Table 6: value}]. Fails if they cannot be compared."""
+    table, common = [], {}
     for row in ROWS:
         folder = folder_of(out, row)
-        if is_finished(folder):
-            log = read_log(folder)
+        log, settings = read_log(folder), settings_of(folder)
+        if log and settings and (int(log[-1]["epoch"]) == settings["epochs"] or int(log[-1]["step"]) == settings["max_steps"]):
+            for key in settings.keys() - {*FACTORS, "run", "device", "no_compile", "inception", "parameters"}:
+                if settings[key] != common.setdefault(key, settings[key]):
+                    raise Fail(f"{folder} was trained with {key} {settings[key]}, other rows with {common[key]}: they cannot be compared; "
+                               "remove it, and train the row again")
             column = next((name for name in log[0] if name.startswith("fid") and any(r[name] for r in log)), "val_loss")
             best = min((r for r in log if r[column]), key=lambda r: float(r[column]))
             shapes = TensorFile(folder / "adapter.safetensors").shapes.values()
@@ -80,9 +80,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="train nothing")
     args, rest = parser.parse_known_args()
     for row in [] if args.table else ROWS[args.row - 1:args.row] if args.row else ROWS:
-        if is_finished(folder_of(args.out, row)):
-            print(f"{folder_of(args.out, row)}: finished already")
-        elif code := train(args.out, row, rest):
+        if code := train(args.out, row, rest):          # at once, where it is complete
             sys.exit(code)              # train.py has said why
     table = tabulate(args.out)
     if not table:

@@ -85,11 +85,14 @@ def to_images(x):
     return [Image.fromarray(image) for image in x.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def contact_sheet(groups, columns=8, tile=256, gap=4):
-    """Groups of PIL images of one size (a reference and its samples) -> one image; a group is never broken over two rows."""
+def contact_sheet(groups, columns=8, gap=4):
+    """Groups of PIL images of one size (a reference and its samples) -> one image; a group is never broken over two rows.
+
+    Each is brought to a side of 128 to 256 pixels, so that a person sees something.
+    """
     per_row = max(1, columns // max(map(len, groups)))
     rows = [sum(groups[i:i + per_row], []) for i in range(0, len(groups), per_row)]
-    side = min(tile, groups[0][0].width)
+    side = min(256, max(128, groups[0][0].width))
     sheet = Image.new("RGB", (max(map(len, rows)) * (side + gap) - gap, len(rows) * (side + gap) - gap), "white")
     for i, row in enumerate(rows):
         for j, image in enumerate(row):

@@ -34,13 +34,14 @@ def nearest(x, train):
 
 
 def bootstrap_interval(distance, x, y, repeats=200, level=0.95, seed=0):
-    """Interval of distance(x, y) over the choice of the images, by resampling both sets -> (low, high).
+    """Interval of distance(x, y) over the choice of the images -> (low, high). Row i of y was made from row i of x, and pairs are
+    resampled: apart, they would spread more than they do. (Patches of one case are no independent choice: it is too narrow for that.)
 
     A Fréchet distance is quoted as it comes at its n, with the bias of so few images. Resampled sets, which hold images twice,
     have that bias a second time: so only the spread is taken from them, about their own mean, and put around the estimate.
     """
     rng, estimate = np.random.default_rng(seed), distance(x, y)
-    values = [distance(x[rng.integers(len(x), size=len(x))], y[rng.integers(len(y), size=len(y))]) for _ in range(repeats)]
+    values = [distance(x[i], y[i]) for i in rng.integers(len(x), size=(repeats, len(x)))]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - np.mean(values) + estimate
     return float(low), float(high)
 

@@ -17,12 +17,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from fid import Extractor, cached_inception, frechet_distance_of_features, kid
+from projector import open_encoder
+from sample import name_references, patches_of
 
-from . import metrics, toy
-from .data import contact_sheet, fit, list_images, load_rgb, read_dataset, read_split, thin, to_images, to_tensor
+from . import metrics
+from .data import contact_sheet, fit, list_images, load_rgb, thin, to_images, to_tensor
 from .files import Fail, Parser, number, pick_device, run, save_csv, save_text, settings_of, whole
 from .vae import SCALE
-from .weights import load_vae, open_sd15
+from .weights import file_sha256, load_vae, open_sd15
 
 SWEEP = [f"{1 + k / 10:.1f}" for k in range(11)]        # Table 5
 PARTS = ("train", "val", "test")
@@ -37,25 +39,27 @@ class Run:
             raise Fail(f"{folder} is no run of train.py with an adapter; pass one")
         self.folder, self.out, self.cfg, self.device, self.size = folder, folder / "report", f"{cfg:g}", device, settings["size"]
         self.settings, self.limit = settings, limit
-        data = folder.parent / toy.DATA if settings["data"] == toy.DATA else Path(settings["data"])
-        patches = {p.name: p for p in read_dataset(data)}
-        split = read_split(folder / "split.json", list(patches.values()))
-        self.patches = {part: [(patches[n], data / n) for n in sorted(split[part], key=lambda n: patches[n].title)] for part in PARTS}
+        self.samples = self.out / "samples" / file_sha256(folder / "adapter-best.safetensors")[:8]      # another adapter, another folder
+        self.patches = {}           # part -> [(label, name, path)], named as sample.py does
+        for part in PARTS:
+            found = patches_of(part, settings, folder)
+            names = name_references([(patch.title, path) for patch, path in found], {})[0]
+            self.patches[part] = [(patch.label, *item) for (patch, _), item in zip(found, names.items())]
         if few := [part for part in PARTS if len(self.patches[part]) < 2]:
             raise Fail(f"{folder}: the {few[0]} part of its split holds fewer than two images; a report needs all three")
-        self.spaces = [Extractor("encoder", settings["uni2h"], device)]
+        self.spaces = [Extractor("encoder", open_encoder(settings["uni2h"]), device)]
         if inception or cached_inception().is_file():
             self.spaces.insert(0, Extractor("inception", inception, device))
         self.encoder, self.first, self.kept = self.spaces[-1], self.spaces[0], {}
 
     def labels(self, part, n=None):
-        return np.array([patch.label for patch, _ in thin(self.patches[part], n)])
+        return np.array([label for label, _, _ in thin(self.patches[part], n)])
 
     def real(self, part, n=None):
         """The files of a part's images at the model's size."""
         paths = []
-        for patch, source in thin(self.patches[part], n):
-            paths.append(self.out / "real" / part / f"{patch.title}.png")
+        for _, name, source in thin(self.patches[part], n):
+            paths.append(self.out / "real" / part / f"{name}.png")
             if not paths[-1].exists():
                 with whole(paths[-1]) as temporary:
                     fit(load_rgb(source), self.size).save(temporary)
@@ -63,9 +67,9 @@ class Run:
 
     def fake(self, part, cfg=None, n=None):
         """One sample for each image of a part -> files in the order of `real`."""
-        cfg, where, seed = cfg or self.cfg, self.out / "samples" / part, re.compile(r"_seed\d+_cfg[\d.]+$")
-        names = [patch.title for patch, _ in thin(self.patches[part], n)]
-        folder = where / f"cfg{repr(float(cfg)).removesuffix('.0')}"
+        cfg, names = cfg or self.cfg, [name for _, name, _ in thin(self.patches[part], n)]
+        folder = self.samples / part / f"cfg{repr(float(cfg)).removesuffix('.0')}"
+        seed = re.compile(rf"_seed\d+_{re.escape(folder.name)}$")
         for attempt in range(2):
             found = list_images(folder) if folder.is_dir() else []
             made = {seed.sub("", path.relative_to(folder).with_suffix("").as_posix()): path for path in found}
@@ -76,7 +80,7 @@ class Run:
     def sample(self, part, cfgs, n=None):
         """Call sample.py, which makes what is missing."""
         code = subprocess.run([sys.executable, str(Path(__file__).resolve().parents[1] / "sample.py"), "--run", str(self.folder), "--split", part,
-                               "--cfg", *cfgs, "--out", str(self.out / "samples" / part), "--device", str(self.device),
+                               "--cfg", *cfgs, "--out", str(self.samples / part), "--device", str(self.device),
                                *(["--limit", str(n)] if n else [])], stdout=subprocess.DEVNULL).returncode
         if code:
             sys.exit(code)              # sample.py has said why
@@ -99,7 +103,8 @@ class Run:
         return self.kept[key]
 
     def write(self, name, rows):
-        save_csv(self.out / f"{name}.csv", rows)
+        if rows:
+            save_csv(self.out / f"{name}.csv", rows)
         return rows
 
 
@@ -203,7 +208,8 @@ def usefulness(run):
     for name, x, y in (("real", real, labels), ("synthetic", fake, labels), ("both", np.concatenate([real, fake]), np.tile(labels, 2)),
                        ("all real", run.features(e, "real", "train"), run.labels("train"))):
         recall = metrics.recalls(truth, metrics.fit_linear(x, y)(test))
-        rows.append(dict(train=name, n=len(x), test_n=len(test), balanced_accuracy=float(np.mean(list(recall.values()))), **recall))
+        rows.append(dict(train=name, n=len(x), test_n=len(test), balanced_accuracy=float(np.mean(list(recall.values()))),
+                         **{f"recall_{name}": share for name, share in recall.items()}))
     return run.write("usefulness", rows)
 
 

@@ -33,7 +33,7 @@ class TensorFile:
     """
 
     def __init__(self, path, rename=lambda name: name):
-        self.path = Path(path)
+        self.path, self._fingerprint = Path(path), None
         check_download(self.path)
         if self.path.suffix == ".safetensors":
             with self._open() as f:
@@ -61,12 +61,17 @@ class TensorFile:
 
     def fingerprint(self):
         """sha256 over our names and the tensors' bytes: the same for every layout that holds the same network."""
+        if self._fingerprint:
+            return self._fingerprint
+
         def digest(name):
             data = self.get(name).contiguous().flatten().view(torch.uint8).numpy()
             return hashlib.sha256(data).hexdigest()
         with ThreadPoolExecutor() as pool:
             names = sorted(self.names)
-            return hashlib.sha256("\n".join(f"{n} {d}" for n, d in zip(names, pool.map(digest, names))).encode()).hexdigest()
+            lines = "\n".join(f"{n} {d}" for n, d in zip(names, pool.map(digest, names)))
+        self._fingerprint = hashlib.sha256(lines.encode()).hexdigest()
+        return self._fingerprint
 
 
 def check_download(path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""         # every number here is the CPU's
+os.environ["TORCH_HOME"] = os.devnull           # whose weights are in torch.hub's cache must not matter
 
 import numpy as np
 import pytest

@@ -103,10 +103,15 @@ def test_a_row_of_the_ablation_is_trained_once_and_tabulated(small, tmp_path):
     arguments = small[:small.index("--rank")] + ["--batch", 4, "--epochs", 1, "--val-samples", 2]
     for row in (2, 10):
         program("ldm.ablation", "out", "--row", row, *arguments, cwd=tmp_path)
-    again = program("ldm.ablation", "out", "--row", 2, *arguments, cwd=tmp_path)
-    assert "finished already" in again.stdout
+    before = (tmp_path / "out/r4-t4-d2-w1024-x10/log.csv").read_text()
+    program("ldm.ablation", "out", "--row", 2, *arguments, cwd=tmp_path)
+    assert (tmp_path / "out/r4-t4-d2-w1024-x10/log.csv").read_text() == before
     table = list(csv.DictReader(open(tmp_path / "out/table6.csv")))
     assert sorted((row["rank"], row["ratio"]) for row in table) == [("4", "10"), ("8", "1")]
     assert float(table[0]["fid_encoder"]) <= float(table[1]["fid_encoder"])
     config = json.loads((tmp_path / "out/r4-t4-d2-w1024-x10/config.json").read_text())["args"]
     assert (config["rank"], config["alpha"], config["hidden"], config["lr_ratio"], config["val_cfg"]) == (4, 4.0, 1024, 10.0, 1.3)
+    config = tmp_path / "out/r8-t4-d2-w1024-x1/config.json"
+    config.write_text(config.read_text().replace('"size": 64', '"size": 32'))
+    result = program("ldm.ablation", "out", "--table", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "size" in result.stderr

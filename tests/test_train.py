@@ -228,7 +228,7 @@ def test_a_run_leaves_what_the_readme_says(trained):
     distances = [float(row["fid_encoder"]) for row in rows]
     split = json.loads((trained / "split.json").read_text())
     assert all(split[part] for part in ("train", "val", "test"))
-    assert Image.open(trained / "grids/epoch02.png").size == (4 * 64 + 3 * 4, 64)         # two pairs
+    assert Image.open(trained / "grids/epoch02.png").size == (4 * 128 + 3 * 4, 128)         # two pairs
     best, last = load_file(trained / "adapter-best.safetensors"), load_file(trained / "adapter.safetensors")
     assert best.keys() == last.keys() and len(last) == 256 + 2 + 2 + 2 + 1
     config = json.loads((trained / "config.json").read_text())
