@@ -47,6 +47,7 @@ def draw_patch(slide, size=64):
 
 def normal(rng, x, y, scale, layers, nuclei):
     """A regular field of round crypts: a flower of pale goblet vacuoles in a dark row of basal nuclei."""
+    layers["H"] *= 0.5                                              # pale all over
     stroma(rng, nuclei, 5)
     for cx, cy in lattice(rng, 16.5 * scale, 0.05):
         r = 7.2 * scale * rng.uniform(0.95, 1.05)
@@ -89,6 +90,7 @@ def adenocarcinoma(rng, x, y, scale, layers, nuclei):
 def adenoma(rng, x, y, scale, layers, nuclei):
     """Crowded long tubes, all in about one direction, with a slit for a lumen and three staggered rows of spindle nuclei."""
     direction = rng.uniform(0, np.pi)
+    layers["H"] += 0.22                                             # dark all over
     stroma(rng, nuclei, 6)
     across, along = 20 * scale, 62 * scale
     c, s = np.cos(direction), np.sin(direction)
@@ -100,13 +102,13 @@ def adenoma(rng, x, y, scale, layers, nuclei):
             p, q = (x - cx) * c + (y - cy) * s, -(x - cx) * s + (y - cy) * c
             q = q + 1.2 * np.sin(p / 9 + i)                         # the tubes sway a little
             rho = np.hypot(np.maximum(np.abs(p) - half + r, 0), q)  # distance from the axis: a stadium
-            paint(layers, rho, r, H=0.46, E=0.36)
+            paint(layers, rho, r, H=0.6, E=0.3)
             hollow(layers, rho, 0.13 * r + 0.5, 0.9)
             for row, side in [(row, side) for row in (0.45, 0.66, 0.86) for side in (-1, 1)]:
                 for p0 in np.arange(-half, half, 3.1) + rng.uniform(0, 3.1):
                     q0 = side * r * row + rng.normal(0, 0.5) - 1.2 * np.sin(p0 / 9 + i)
                     nuclei.append((cx + p0 * c - q0 * s, cy + p0 * s + q0 * c, rng.uniform(1.7, 2.4), rng.uniform(0.75, 0.95),
-                                   direction + np.pi / 2 + rng.normal(0, 0.2), rng.uniform(0.75, 0.95)))
+                                   direction + np.pi / 2 + rng.normal(0, 0.2), rng.uniform(0.95, 1.15)))
 
 
 # ---- strokes ---------------------------------------------------------------------------------------------------------
