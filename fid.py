@@ -160,6 +160,11 @@ def cached_inception():
     return Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
 
 
+def inception_at_hand(path=None):
+    """Whether the weights need no download: a file is named, or they are in torch.hub's cache."""
+    return path is not None or cached_inception().is_file()
+
+
 def open_inception(path=None):
     """The weights as pytorch-fid names them (.pth or .safetensors): from `path`, torch.hub's cache, or the release page."""
     if path is None:
@@ -423,8 +428,7 @@ def main():
 
     encoder = encoder_of(args.real)
     if args.features is None:
-        at_hand = args.inception or cached_inception().is_file()
-        args.features = "encoder" if encoder == "toy" and not at_hand else "inception"
+        args.features = "encoder" if encoder == "toy" and not inception_at_hand(args.inception) else "inception"
     if args.features == "encoder":
         if encoder is None:
             raise Fail(f"--features encoder: {args.real} lies in no run of train.py, so that its encoder is not known")

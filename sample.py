@@ -110,7 +110,7 @@ def main():
     place = {r: i for i, r in enumerate(references) if i in chosen}
     references = {r: references[r] for r in place}
     jobs = [(w, r, args.seed + i * args.n + k) for w in dict.fromkeys(args.cfg) for r, i in place.items() for k in range(args.n)]
-    folder_of = {w: out / f"cfg{repr(w).removesuffix('.0')}" for w in args.cfg}
+    folder_of = {w: out / folder_name(w) for w in args.cfg}
     path_of = {(w, r, seed): folder_of[w] / f"{r}_seed{seed}_{folder_of[w].name}.png" for w, r, seed in jobs}
     real = {r: out / "real" / f"{r}.png" for r in references}
     todo = [job for job in jobs if not path_of[job].exists()]
@@ -145,6 +145,11 @@ def main():
             print(f"note: {folder} holds {others} more images, of earlier calls")
     print(f"{len(jobs)} images in {out}; contact sheet {out / f'sheet-{first.name}.png'}. To compare: "
           f"python fid.py {out / 'real'} {first} --per-class")
+
+
+def folder_name(w):
+    """The folder, below OUT, of the samples at a guidance."""
+    return f"cfg{repr(w).removesuffix('.0')}"
 
 
 def find_adapter(run_folder, path):

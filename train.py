@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from fid import Extractor, cached_inception, frechet_distance_of_features
+from fid import Extractor, frechet_distance_of_features, inception_at_hand
 from ldm import toy
 from ldm.data import Cache, contact_sheet, describe_split, fit, list_images, load_rgb, make_split, read_dataset, read_split, thin
 from ldm.files import Fail, Parser, first_line, frozen_dtype, number, pick_device, read_json, run, safe_name, save_csv, \
@@ -314,8 +314,8 @@ def parse_args():
     if args.run is None:
         args.run = f"runs/{safe_name(Path(args.data).name)}-{args.size}px-r{args.rank}-t{args.tokens}"
     if args.features is None:           # a run keeps its kind, whatever has come into the cache or gone since
-        at_hand = args.inception or cached_inception().is_file()
-        args.features = (settings_of(args.run) or {}).get("features") or ("inception" if at_hand else "encoder")
+        default = "inception" if inception_at_hand(args.inception) else "encoder"
+        args.features = (settings_of(args.run) or {}).get("features") or default
     return args
 
 

@@ -6,13 +6,12 @@
 
 All other arguments go to train.py. Writes OUT/r8-t4-d2-w1024-x10/ and so on, and OUT/table6.csv.
 """
-import csv
 import math
 import subprocess
 import sys
 from pathlib import Path
 
-from .files import Fail, Parser, number, run, save_csv, settings_of
+from .files import Fail, Parser, number, read_csv, run, save_csv, settings_of
 from .weights import TensorFile
 
 # The first row is the baseline; each of the others changes one factor (Table 3). Last, what the paper reports (Table 6).
@@ -39,12 +38,6 @@ def folder_of(out, row):
     return out / "r{rank}-t{tokens}-d{depth}-w{width}-x{ratio}".format(**row)
 
 
-def read_log(folder):
-    """The rows of a run's log.csv; [] where there is none."""
-    path = folder / "log.csv"
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
-
-
 def train(out, row, rest):
     """Run train.py for a row; alpha is matched to the rank, as it is by default. Returns its exit code."""
     program = Path(__file__).resolve().parents[1] / "train.py"
@@ -58,7 +51,7 @@ def tabulate(out):
     table, common = [], {}
     for row in ROWS:
         folder = folder_of(out, row)
-        log, settings = read_log(folder), settings_of(folder)
+        log, settings = read_csv(folder / "log.csv"), settings_of(folder)
         if log and settings and (int(log[-1]["epoch"]) == settings["epochs"] or int(log[-1]["step"]) == settings["max_steps"]):
             for key in settings.keys() - {*FACTORS, "run", "device", "no_compile", "inception", "parameters"}:
                 if settings[key] != common.setdefault(key, settings[key]):

@@ -168,6 +168,12 @@ def save_csv(path, rows):
     save_text(path, text.getvalue())
 
 
+def read_csv(path):
+    """The rows of a table of ours, all values as text; [] where there is none."""
+    path = Path(path)
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+
+
 def read_json(path):
     """The object in a JSON file of ours; {} where there is none."""
     try:

@@ -6,7 +6,6 @@
 Samples are made by sample.py and kept, so that it goes on where it was interrupted. FID and KID are Inception's where its
 weights are at hand (--inception, or torch.hub's cache), and the encoder's in any case; they are comparable with nothing else.
 """
-import csv
 import re
 import subprocess
 import sys
@@ -16,13 +15,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from fid import Extractor, cached_inception, frechet_distance_of_features, kid
+from fid import Extractor, frechet_distance_of_features, inception_at_hand, kid
 from projector import open_encoder
-from sample import name_references, patches_of
+from sample import folder_name, name_references, patches_of, save_image
 
 from . import metrics
 from .data import contact_sheet, fit, list_images, load_rgb, thin, to_images, to_tensor
-from .files import Fail, Parser, number, pick_device, run, save_csv, save_text, settings_of, whole
+from .files import Fail, Parser, number, pick_device, read_csv, run, save_csv, save_text, settings_of
 from .vae import SCALE
 from .weights import file_sha256, load_vae, open_sd15
 
@@ -48,7 +47,7 @@ class Run:
         if few := [part for part in PARTS if len(self.patches[part]) < 2]:
             raise Fail(f"{folder}: the {few[0]} part of its split holds fewer than two images; a report needs all three")
         self.spaces = [Extractor("encoder", open_encoder(settings["uni2h"]), device)]
-        if inception or cached_inception().is_file():
+        if inception_at_hand(inception):
             self.spaces.insert(0, Extractor("inception", inception, device))
         self.encoder, self.first, self.kept = self.spaces[-1], self.spaces[0], {}
 
@@ -61,14 +60,13 @@ class Run:
         for _, name, source in thin(self.patches[part], n):
             paths.append(self.out / "real" / part / f"{name}.png")
             if not paths[-1].exists():
-                with whole(paths[-1]) as temporary:
-                    fit(load_rgb(source), self.size).save(temporary)
+                save_image(paths[-1], fit(load_rgb(source), self.size))
         return paths
 
     def fake(self, part, cfg=None, n=None):
         """One sample for each image of a part -> files in the order of `real`."""
         cfg, names = cfg or self.cfg, [name for _, name, _ in thin(self.patches[part], n)]
-        folder = self.samples / part / f"cfg{repr(float(cfg)).removesuffix('.0')}"
+        folder = self.samples / part / folder_name(float(cfg))
         seed = re.compile(rf"_seed\d+_{re.escape(folder.name)}$")
         for attempt in range(2):
             found = list_images(folder) if folder.is_dir() else []
@@ -112,7 +110,7 @@ class Run:
 
 def epochs(run):
     """Table 4: validation FID at the end of every epoch"""
-    log = list(csv.DictReader((run.folder / "log.csv").read_text(encoding="utf-8").splitlines()))
+    log = read_csv(run.folder / "log.csv")
     return run.write("table4", [{k: row[k] for k in row if k in ("epoch", "train_loss", "val_loss") or k.startswith("fid")} for row in log])
 
 
@@ -124,7 +122,7 @@ def sweep(run):
         fake = run.features(run.first, "fake", "val", w)
         rows.append(dict(guidance=w, n=len(fake), features=run.first.kind, fid=frechet_distance_of_features(real, fake)))
     shown = thin(list(zip(run.real("val"), *(run.fake("val", w) for w in SWEEP))), 6)
-    save(run.out / "sweep.png", contact_sheet([[load_rgb(path) for path in column] for column in shown], columns=len(SWEEP) + 1))
+    save_image(run.out / "sweep.png", contact_sheet([[load_rgb(path) for path in column] for column in shown], columns=len(SWEEP) + 1))
     return run.write("table5", rows)
 
 
@@ -163,7 +161,7 @@ def figure5(run):
     for name in np.unique(labels):
         i = np.flatnonzero(labels == name)[0]
         tiles += [(f"{name}: {what}", load_rgb(files[i])) for what, files in (("real", run.real("test")), ("synthetic", run.fake("test")))]
-    save(run.out / "figure5.png", labelled(4, tiles))
+    save_image(run.out / "figure5.png", labelled(4, tiles))
     return []
 
 
@@ -194,7 +192,7 @@ def memorisation(run):
             if (space.kind, name) == ("encoder", "samples of train"):
                 paths, nearest = run.fake("train", None, n), run.real("train")
                 closest = [(paths[i], nearest[index[i]]) for i in distance.argsort()[:10]]
-                save(run.out / "closest.png", contact_sheet([[load_rgb(path) for path in pair] for pair in closest], columns=4))
+                save_image(run.out / "closest.png", contact_sheet([[load_rgb(path) for path in pair] for pair in closest], columns=4))
     return run.write("memorisation", rows)
 
 
@@ -222,11 +220,6 @@ class Pixels:
 
 
 # ---- pictures and the program ------------------------------------------------------------------------------------------
-
-def save(path, image):
-    with whole(path) as temporary:
-        image.save(temporary)
-
 
 def labelled(columns, tiles):
     """[(text, PIL image)] -> one picture of `columns` tiles a row, 256 wide, each under its text."""

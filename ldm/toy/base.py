@@ -8,7 +8,6 @@ which knows images in general, and is brought to tissue by LoRA and projector al
 
 OUT becomes a folder for --sd15 and --uni2h: unet/, vae/ and model.safetensors (the encoder) in float16, and log.csv.
 """
-import csv
 import math
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from projector import Projector, build_encoder, load_encoder, preprocess
 from train import draw, generator, noise_prediction_loss
 
-from ..files import Fail, Parser, number, run, save_tensors, save_text
+from ..files import Fail, Parser, number, read_csv, run, save_tensors, save_text
 from ..schedule import T, alpha_bar
 from ..unet import UNet
 from ..vae import SCALE, VAE, draw_latent
@@ -349,7 +348,7 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "log.csv"
-    log = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    log = read_csv(path)
     for name in ("vae", "encoder"):
         if "unet" in args.only and name not in args.only and not (args.out / FILES[name]).exists():
             raise Fail(f"the U-Net needs {args.out / FILES[name]}: make it first (--only {name})")
