@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
-from ldm.data import list_images, load_rgb
-from ldm.files import Fail, Parser, find, number, pick_device, run, save_text, settings_of, whole
+from ldm import parallel
+from ldm.data import ahead, list_images, load_rgb
+from ldm.files import Fail, Parser, find, number, pick_device, progress, run, save_text, settings_of, whole
 from ldm.weights import TensorFile, load
 from projector import load_encoder, open_encoder, preprocess
 
@@ -334,16 +334,18 @@ def load_set(path, resize, weights):
 
 @torch.no_grad()
 def extract_features(images, network, resizer, device, batch):
-    """Image files or PIL images -> features (n, d) in float64; each is resized on its own, so that sizes may differ."""
-    features = []
-    with ThreadPoolExecutor() as pool, tqdm(total=len(images), desc="features", unit="image", disable=None, leave=False) as bar:
-        for start in range(0, len(images), batch):
-            part = images[start:start + batch]
-            x = torch.stack(list(pool.map(lambda it: resizer(it if isinstance(it, Image.Image) else load_rgb(it)), part))).to(device)
-            x = network(x.contiguous(memory_format=torch.channels_last))
-            features.append(x.cpu().double().numpy())       # in this order: Apple's GPUs have no float64
+    """Image files or PIL images -> features (n, d) in float64; each is resized on its own, so that sizes may differ.
+
+    The next batch is decoded and resized while one is in the network. Several processes share the images.
+    """
+    share, features = parallel.mine(images), []
+    with ThreadPoolExecutor() as pool, progress(total=len(share), desc="features", unit="image", leave=False) as bar:
+        for part in ahead(pool, lambda it: resizer(it if isinstance(it, Image.Image) else load_rgb(it)),
+                          [share[i:i + batch] for i in range(0, len(share), batch)]):
+            x = network(torch.stack(part).to(device).contiguous(memory_format=torch.channels_last))
+            features.extend(x.cpu().double().numpy())       # in this order: Apple's GPUs have no float64
             bar.update(len(part))
-    return np.concatenate(features)
+    return np.stack(parallel.gather(features))
 
 
 class Extractor:
@@ -410,6 +412,8 @@ def main():
     parser.add_argument("--batch", type=number(int, 1), default=32, help="images at a time")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
+    device = pick_device(args.device)
+    parallel.start(device)
     if not args.fake and not args.save:
         raise Fail("pass a second folder to compare with, or --save FILE.npz")
     if args.save and Path(args.save).suffix != ".npz":
@@ -421,7 +425,7 @@ def main():
         raise Fail("--json: nothing is compared; pass a second folder")
     if args.json not in (None, "-") and Path(args.json).suffix != ".json":
         raise Fail(f"--json {args.json}: the name must end in .json, or be -")
-    say = partial(print, file=sys.stderr if args.json == "-" else sys.stdout)
+    say = partial(print, file=sys.stderr if args.json == "-" and parallel.FIRST else sys.stdout)
     for path in (args.real, *args.fake):        # before any weights are asked for
         if path.suffix != ".npz" or not path.is_file():
             images_of(path)
@@ -434,14 +438,15 @@ def main():
             raise Fail(f"--features encoder: {args.real} lies in no run of train.py, so that its encoder is not known")
         if args.resize != "pytorch-fid":
             raise Fail(f"--resize {args.resize} is for Inception's features; the encoder has a resizer of its own")
-    extract = Extractor(args.features, open_encoder(encoder) if args.features == "encoder" else args.inception, pick_device(args.device), args.resize, args.batch)
+    with parallel.first():          # which downloads what is missing
+        extract = Extractor(args.features, open_encoder(encoder) if args.features == "encoder" else args.inception, device, args.resize, args.batch)
     resize, weights = extract.resize, extract.weights
 
     def read(path):
         return read_set(path, extract, resize, weights)
 
     real = read(args.real)
-    if args.save:
+    if args.save and parallel.FIRST:
         save_set(args.save, real, resize, weights)
     results = []
     for path in args.fake:
@@ -462,7 +467,7 @@ def main():
             for name, row in result["classes"].items():
                 say(f"  {name:<24}{row['n_real']:>6} | {row['n_fake']:<6} KID x 1000 {describe_kid(row)}")
         results.append(result)
-        if args.json not in (None, "-"):        # after each, so that a later failure does not cost the earlier ones
+        if args.json not in (None, "-") and parallel.FIRST:         # after each, so that a later failure does not cost the earlier ones
             save_text(args.json, json.dumps(results, indent=1) + "\n")
     if args.json == "-":
         print(json.dumps(results))

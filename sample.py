@@ -9,19 +9,22 @@ Writes OUT/real/*.png (the references at the model's size), OUT/cfg1.3/*.png (th
 guidance) and OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.
 """
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
-from ldm import toy
+from ldm import parallel, toy
 from ldm.data import contact_sheet, fit, list_images, load_rgb, read_dataset, read_split, thin, to_images
-from ldm.files import Fail, Parser, find, frozen_dtype, newest_run, number, pick_device, read_json, run, safe_name, save_text, settings_of, whole
+from ldm.files import Fail, Parser, find, frozen_dtype, newest_run, number, pick_device, progress, read_json, run, \
+    safe_name, save_text, settings_of, whole
 from ldm.schedule import ddpm_step, timesteps
 from ldm.weights import file_sha256, load_unet, load_vae, open_sd15
 from lora import fold, load_adapter, open_adapter
 from projector import embed, load_encoder, open_encoder
+
+COMPILE_FROM = 100          # images, below which to compile takes longer than it saves
 
 
 @torch.no_grad()
@@ -64,6 +67,44 @@ def decode(vae, z0):
     return [image for part in z0.split(4) for image in to_images(vae.decode(part.to(device)))]
 
 
+def make_images(jobs, e, unet, projector, vae, steps, latent, batch, fill=False):
+    """Sample and write an image for each of the jobs [(path, reference, w, seed)], e[reference] its embedding.
+
+    Batches have one guidance each; where fill, as many images each, for a compiled U-Net. Several processes share the batches
+    as they are: in another one an image may round differently. PNGs are written while the next batch is made.
+    """
+    parts = [jobs[i:i + batch] for jobs in by_guidance(jobs) for i in range(0, len(jobs), batch)]
+    parts = parallel.mine(parts)
+    with progress(total=sum(map(len, parts)), desc="sampling", unit="image", leave=False) as bar, ThreadPoolExecutor(1) as writer:
+        written = []
+        for part in [*parts, []]:
+            images = []
+            if part:
+                filled = (part * batch)[:batch] if fill else part
+                z0 = sample(torch.stack([e[r] for _, r, _, _ in filled]), projector, unet, part[0][2], steps, [seed for *_, seed in filled], latent)
+                images = decode(vae, z0[:len(part)])
+            for future in written:
+                future.result()         # raises what went wrong
+            written = [writer.submit(save_image, path, image, reference=r, cfg=w, seed=seed, steps=steps)
+                       for (path, r, w, seed), image in zip(part, images)]
+            bar.update(len(part))
+    parallel.wait()
+
+
+def by_guidance(jobs):
+    """The jobs of each guidance, in order."""
+    return [[job for job in jobs if job[2] == w] for w in dict.fromkeys(w for _, _, w, _ in jobs)]
+
+
+def save_image(path, image, **text):
+    """Write a PNG, whole or not at all, with what made it as text chunks."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, str(value))
+    with whole(path) as temporary:
+        image.save(temporary, pnginfo=info)
+
+
 # ---- the program ---------------------------------------------------------------------------------------------------
 
 def main():
@@ -86,6 +127,7 @@ def main():
     how = parser.add_argument_group("how")
     how.add_argument("--batch", type=number(int, 1), default=16, help="images at a time; does not change them")
     how.add_argument("--out", metavar="DIR", help="default: samples/stepN[-SPLIT] beside the adapter, N the step it was trained to")
+    how.add_argument("--no-compile", action="store_true", help=f"do not torch.compile the U-Net (it is done on CUDA, from {COMPILE_FROM} images on)")
     how.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
     if bool(args.ref) == bool(args.split):
@@ -93,12 +135,14 @@ def main():
     if args.ref and (args.label or args.limit):
         raise Fail("--label and --limit choose among the patches of --split; with --ref, name the images themselves")
     device = pick_device(args.device)
+    parallel.start(device)
     adapter = find_adapter(args.run, args.adapter)
     header, config = adapter.header, settings_of(adapter.path.parent) or {}
     size = int(header["resolution"])
     found, chosen = find_references(args, config, adapter.path.parent)
-    unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"])
-    encoder_file = open_encoder(args.uni2h or config.get("uni2h") or header["encoder"])
+    with parallel.first():          # which downloads what is missing
+        unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"])
+        encoder_file = open_encoder(args.uni2h or config.get("uni2h") or header["encoder"])
     base = refuse_others(adapter, unet_file, vae_file, encoder_file, args.other_base)
     part = f"-{args.split}" if args.split else ""
     out = Path(args.out) if args.out else adapter.path.parent / "samples" / f"step{int(header['step']):06d}{part}"
@@ -109,34 +153,32 @@ def main():
     references, known = name_references(found, there.get("references", {}))
     place = {r: i for i, r in enumerate(references) if i in chosen}
     references = {r: references[r] for r in place}
-    jobs = [(w, r, args.seed + i * args.n + k) for w in dict.fromkeys(args.cfg) for r, i in place.items() for k in range(args.n)]
+    jobs = [(r, w, args.seed + i * args.n + k) for w in dict.fromkeys(args.cfg) for r, i in place.items() for k in range(args.n)]
     folder_of = {w: out / folder_name(w) for w in args.cfg}
-    path_of = {(w, r, seed): folder_of[w] / f"{r}_seed{seed}_{folder_of[w].name}.png" for w, r, seed in jobs}
+    path_of = {(r, w, seed): folder_of[w] / f"{r}_seed{seed}_{folder_of[w].name}.png" for r, w, seed in jobs}
     real = {r: out / "real" / f"{r}.png" for r in references}
     todo = [job for job in jobs if not path_of[job].exists()]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already")
-    if todo:        # all references are read before anything is written, so that a bad one is found first
-        e = embed_all(encoder_file, {r: references[r] for _, r, _ in todo}, args.batch, device)
-        save_text(out / "samples.json", json.dumps(settings | {"references": known}, indent=1, ensure_ascii=False) + "\n")
+    if todo:
+        # all references are read before anything is written, so that a bad one is found first
+        e = embed_all(encoder_file, {r: references[r] for r, _, _ in todo}, args.batch, device)
+        if parallel.FIRST:
+            save_text(out / "samples.json", json.dumps(settings | {"references": known}, indent=1, ensure_ascii=False) + "\n")
         unet, projector = load_model(unet_file, adapter, device)
         vae = load_vae(vae_file, device)
         latent = (unet.latent, size // vae.factor, size // vae.factor)
-        with tqdm(total=len(todo), desc="sampling", unit="image", disable=None) as bar:
-            for w in dict.fromkeys(args.cfg):
-                mine = [job for job in todo if job[0] == w]
-                for batch in (mine[i:i + args.batch] for i in range(0, len(mine), args.batch)):
-                    z0 = sample(torch.stack([e[r] for _, r, _ in batch]), projector, unet, w, args.steps,
-                                [seed for _, _, seed in batch], latent)
-                    for job, image in zip(batch, decode(vae, z0)):
-                        save_image(path_of[job], image, reference=references[job[1]], seed=job[2], cfg=w, steps=args.steps)
-                    bar.update(len(batch))
+        worth = device.type == "cuda" and len(todo) >= COMPILE_FROM and not args.no_compile
+        make_images([(path_of[job], *job) for job in todo], e, torch.compile(unet, dynamic=False) if worth else unet, projector, vae,
+                    args.steps, latent, args.batch, fill=worth)
+    if not parallel.FIRST:
+        return
     for r in references:
         if not real[r].exists():
             save_image(real[r], fit(load_rgb(references[r]), size))
     for w, folder in folder_of.items():
         shown = list(references)[::max(1, len(references) // 32)][:32]      # and of each reference seven samples at most
-        rows = [(real[r], *[path_of[job] for job in jobs if job[:2] == (w, r)][:7]) for r in shown]
+        rows = [(real[r], *[path_of[job] for job in jobs if job[:2] == (r, w)][:7]) for r in shown]
         sheet = contact_sheet([[load_rgb(path) for path in row] for row in rows])
         save_image(out / f"sheet-{folder.name}.png", sheet)
     first = folder_of[args.cfg[0]]
@@ -233,11 +275,11 @@ def refuse_others(adapter, unet_file, vae_file, encoder_file, other_base):
 
 
 def embed_all(encoder_file, paths, batch, device):
-    """{name: path} -> {name: e (d_e,)}; the encoder is let go of at the end."""
-    encoder, names, e = load_encoder(encoder_file, device), list(paths), {}
-    for part in tqdm([names[i:i + batch] for i in range(0, len(names), batch)], "embedding", disable=None, leave=False):
-        e |= zip(part, embed(encoder, [load_rgb(paths[name]) for name in part]))
-    return e
+    """{name: path} -> {name: e (d_e,)}; the encoder is let go of at the end. Several processes share the batches."""
+    encoder, names = load_encoder(encoder_file, device), list(paths)
+    parts = parallel.mine([names[i:i + batch] for i in range(0, len(names), batch)])
+    e = [embed(encoder, [load_rgb(paths[name]) for name in part]) for part in progress(parts, "embedding", leave=False)]
+    return dict(zip(names, torch.cat(parallel.gather(e))))
 
 
 def load_model(unet_file, adapter, device):
@@ -246,15 +288,6 @@ def load_model(unet_file, adapter, device):
     projector = load_adapter(adapter, unet)
     fold(unet)
     return unet.to(frozen_dtype(device)), projector
-
-
-def save_image(path, image, **text):
-    """Write a PNG, whole or not at all, with what made it as text chunks."""
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_text(key, str(value))
-    with whole(path) as temporary:
-        image.save(temporary, pnginfo=info)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
+import torch._functorch.config as functorch_config
 
 from fid import Extractor, frechet_distance_of_features, inception_at_hand
-from ldm import toy
+from ldm import parallel, toy
 from ldm.data import Cache, contact_sheet, describe_split, fit, list_images, load_rgb, make_split, read_dataset, read_split, thin
-from ldm.files import Fail, Parser, first_line, frozen_dtype, number, pick_device, read_json, run, safe_name, save_csv, \
-    save_tensors, save_text, settings_of
+from ldm.files import Fail, Parser, first_line, frozen_dtype, number, pick_device, progress, read_json, run, safe_name, \
+    save_csv, save_tensors, save_text, settings_of
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import write_dataset
 from ldm.unet import UNet
@@ -35,7 +35,7 @@ from ldm.vae import draw_latent
 from ldm.weights import BUILT_IN, SD15, TensorFile, load_unet, load_vae, open_sd15
 from lora import inject, lora_parameters, save_adapter
 from projector import UNI2H, Projector, embed, load_encoder, open_encoder
-from sample import decode, name_references, sample, save_image
+from sample import make_images, name_references, save_image
 
 DROPOUT = 0.05                                      # of the projector's hidden units
 BETAS = (0.9, 0.999)
@@ -44,6 +44,8 @@ MAX_GRAD_NORM = 1.0         # the paper names no clipping; this is the default o
 VALIDATION_STEPS = 30       # the paper's denoising steps
 GRID = 8                    # reference | sample pairs of an epoch's picture
 COMMIT_SECONDS = 300
+MEMORY_BUDGET = 0.5         # share of what a compiled step keeps for the backward pass; the rest is computed again. Of SD1.5 at
+                            # batch 16, 512 px: 5.3 GiB in place of 10.5, for 8.7 % more FLOPs (tests/test_speed.py)
 
 
 # ---- everything random is a function of (seed, step) -----------------------------------------------------------------
@@ -65,6 +67,12 @@ def draw(g, batch, latent, p, hidden):
         t=torch.randint(0, T, (batch,), generator=g),           # the paper's {1, ..., T}, counted from 0
         m=torch.rand(batch, 1, generator=g) < p,
         keep=(torch.rand(hidden[0], batch, hidden[1], generator=g) >= DROPOUT) / (1 - DROPOUT))
+
+
+def part_of(draws, indices):
+    """The draws of some images of a batch."""
+    indices = list(indices)
+    return SimpleNamespace(**{k: v if v is None else v[:, indices] if k == "keep" else v[indices] for k, v in vars(draws).items()})
 
 
 def draw_validation(n, latent):
@@ -114,8 +122,9 @@ class Trainer:
         """train: [(name, hash)] of the training images. latent: (4, h, w)."""
         self.args, self.cache, self.train, self.latent, self.device = args, cache, train, latent, device
         self.unet, self.projector = unet, projector
-        compiled = device.type == "cuda" and not args.no_compile
-        self.network = torch.compile(unet, dynamic=False) if compiled else unet
+        self.compiled = device.type == "cuda" and not args.no_compile
+        self.network = torch.compile(unet, dynamic=False) if self.compiled else unet
+        functorch_config.activation_memory_budget = MEMORY_BUDGET
         self.hidden = (projector.shape["depth"] - 1, projector.shape["hidden"])
         self.steps_per_epoch = math.ceil(len(train) / args.batch)       # of whole batches, see batch_of_step
         self.total = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
@@ -144,19 +153,25 @@ class Trainer:
         return [x.to(self.device) for x in self.cache.gather(hashes, r.mirrored.tolist())], r
 
     def train_step(self):
-        """One turn of Algorithm 1's loop. Fails, before anything is changed, if the loss or its gradient is not finite."""
+        """One turn of Algorithm 1's loop. Fails, before anything is changed, if the loss or its gradient is not finite.
+
+        Every process draws for the whole batch and works on its share; loss and gradient are summed over them.
+        """
         args = self.args
         indices = batch_of_step(args.seed, self.step, args.batch, len(self.train))                      # 3
-        r = draw(generator(args.seed, STEP, self.step), args.batch, self.latent, args.cfg_drop, self.hidden)
-        images, r = self.gather([self.train[i][1] for i in indices], r)
-        loss = noise_prediction_loss(self.network, self.projector, *images, r).mean()                   # 4 to 10
+        whole = draw(generator(args.seed, STEP, self.step), args.batch, self.latent, args.cfg_drop, self.hidden)
+        share = parallel.mine(range(args.batch))
+        images, r = self.gather([self.train[indices[i]][1] for i in share], part_of(whole, share))
+        loss = noise_prediction_loss(self.network, self.projector, *images, r).sum() / args.batch       # 4 to 10
         self.optimizer.zero_grad()
         loss.backward()
+        loss = loss.detach()
+        parallel.add_up([loss, *(p.grad for p in self.parameters)])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
         value, norm = loss.item(), norm.item()
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise Fail(f"step {self.step}: loss {value}, gradient norm {norm}; nothing was updated, and the last good state is "
-                       f"kept. timesteps {r.t.tolist()}, images {', '.join(self.train[i][0] for i in indices)}. "
+                       f"kept. timesteps {whole.t.tolist()}, images {', '.join(self.train[i][0] for i in indices)}. "
                        "Try a lower --lr, or look at these images")
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates(self.step)):
             group["lr"] = rate
@@ -168,24 +183,35 @@ class Trainer:
     @torch.no_grad()
     def validation_loss(self, hashes):
         """Mean over the images on fixed noise and timesteps; batches are whole, the last one filled up and cut off again."""
-        n, size, losses = len(hashes), self.args.batch, []
-        draws = draw_validation(n, self.latent)
-        for start in range(0, n, size):
-            at = torch.arange(start, start + size) % n
-            r = SimpleNamespace(**{k: v if v is None else v[at] for k, v in vars(draws).items()})
-            images, r = self.gather([hashes[i] for i in at.tolist()], r)
-            losses.append(noise_prediction_loss(self.network, self.projector, *images, r)[:n - start])
-        return torch.cat(losses).mean().item()
+        n, size = len(hashes), self.args.batch
+        draws, losses = draw_validation(n, self.latent), torch.zeros(n, device=self.device)
+        for start in parallel.mine(range(0, n, size)):
+            at = [i % n for i in range(start, start + size)]
+            images, r = self.gather([hashes[i] for i in at], part_of(draws, at))
+            losses[start:start + size] = noise_prediction_loss(self.network, self.projector, *images, r)[:n - start]
+        parallel.add_up([losses])
+        return losses.mean().item()
 
-    def commit(self, folder, header):
-        """Write the adapter and the state; each is there whole or as it was before. Fails where a parameter is not finite."""
+    def commit(self, folder, header, best=False):
+        """Write the adapter (where it is the best, also as that), the state and the log; each is there whole or as it was before.
+
+        Fails where a parameter is not finite.
+        """
         if not all(p.isfinite().all() for p in self.parameters):
             raise Fail(f"step {self.step}: a trained parameter is not finite; the last good state is kept. Try a lower --lr")
-        save_adapter(folder / "adapter.safetensors", self.unet, self.projector, header | {"step": str(self.step)})
+        if not parallel.FIRST:
+            return
+        for name in ["adapter-best.safetensors"] * best + ["adapter.safetensors"]:
+            save_adapter(folder / name, self.unet, self.projector, header | {"step": str(self.step)})
         moments = {f"{name}/{key}": self.optimizer.state[p][key] for name, p in self.named.items()
                    if p in self.optimizer.state for key in ("exp_avg", "exp_avg_sq")}
         save_tensors(folder / "state.safetensors", {**self.named, **moments}, {
             "step": str(self.step), "best": repr(self.best), "losses": json.dumps(self.losses), "history": json.dumps(self.history)})
+        self.save_log(folder)
+
+    def save_log(self, folder):
+        if self.history:
+            save_csv(folder / "log.csv", self.history)
 
     @torch.no_grad()
     def restore(self, path):
@@ -216,14 +242,16 @@ class ValidationSamples:
         self.folder, self.hashes, self.extract = folder, hashes, extract
         self.column = "fid" if extract.kind == "inception" else "fid_encoder"
         self.real, self.fake = ({title: folder / part / f"{title}.png" for title in references} for part in ("real", "fake"))
-        for title, path in references.items():
-            if anew or not self.real[title].exists():
-                save_image(self.real[title], fit(load_rgb(path), size))
-        for path in list_images(folder / "real") if (folder / "real").is_dir() else []:         # of an earlier choice
-            if path not in self.real.values():
-                path.unlink()
-        if references:
-            save_image(folder / "patch.png", load_rgb(next(iter(self.real.values()))))
+        if parallel.FIRST:
+            for title, path in references.items():
+                if anew or not self.real[title].exists():
+                    save_image(self.real[title], fit(load_rgb(path), size))
+            for path in list_images(folder / "real") if (folder / "real").is_dir() else []:         # of an earlier choice
+                if path not in self.real.values():
+                    path.unlink()
+            if references:
+                save_image(folder / "patch.png", load_rgb(next(iter(self.real.values()))))
+        parallel.wait()
         self.features = extract(list(self.real.values())) if len(references) > 1 else None
 
     def draw(self, trainer, vae_file, epoch):
@@ -231,15 +259,13 @@ class ValidationSamples:
         args, n = trainer.args, len(self.hashes)
         if not n:
             return None
-        e = trainer.cache.gather(self.hashes, [False] * n)[2]
-        z0 = [sample(e[i:i + args.batch], trainer.projector, trainer.unet, args.val_cfg, VALIDATION_STEPS,
-                     range(i, min(i + args.batch, n)), trainer.latent) for i in range(0, n, args.batch)]
-        images = decode(load_vae(vae_file, trainer.device), torch.cat(z0))
-        for path, image in zip(self.fake.values(), images):
-            save_image(path, image)
-        pairs = list(zip(self.real.values(), images))
-        save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", contact_sheet([[load_rgb(path), image] for path, image in thin(pairs, GRID)]))
-        return frechet_distance_of_features(self.features, self.extract(images)) if n > 1 else None
+        e, vae, fake = trainer.cache.gather(self.hashes, [False] * n)[2], load_vae(vae_file, trainer.device), list(self.fake.values())
+        jobs = [(path, i, args.val_cfg, i) for i, path in enumerate(fake)]
+        make_images(jobs, e, trainer.network, trainer.projector, vae, VALIDATION_STEPS, trainer.latent, args.batch, fill=trainer.compiled)
+        if parallel.FIRST:
+            pairs = thin(list(zip(self.real.values(), fake)), GRID)
+            save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", contact_sheet([[load_rgb(path) for path in pair] for pair in pairs]))
+        return frechet_distance_of_features(self.features, self.extract(fake)) if n > 1 else None
 
 
 # ---- the program ---------------------------------------------------------------------------------------------------
@@ -324,35 +350,39 @@ def main():
     if args.parameters:
         return print(count_parameters(args))
     device, folder = pick_device(args.device), Path(args.run)
+    parallel.start(device)
+    if parallel.WORLD > args.batch:
+        raise Fail(f"--batch {args.batch} gives {parallel.WORLD} processes less than an image each; start fewer")
+    with parallel.first():
+        if args.data != toy.DATA:       # a wrong folder is found before gigabytes are downloaded
+            data, patches = Path(args.data), read_dataset(args.data)
+        # what can be wrong with the arguments is found here, on the meta device, before anything is computed or written
+        unet_file, vae_file = open_sd15(args.sd15)
+        encoder_file = open_encoder(args.uni2h)
+        latent = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), args.size)
+        if args.data == toy.DATA:
+            print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop, to see the method work.\n"
+                  "For the real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)", flush=True)
+            data = write_dataset(folder.parent / toy.DATA, **toy.TISSUE)
+            patches = read_dataset(data)
+        split_file, started = folder / "split.json", (folder / "state.safetensors").exists()
+        split = make_split(patches, args.split) if not started else None
+        if split_file.exists():
+            there = read_split(split_file, patches)
+            if not started and there != split:
+                raise Fail(f"{split_file} is there and is not the split that --split {args.split} asks for; to use it, pass "
+                           f"--split {split_file}, else remove it")
+            split = there
+        if split is None:
+            raise Fail(f"{split_file} of this run is gone; restore it, or pass another --run")
+        names = {part: thin(split[part], args.limit) for part in ("train", "val")}
 
-    if args.data != toy.DATA:       # a wrong folder is found before gigabytes are downloaded
-        data, patches = Path(args.data), read_dataset(args.data)
-    # what can be wrong with the arguments is found here, on the meta device, before anything is computed or written
-    unet_file, vae_file = open_sd15(args.sd15)
-    encoder_file = open_encoder(args.uni2h)
-    latent = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), args.size)
-    if args.data == toy.DATA:
-        print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop, to see the method work.\n"
-              "For the real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)", flush=True)
-        data = write_dataset(folder.parent / toy.DATA, **toy.TISSUE)
-        patches = read_dataset(data)
-    split_file, started = folder / "split.json", (folder / "state.safetensors").exists()
-    split = make_split(patches, args.split) if not started else None
-    if split_file.exists():
-        there = read_split(split_file, patches)
-        if not started and there != split:
-            raise Fail(f"{split_file} is there and is not the split that --split {args.split} asks for; to use it, pass "
-                       f"--split {split_file}, else remove it")
-        split = there
-    if split is None:
-        raise Fail(f"{split_file} of this run is gone; restore it, or pass another --run")
-    names = {part: thin(split[part], args.limit) for part in ("train", "val")}
-
-    sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
-    extract = Extractor(args.features, args.inception if args.features == "inception" else encoder_file, device)
-    sha256["features"] = extract.weights
-    claim(folder, args, sha256)
-    save_text(split_file, describe_split(split, patches))
+        sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
+        extract = Extractor(args.features, args.inception if args.features == "inception" else encoder_file, device)
+        sha256["features"] = extract.weights
+        claim(folder, args, sha256)
+        if parallel.FIRST:
+            save_text(split_file, describe_split(split, patches))
     cases = len({p.case for p in patches})
     print(f"{len(patches)} patches of {cases} cases in {len({p.label for p in patches})} classes: "
           + ", ".join(f"{part} {len(ns)}" for part, ns in split.items())
@@ -361,7 +391,8 @@ def main():
     encoders = partial(load_encoders, vae_file, encoder_file, device)
     hashes = {part: cache.fill([data / name for name in names[part]], encoders, args.size) for part in names}
     sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    claim(folder, args, sha256)
+    with parallel.first():
+        claim(folder, args, sha256)
 
     torch.manual_seed(args.seed)
     unet = inject(load_unet(unet_file, device, frozen_dtype(device)), args.rank, args.alpha)
@@ -373,8 +404,8 @@ def main():
         encoder_sha256=sha256["encoder"], resolution=args.size, seed=args.seed).items()}
     if started:
         trainer.restore(folder / "state.safetensors")
-        if trainer.history:
-            save_csv(folder / "log.csv", trainer.history)
+        if parallel.FIRST:
+            trainer.save_log(folder)        # which may have been written before or after the state
         print(f"{folder}: found, goes on after step {trainer.step} of {trainer.total}")
 
     title, hash_of = {p.name: p.title for p in patches}, dict(zip(names["val"], hashes["val"]))
@@ -384,7 +415,7 @@ def main():
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)      # what caching took is another matter
     best_of = samples.column if samples.features is not None else "val_loss"
-    with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step", disable=None) as bar:
+    with progress(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
         signals.deferred = True
         clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
         while True:
@@ -400,14 +431,12 @@ def main():
                 row[samples.column] = samples.draw(trainer, vae_file, row["epoch"]) if due else None
                 signals.deferred = True
                 score = row[best_of]
-                if score is not None and score < trainer.best:
+                if best := score is not None and score < trainer.best:
                     trainer.best = score
-                    save_adapter(folder / "adapter-best.safetensors", unet, projector, header | {"step": str(trainer.step)})
                 spent = trainer.history[-1]["minutes"] if trainer.history else 0
                 row["minutes"] = round(spent + (time.perf_counter() - clock) / 60, 2)
                 trainer.history, trainer.losses = trainer.history + [row], []
-                trainer.commit(folder, header)
-                save_csv(folder / "log.csv", trainer.history)
+                trainer.commit(folder, header, best)
                 bar.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None))
                 clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
             if trainer.step == trainer.total:
@@ -417,10 +446,13 @@ def main():
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.3f}", lr=f"{trainer.optimizer.param_groups[0]['lr']:.1e}",
                             images_per_s=f"{(trainer.step - step_then) * args.batch / max(now - clock, 1e-9):.1f}", refresh=False)
-            if trainer.epoch_is_due() or signals.received or now - committed > COMMIT_SECONDS:
+            stop = parallel.largest(signals.received, device)       # all processes leave after the same step
+            if trainer.epoch_is_due() or stop or now - committed > COMMIT_SECONDS:
                 trainer.commit(folder, header)
                 committed = now
-            signals.leave()
+            if stop:
+                parallel.wait()             # for the first one, which writes
+                sys.exit(128 + stop)
     print(f"{folder}: complete after {trainer.step} steps; best {best_of} {trainer.best:.4f}; peak memory "
           f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch.png' if references else 'PATCH.png'} --cfg 1.3")
 
@@ -429,7 +461,7 @@ class Signals:
     """SIGINT and SIGTERM end the program with 130 or 143: at once or, while `deferred`, at `leave`; a second one always at once."""
 
     def __init__(self):
-        self.received, self.deferred = None, False
+        self.received, self.deferred = 0, False
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self.handle)
 
@@ -475,6 +507,8 @@ def claim(folder, args, sha256):
         raise Fail(f"{path} is not of a run of train.py; pass another --run")
     if not path.exists() and any(p.name != "split.json" and not p.name.startswith(".") for p in folder.glob("*")):
         raise Fail(f"{folder} holds other files and no run of train.py; pass another --run")
+    if not parallel.FIRST:
+        return
     if not any(folder.glob("[!.]*.safetensors")):
         environment = dict(python=platform.python_version(), torch=torch.__version__, platform=platform.platform())
         save_text(path, json.dumps(dict(args=settings, sha256=sha256, command=sys.argv, environment=environment), indent=1) + "\n")

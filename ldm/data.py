@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
-from .files import Fail, safe_name, save_tensors
+from . import parallel
+from .files import Fail, progress, safe_name, save_tensors
 from .weights import TensorFile, file_sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
@@ -118,6 +118,15 @@ def list_images(folder):
                 folders.append(name)
         found += [Path(base, name) for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def ahead(pool, work, batches):
+    """[work(item) of each item], batch by batch; the pool makes the next batch while one is in use."""
+    coming = []
+    for batch in [*batches, []]:
+        made, coming = coming, [pool.submit(work, item) for item in batch]
+        if made:
+            yield [future.result() for future in made]
 
 
 # ---- datasets ------------------------------------------------------------------------------------------------------
@@ -325,13 +334,16 @@ class Cache:
         key = f"1 {vae_sha256} {encoder_sha256} {size}"
         self.folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
         self.rows = {}                              # image hash -> (mean, logvar (2, 4, h, w), embedding (d_e,)), mapped
-        for path in sorted(self.folder.glob("[!.]*.safetensors")):      # hidden ones are not whole yet
-            self._read(path)
+        self._read_all()
 
     @property
     def width(self):
         """d_e, the width of the embeddings."""
         return len(next(iter(self.rows.values()))[2])
+
+    def _read_all(self):
+        for path in sorted(self.folder.glob("[!.]*.safetensors")):      # hidden ones are not whole yet
+            self._read(path)
 
     def _read(self, path):
         file = TensorFile(path)
@@ -346,18 +358,22 @@ class Cache:
     def fill(self, paths, encoders, size):
         """Add the images that are missing. encoders() -> (encode, embed): called only then, and let go of at the end.
 
-        encode: x (B, 3, size, size) -> mean, logvar; embed: PIL images -> e. Returns the hash of each path's file.
+        encode: x (B, 3, size, size) -> mean, logvar; embed: PIL images -> e. Returns the hash of each path's file. Several
+        processes share the work, and read what the others wrote.
         """
         with ThreadPoolExecutor() as pool:
-            hashes = list(tqdm(pool.map(file_sha256, paths), "reading images", len(paths), disable=None, leave=False))
-            missing = {h: path for h, path in zip(hashes, paths) if h not in self.rows}
-            if missing:
+            hashes = list(progress(pool.map(file_sha256, paths), "reading images", len(paths), leave=False))
+            todo = list({h: path for h, path in zip(hashes, paths) if h not in self.rows}.items())
+            shards = parallel.mine([todo[i:i + self.SHARD] for i in range(0, len(todo), self.SHARD)])
+            parallel.wait()                     # all have seen the same ones to be missing, before one of them writes
+            if shards:
                 encode, embed = encoders()
-                todo = list(missing.items())
-                with tqdm(total=len(todo), desc="caching", unit="image", disable=None) as bar:
-                    for start in range(0, len(todo), self.SHARD):
-                        shard = todo[start:start + self.SHARD]
-                        self._write(shard, list(pool.map(load_rgb, [path for _, path in shard])), encode, embed, size, bar)
+                with progress(total=sum(map(len, shards)), desc="caching", unit="image") as bar:
+                    for shard, images in zip(shards, ahead(pool, load_rgb, [[path for _, path in shard] for shard in shards])):
+                        self._write(shard, images, encode, embed, size, bar)
+            if todo and parallel.WORLD > 1:
+                parallel.wait()
+                self._read_all()
         return hashes
 
     def _write(self, shard, images, encode, embed, size, bar):

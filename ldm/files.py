@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tqdm import tqdm
+
+from . import parallel
 
 
 class Fail(Exception):
@@ -32,6 +35,8 @@ def run(main):
             sys.exit(_complain(f"out of memory; try a smaller --batch or --size ({first_line(problem)})"))
         if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
             sys.exit(_complain(f"torch.compile cannot compile here; pass --no-compile ({first_line(problem)})"))
+        if parallel.WORLD > 1 and (isinstance(problem, torch.distributed.DistError) or "gloo" in str(problem)):
+            sys.exit(_complain("another process has ended, and so this one does; what it said is above. Mend that, and repeat the command to go on"))
         raise
     except KeyboardInterrupt:
         sys.exit(130)
@@ -84,15 +89,22 @@ def number(kind, low, high=float("inf"), open_low=False):
 
 
 def pick_device(name="auto"):
-    """'auto' (CUDA, then Apple's MPS, then the CPU) or a name of torch's -> torch.device."""
+    """'auto' (CUDA, then Apple's MPS, then the CPU) or a name of torch's -> torch.device; under torchrun a GPU for each process."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and parallel.WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         if torch.device(name).type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("it is none of cuda, mps and cpu")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as problem:
         raise Fail(f"--device {name} cannot be used here: {first_line(problem)}") from None
+
+
+def progress(*args, **kwargs):
+    """tqdm's bar: none where stderr is no terminal, nor in any but the first of several processes."""
+    return tqdm(*args, disable=None if parallel.FIRST else True, **kwargs)
 
 
 def frozen_dtype(device):

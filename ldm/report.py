@@ -21,7 +21,7 @@ from sample import folder_name, name_references, patches_of, save_image
 
 from . import metrics
 from .data import contact_sheet, fit, list_images, load_rgb, thin, to_images, to_tensor
-from .files import Fail, Parser, number, pick_device, read_csv, run, save_csv, save_text, settings_of
+from .files import Fail, Parser, number, pick_device, read_csv, run, save_csv, save_text, settings_of, whole
 from .vae import SCALE
 from .weights import file_sha256, load_vae, open_sd15
 
@@ -111,7 +111,9 @@ class Run:
 def epochs(run):
     """Table 4: validation FID at the end of every epoch"""
     log = read_csv(run.folder / "log.csv")
-    return run.write("table4", [{k: row[k] for k in row if k in ("epoch", "train_loss", "val_loss") or k.startswith("fid")} for row in log])
+    rows = [{k: row[k] for k in row if k in ("epoch", "train_loss", "val_loss") or k.startswith("fid")} for row in log]
+    plot(run.out / "table4.png", rows, "epoch", [k for k in rows[0] if k.startswith("fid")])
+    return run.write("table4", rows)
 
 
 def sweep(run):
@@ -121,6 +123,7 @@ def sweep(run):
     for w in SWEEP:
         fake = run.features(run.first, "fake", "val", w)
         rows.append(dict(guidance=w, n=len(fake), features=run.first.kind, fid=frechet_distance_of_features(real, fake)))
+    plot(run.out / "table5.png", rows, "guidance", ["fid"])
     shown = thin(list(zip(run.real("val"), *(run.fake("val", w) for w in SWEEP))), 6)
     save_image(run.out / "sweep.png", contact_sheet([[load_rgb(path) for path in column] for column in shown], columns=len(SWEEP) + 1))
     return run.write("table5", rows)
@@ -232,6 +235,23 @@ def labelled(columns, tiles):
     return out
 
 
+def plot(path, rows, x, columns):
+    """A line for each column over column x, where matplotlib is installed; rows without a value are left out."""
+    lines = {column: [(float(row[x]), float(row[column])) for row in rows if row[column]] for column in columns}
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    for column, points in lines.items():
+        axes.plot(*np.array(points).reshape(-1, 2).T, marker="o", label=column)
+    axes.set_xlabel(x)
+    axes.legend()
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
 def as_markdown(rows):
     def cell(value):
         return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -240,7 +260,7 @@ def as_markdown(rows):
 
 
 SECTIONS = {f.__name__: f for f in (epochs, sweep, test, classes, figure5, fidelity, memorisation, usefulness)}
-PICTURES = dict(sweep="sweep.png", figure5="figure5.png", memorisation="closest.png")
+PICTURES = dict(epochs=["table4.png"], sweep=["table5.png", "sweep.png"], figure5=["figure5.png"], memorisation=["closest.png"])
 
 
 def main():
@@ -256,7 +276,7 @@ def main():
     for name in args.only:
         rows = SECTIONS[name](finished)
         part = "\n## " + " ".join(SECTIONS[name].__doc__.split()) + "\n\n" + (as_markdown(rows) + "\n" if rows else "")
-        text += part + (f"\n![{name}]({PICTURES[name]})\n" if name in PICTURES else "")
+        text += part + "".join(f"\n![{name}]({picture})\n" for picture in PICTURES.get(name, ()) if (finished.out / picture).exists())
         print(part, flush=True)
         save_text(finished.out / ("report.md" if args.only == list(SECTIONS) else f"report-{'-'.join(args.only)}.md"), text)
 

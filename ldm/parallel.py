@@ -1,0 +1,76 @@
+"""One process or many. Under torchrun every process runs the whole program on its share of the images.
+
+    torchrun --nproc-per-node 4 -- train.py --data chaoyang/ --rank 4 --tokens 4
+
+RANK and WORLD are torchrun's; alone they are 0 and 1, and every function here does nothing. All processes must see the same
+folders: the first one writes what a run has once, and each of them the images and cache shards that it makes.
+"""
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+FIRST = RANK == 0
+PATIENCE = timedelta(hours=2)       # for the slowest: the first process validates alone
+
+
+def start(device):
+    """Join the others; of all but the first process nothing is printed but failures."""
+    if WORLD > 1:
+        if not FIRST:
+            sys.stdout = open(os.devnull, "w")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+
+
+def wait():
+    """Until every process is here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+@contextmanager
+def first():
+    """The first process runs the block; then the others do, and find done what is done once."""
+    if not FIRST:
+        wait()
+    yield
+    if FIRST:
+        wait()
+
+
+def mine(items):
+    """The share of this process: every WORLD-th item."""
+    return items[RANK::WORLD]
+
+
+def gather(rows):
+    """The rows that each process has of its share of a list -> the rows of all of it, in order, in every process."""
+    if WORLD == 1:
+        return rows
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, rows)
+    return [parts[i % WORLD][i // WORLD] for i in range(sum(map(len, parts)))]
+
+
+@torch.no_grad()
+def add_up(tensors):
+    """Sum each tensor over the processes, in place: one message for all of them."""
+    if WORLD > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+
+
+def largest(number, device):
+    """The largest of the whole numbers that the processes have."""
+    if WORLD > 1:
+        number = torch.tensor(number, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)

@@ -1,0 +1,101 @@
+"""Several processes under torchrun do what one does: same losses and adapter to rounding, same images, same distance."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, process, program
+from safetensors.torch import load_file
+
+from ldm.files import read_csv
+from ldm.weights import TensorFile
+
+
+def torchrun(n, name, *args, cwd, **options):
+    """The program in n processes -> Popen."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--", str(ROOT / name), *map(str, args)],
+                            cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def finish(started, code=0):
+    try:
+        out, err = started.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        started.kill()
+        raise
+    assert (started.returncode == 0) == (code == 0), err
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """The same training by one process and by two -> their working folders."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    arguments = [*small, "--epochs", 2, "--val-samples", 3, "--run", "runs/x"]
+    process("train.py", *arguments, cwd=one)
+    out, _ = finish(torchrun(2, "train.py", *arguments, cwd=two))
+    assert out.count("Total trainable") == 1            # only the first process speaks
+    return one, two
+
+
+def test_two_processes_train_the_adapter_of_one(runs):
+    one, two = (load_file(cwd / "runs/x/adapter.safetensors") for cwd in runs)
+    learnt = torch.cat([one[n].flatten() for n in one if "lora_B" in n])            # B starts at 0
+    apart = torch.cat([(one[n] - two[n]).flatten() for n in one])
+    assert 0 < apart.norm() < 1e-3 * learnt.norm()
+    for a, b in zip(*(read_csv(cwd / "runs/x/log.csv") for cwd in runs)):
+        for key in ("train_loss", "val_loss"):
+            assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-5)
+        assert float(a["fid_encoder"]) == pytest.approx(float(b["fid_encoder"]), rel=1e-2)
+
+
+def test_two_processes_cache_every_image_once(runs):
+    counts = []
+    for cwd in runs:
+        names = [n for path in (cwd / "runs/cache").rglob("*.safetensors") for n in json.loads(TensorFile(path).header["images"])]
+        assert len(names) == len(set(names))
+        counts.append(sorted(names))
+    assert counts[0] == counts[1]
+
+
+def test_two_processes_sample_the_images_of_one_and_measure_the_same_distance(runs, tmp_path):
+    run = runs[0] / "runs/x"
+    arguments = ["--run", run, "--split", "val", "--limit", 3, "--steps", 3, "--batch", 2, "--cfg", 1, 1.3]
+    process("sample.py", *arguments, "--out", "one", cwd=tmp_path, OMP_NUM_THREADS="1")
+    finish(torchrun(2, "sample.py", *arguments, "--out", "two", cwd=tmp_path))
+    files = [sorted(p.relative_to(tmp_path / k) for p in (tmp_path / k).rglob("*") if p.is_file()) for k in ("one", "two")]
+    assert files[0] == files[1] and len(files[0]) == 1 + 2 + 3 * 3
+    for path in files[0]:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
+    texts = [program("fid.py", run / "real", run / "fake", "--features", "encoder", cwd=tmp_path).stdout,
+             finish(torchrun(2, "fid.py", run / "real", run / "fake", "--features", "encoder", cwd=tmp_path))[0]]
+    assert texts[0] == texts[1] and "FID" in texts[0]
+
+
+def test_a_process_that_dies_ends_the_job_which_goes_on_later(small, tmp_path):
+    arguments = [*small, "--epochs", 400, "--val-samples", 0, "--run", "runs/x"]
+    job = torchrun(2, "train.py", *arguments, cwd=tmp_path)
+    log = tmp_path / "runs/x/log.csv"
+    deadline = time.time() + 120
+    while len(read_csv(log)) < 2 and time.time() < deadline:
+        time.sleep(0.2)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    finish(job, code=1)
+    done = int(read_csv(log)[-1]["epoch"])
+    assert done >= 2
+    job = torchrun(2, "train.py", *arguments, cwd=tmp_path)
+    while len(read_csv(log)) <= done and time.time() < deadline:
+        time.sleep(0.2)
+    job.send_signal(signal.SIGTERM)         # what a scheduler sends: all processes leave after the same step
+    out, _ = finish(job, code=1)
+    assert f"found, goes on after step" in out and len(read_csv(log)) > done
+
+
+def test_more_processes_than_images_in_a_batch_are_refused(small, tmp_path):
+    _, err = finish(torchrun(2, "train.py", *small, "--batch", 1, "--run", "runs/x", cwd=tmp_path), code=2)
+    assert "--batch 1" in err and not (tmp_path / "runs").exists()
