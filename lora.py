@@ -1,17 +1,22 @@
+#!/usr/bin/env python3
 """Low-rank adaptation of the U-Net's attention, and the adapter file.
 
     W' = W + (α/r) B A                                                                                          (eq. 6)
 
 on the projections Q, K, V and O of all 32 attentions, self and cross: 128 adapters, 199,296 parameters per unit of rank.
+
+    python lora.py runs/x/adapter-best.safetensors --export kohya       # for ComfyUI, A1111, kohya; or peft, diffusers
 """
 import json
 import math
+import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.files import Fail, save_tensors
+from ldm.files import Fail, Parser, run, save_tensors, save_text
 from ldm.unet import Attention
 from ldm.weights import TensorFile
 from projector import Projector
@@ -89,13 +94,14 @@ def unmerge(unet):
 
 
 def fold(unet):
-    """Merge for good: every LoRALinear becomes a plain linear layer W', and W is let go of."""
+    """Merge for good: every LoRALinear becomes a plain linear layer W', and W is let go of. Changes `unet`."""
     for name, layer in lora_layers(unet).items():
         layer.merge()
         linear = nn.Linear(*reversed(layer.weight.shape), bias=layer.bias is not None, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
         parent, _, child = name.rpartition(".")
         setattr(unet.get_submodule(parent), child, linear)
+    return unet
 
 
 # ---- adapter.safetensors: LoRA, projector and null embedding, with all that is needed to rebuild them -----------------
@@ -155,3 +161,106 @@ def load_adapter(file, unet):
     device = next(unet.parameters()).device
     unet.requires_grad_(False)
     return projector.to(device).requires_grad_(False)
+
+
+# ---- the same LoRA in other programs' files ---------------------------------------------------------------------------
+
+_PEFT = re.compile(r"(?:unet\.|base_model\.model\.)?(.+?)\.(lora_A|lora_B|lora\.down|lora\.up)\.(?:default\.)?weight")
+_KOHYA = re.compile(r"lora_unet_(down_blocks|up_blocks|mid_block)(?:_(\d+))?_attentions_(\d+)_transformer_blocks_(\d+)_(attn[12])_"
+                    r"(to_[qkv]|to_out_0)\.(lora_down\.weight|lora_up\.weight|alpha)")
+
+
+def _place(name):
+    """A tensor's name in a file of PEFT, Diffusers or kohya -> (layer, "A", "B" or "alpha"), or None of any other tensor."""
+    if m := _PEFT.fullmatch(name):
+        return m[1], "A" if m[2] in ("lora_A", "lora.down") else "B"
+    if m := _KOHYA.fullmatch(name):
+        block = f"{m[1]}.{m[2]}" if m[2] else m[1]
+        layer = f"{block}.attentions.{m[3]}.transformer_blocks.{m[4]}.{m[5]}.{m[6].replace('_0', '.0')}"
+        return layer, {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}[m[7]]
+    return None
+
+
+def read_lora(path):
+    """A LoRA of SD1.5's attention by train.py, Diffusers, PEFT or kohya -> {layer: {"A": (r, d_in), "B": (d_out, r), "alpha"}}.
+
+    α is in kohya's tensors, in the header or, with PEFT, in adapter_config.json beside the file; else it is r, as there. A tensor
+    of any other kind (of a convolution, of the text encoder) is an error: without it the LoRA would be another one.
+    """
+    file, layers = TensorFile(path), {}
+    names = [name for name in file.names if not name.startswith("lora_projector.")]
+    if strangers := [name for name in names if _place(name) is None]:
+        raise Fail(f"{path} holds more than LoRA on the attention of a U-Net, such as {min(strangers)}; train it on to_q, to_k, to_v and "
+                   "to_out.0 alone")
+    for name in names:
+        layer, part = _place(name)
+        layers.setdefault(layer, {})[part] = file.get(name)
+    try:
+        config = Path(path).with_name("adapter_config.json")
+        settings = json.loads(file.header.get("lora_adapter_metadata") or (config.read_text(encoding="utf-8") if config.is_file() else "{}"))
+        alpha = settings.get("unet.lora_alpha", settings.get("lora_alpha"))
+        for layer in layers.values():
+            layer["alpha"] = float(layer.get("alpha", len(layer["A"]) if alpha is None else alpha))
+            if not layer["B"].shape[1] == len(layer["A"]):
+                raise ValueError("A and B have different ranks")
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as problem:
+        raise Fail(f"{path} is no whole LoRA file ({problem}); write it again") from None
+    return layers
+
+
+def load_lora(path, unet):
+    """Inject a LoRA that `read_lora` reads into `unet`, which must have the very layers; frozen, in float32."""
+    found = read_lora(path)
+    ranks = {len(layer["A"]) for layer in found.values()} or {0}
+    if len(ranks) > 1:
+        raise Fail(f"{path} has layers of different ranks: {sorted(ranks)}")
+    layers = lora_layers(inject(unet, *ranks))
+    fits = {name: (layer.A.shape, layer.B.shape) for name, layer in layers.items()}
+    wrong = [n for n in fits.keys() | found.keys() if n not in found or fits.get(n) != (found[n]["A"].shape, found[n]["B"].shape)]
+    if wrong:
+        raise Fail(f"{path} does not fit this U-Net: {len(wrong)} layers of its attention are missing or of another shape, such as {min(wrong)}")
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.A.copy_(found[name]["A"])
+            layer.B.copy_(found[name]["B"])
+            layer.scale = found[name]["alpha"] / len(layer.A)
+    unet.requires_grad_(False)
+    return unet
+
+
+def export(path, form, out):
+    """Write the LoRA of a file that `read_lora` reads as "kohya", "diffusers" or "peft" would. The projector stays behind."""
+    found, header = read_lora(path), TensorFile(path).header
+    rank, alpha = len(next(iter(found.values()))["A"]), next(iter(found.values()))["alpha"]
+    if form != "kohya" and any((len(layer["A"]), layer["alpha"]) != (rank, alpha) for layer in found.values()):
+        raise Fail(f"{path} has layers of different rank or α, which a {form} file of ours does not express; export it to kohya")
+    config = {"r": rank, "lora_alpha": alpha, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+    tensors, notes = {}, {"licence": header.get("licence", "")}
+    for name, layer in found.items():
+        if form == "kohya":
+            name = "lora_unet_" + name.replace(".", "_")
+            tensors |= {f"{name}.lora_down.weight": layer["A"], f"{name}.lora_up.weight": layer["B"], f"{name}.alpha": torch.tensor(layer["alpha"])}
+            notes |= {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha), "ss_base_model_version": "sd_v1"}
+        else:
+            prefix = "unet." if form == "diffusers" else "base_model.model."
+            tensors |= {f"{prefix}{name}.lora_{x}.weight": layer[x] for x in "AB"}
+            notes |= {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()})} if form == "diffusers" else {}
+    if form == "peft":
+        save_text(out.with_name("adapter_config.json"), json.dumps({"peft_type": "LORA", "bias": "none"} | config, indent=1) + "\n")
+    save_tensors(out, tensors, notes)
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("file", type=Path, metavar="FILE", help="an adapter of train.py, or a LoRA file of Diffusers, PEFT or kohya")
+    parser.add_argument("--export", choices=("kohya", "diffusers", "peft"), required=True, help="whose names to write")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: FILE with -kohya and so on in its name; peft: a folder of that name")
+    args = parser.parse_args()
+    out = args.out or args.file.with_name(f"{args.file.stem}-{args.export}" + ("" if args.export == "peft" else ".safetensors"))
+    out = out / "adapter_model.safetensors" if args.export == "peft" else out
+    export(args.file, args.export, out)
+    print(f"{out}: the LoRA alone; what the projector makes of an embedding takes the place of the prompt (README)")
+
+
+if __name__ == "__main__":
+    run(main)

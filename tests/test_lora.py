@@ -3,11 +3,13 @@ import json
 
 import pytest
 import torch
+from conftest import program
+from safetensors.torch import load_file, save_file
 
 from ldm.files import Fail
 from ldm.unet import UNet
-from lora import (adapter_tensors, fold, inject, load_adapter, lora_layers, lora_parameters, merge, open_adapter, save_adapter,
-                  unmerge)
+from lora import (adapter_tensors, export, fold, inject, load_adapter, load_lora, lora_layers, lora_parameters, merge, open_adapter,
+                  save_adapter, unmerge)
 from projector import Projector
 
 CHANNELS = (32, 64, 128, 128)
@@ -187,3 +189,92 @@ def test_the_file_holds_every_trainable_tensor_and_no_other(adapter, unet):
     _, projector = adapter
     trainable = len(lora_parameters(unet)) + len(list(projector.parameters()))
     assert len(adapter_tensors(unet, projector)) == trainable == len(open_adapter(adapter[0]).names)
+
+
+# ---- other programs' files ------------------------------------------------------------------------------------------
+
+def fresh_unet(diffusers_networks):
+    unet = UNet(CHANNELS)
+    unet.load_state_dict(diffusers_networks[0].float().state_dict())
+    return unet.requires_grad_(False)
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
+def test_an_exported_lora_comes_back_and_is_the_same_in_the_program_it_is_for(form, adapter, unet, inputs, diffusers_networks, tmp_path):
+    """Diffusers reads its own names and, through its converter, kohya's, which are also ComfyUI's and A1111's; PEFT reads its folder."""
+    import copy
+
+    from diffusers import StableDiffusionPipeline
+    from peft import PeftModel
+    out = tmp_path / "out" / ("adapter_model.safetensors" if form == "peft" else "lora.safetensors")
+    result = program("lora.py", adapter[0], "--export", form, "--out", out.parent if form == "peft" else out, cwd=tmp_path)
+    assert str(out) in result.stdout
+    z, t, c = inputs
+    with torch.no_grad():
+        expected = unet(z, t, c)
+        back = load_lora(out, fresh_unet(diffusers_networks))(z, t, c)
+        theirs = copy.deepcopy(diffusers_networks[0]).float()
+        if form == "peft":
+            theirs = PeftModel.from_pretrained(theirs, str(out.parent))
+        elif form == "diffusers":
+            theirs.load_lora_adapter(str(out), prefix="unet", use_safetensors=True)
+        else:
+            state, alphas = StableDiffusionPipeline.lora_state_dict(str(out), unet_config=theirs.config)
+            StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=theirs)
+        frozen = fresh_unet(diffusers_networks)(z, t, c)
+        got = theirs(z, t, c).sample
+    assert torch.equal(back, expected)
+    assert (expected - frozen).abs().max() > 1e-2 * frozen.abs().max()          # the LoRA does something
+    print(f"{form}: relative deviation {((got - expected).abs().max() / expected.abs().max()).item():.1e}")
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("maker", ["Diffusers", "PEFT", "kohya"])
+def test_a_lora_of_another_program_is_the_same_in_ours(maker, inputs, diffusers_networks, tmp_path):
+    """Made by Diffusers' and PEFT's own code; kohya's by its naming rule, prefix and dotted path with underscores, and an α of each layer."""
+    import copy
+
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    torch.manual_seed(3)
+    theirs = copy.deepcopy(diffusers_networks[0]).float()
+    config = LoraConfig(r=4, lora_alpha=4 if maker == "Diffusers" else 8, target_modules=TARGETS, init_lora_weights=False)
+    path = tmp_path / "adapter_model.safetensors"
+    if maker == "PEFT":
+        theirs = get_peft_model(theirs, config)
+        theirs.save_pretrained(tmp_path)
+    else:
+        theirs.add_adapter(config)
+        if maker == "Diffusers":        # as its training script does
+            state = convert_state_dict_to_diffusers(get_peft_model_state_dict(theirs))
+            StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state, weight_name=path.name)
+        else:
+            tensors = {}
+            for name, module in theirs.named_modules():
+                if hasattr(module, "lora_A"):
+                    key = f"lora_unet.{name}".replace(".", "_")
+                    tensors |= {f"{key}.lora_down.weight": module.lora_A["default"].weight, f"{key}.lora_up.weight": module.lora_B["default"].weight,
+                                f"{key}.alpha": torch.tensor(8.0)}
+            assert len(tensors) == 3 * 128
+            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, path)
+    ours = load_lora(path, fresh_unet(diffusers_networks))
+    z, t, c = inputs
+    with torch.no_grad():
+        expected = theirs(z, t, c).sample
+        deviation = (ours(z, t, c) - expected).abs().max() / expected.abs().max()
+    print(f"{maker}: relative deviation {deviation.item():.1e}")
+    assert deviation < 1e-5
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s | {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(4, 8)}, "more than LoRA"),
+    (lambda s: dict(list(s.items())[3:]), "missing or of another shape"),
+    (lambda s: {n: t[:, :-1].contiguous() if "attn2_to_k.lora_down" in n else t for n, t in s.items()}, "missing or of another shape"),
+    (lambda s: {n: t for n, t in s.items() if not n.endswith("lora_up.weight")}, "no whole LoRA file"),
+])
+def test_a_lora_that_is_not_of_this_attention_is_refused(change, words, adapter, diffusers_networks, tmp_path):
+    export(adapter[0], "kohya", tmp_path / "k.safetensors")
+    save_file(change(load_file(tmp_path / "k.safetensors")), tmp_path / "x.safetensors")
+    with pytest.raises(Fail, match=words):
+        load_lora(tmp_path / "x.safetensors", fresh_unet(diffusers_networks))

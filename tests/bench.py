@@ -1,0 +1,482 @@
+"""Ours beside its peers, on this machine and in this run: `python tests/bench.py` or `... train sample fid load cache kept`.
+
+    python tests/bench.py train sample --full --size 256 --batch 1      # Stable Diffusion 1.5's widths; on a GPU that is the default
+    python tests/bench.py train --cap 12e9                              # GPU: nothing may allocate more than 12 GB
+    python tests/bench.py fid --inception FILE --images 387
+
+Candidates take turns and each figure is the median of --repeats. Networks have random weights, the same for all. A ratio above 1
+says that ours is faster than the fastest peer that fits. FLOPs are counted on the meta device, recomputation left out; their share
+is of the rate of a large matrix multiplication that is measured first.
+"""
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import fid                                                                                      # noqa: E402
+from ldm.data import Cache, list_images, load_rgb                                               # noqa: E402
+from ldm.files import frozen_dtype, pick_device                                                 # noqa: E402
+from ldm.unet import UNet                                                                       # noqa: E402
+from ldm.vae import VAE                                                                         # noqa: E402
+from ldm.weights import load                                                                    # noqa: E402
+from lora import fold, inject, lora_parameters                                                  # noqa: E402
+from projector import Projector, build_encoder, embed                                           # noqa: E402
+from sample import sample                                                                       # noqa: E402
+from train import Trainer                                                                       # noqa: E402
+
+NARROW = dict(channels=(64, 128, 256, 256))
+RECIPE = SimpleNamespace(lr=5e-5, lr_ratio=10.0, seed=0, cfg_drop=0.1, epochs=12, max_steps=None, no_compile=False)
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+def measure(candidates, args):
+    """{name: build}, build() -> step() -> {name: (median seconds, peak bytes)}; those that run out of memory are None.
+
+    Under a cap each candidate has it for itself: what the others hold meanwhile is added to it.
+    """
+    cuda, steps, result = args.device.type == "cuda", {}, {}
+    total = torch.cuda.get_device_properties(args.device).total_memory if cuda else 0
+
+    def now():
+        gc.collect()
+        return torch.cuda.memory_allocated(args.device) if cuda else 0
+
+    def turn(name):
+        step, own = steps[name]
+        others = now() - own
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (args.cap + others) / total), args.device)
+            torch.cuda.reset_peak_memory_stats(args.device)
+        start = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize(args.device)
+        return time.perf_counter() - start, (torch.cuda.max_memory_allocated(args.device) - others if cuda else 0)
+
+    for name, build in candidates.items():
+        before = now()
+        try:
+            step = build()
+            steps[name] = step, now() - before
+            for _ in range(2):              # compilation, optimizer state, the allocator
+                turn(name)
+            steps[name] = step, now() - before
+        except torch.OutOfMemoryError:
+            steps.pop(name, None)
+            result[name] = None
+    figures = {name: [] for name in steps}
+    for _ in range(args.repeats):
+        for name in steps:
+            figures[name].append(turn(name))
+    for name, runs in figures.items():
+        result[name] = statistics.median(t for t, _ in runs), max(peak for _, peak in runs)
+    if cuda:
+        torch.cuda.set_per_process_memory_fraction(1.0, args.device)
+    return {name: result[name] for name in candidates}
+
+
+def matmul_rate(args):
+    """FLOP/s of a large matrix multiplication in the dtype of the frozen networks."""
+    n = 8192 if args.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=args.device).to(frozen_dtype(args.device)) for _ in range(2))
+    seconds = measure({"": lambda: lambda: [a @ b for _ in range(4)]}, args)[""][0]
+    return 4 * 2 * n ** 3 / seconds
+
+
+def flops(args, train):
+    """Of one U-Net pass of one image, counted: forward, or forward and backward of a LoRA step."""
+    latent = args.size // 8
+    with torch.device("meta"):
+        unet = inject(UNet(**args.width).requires_grad_(False), 4)
+        z, t, c = torch.randn(1, 4, latent, latent), torch.zeros(1, dtype=torch.long), torch.randn(1, 4, 768, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            y = unet(z, t, c)
+            if train:
+                y.sum().backward()
+    return counter.get_total_flops()
+
+
+def report(args, work, ours, result, images, flop=0):
+    """Print a line for each candidate, the ratio in that of the fastest peer."""
+    peers = {name: r for name, r in result.items() if r and name != ours}
+    fastest = min(peers, key=lambda name: peers[name][0]) if peers else None
+    for name, r in result.items():
+        if r is None:
+            print(f"| {work} | {name} | out of memory | | | |", flush=True)
+            continue
+        seconds, peak = r
+        ratio = f"{peers[fastest][0] / seconds:.2f}x of {fastest}" if name == ours and fastest else ""
+        rate = f"{images * flop / seconds / 1e12:.3g} ({images * flop / seconds / args.rate:.0%})" if flop else ""
+        print(f"| {work} | {name} | {1000 * seconds:.4g} ms, {images / seconds:.3g} images/s | {ratio} | {f'{peak / 1e9:.2f} GB' if peak else ''} | {rate} |", flush=True)
+
+
+# ---- the networks, and the peer's ----------------------------------------------------------------------------------
+
+def networks(args):
+    """Our U-Net's random weights, as a state dict that Diffusers' U-Net loads as well."""
+    torch.manual_seed(0)
+    return UNet(**args.width).state_dict()
+
+
+def diffusers_unet(args, state, dtype):
+    from diffusers import UNet2DConditionModel
+    channels = args.width.get("channels", (320, 640, 1280, 1280))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=args.size // 8, block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8)
+    unet.load_state_dict({name: t.to(args.device, dtype) for name, t in state.items()}, assign=True)
+    return unet.requires_grad_(False)
+
+
+def our_unet(args, state, dtype):
+    with torch.device("meta"):
+        unet = UNet(**args.width)
+    unet.load_state_dict({name: t.to(args.device, dtype) for name, t in state.items()}, assign=True)
+    return unet.requires_grad_(False)
+
+
+class Memory:
+    """A stand-in for the cache: random latents and embeddings, in RAM."""
+
+    def __init__(self, args, n=64):
+        h = args.size // 8
+        self.rows = torch.randn(n, 4, h, h), torch.full((n, 4, h, h), -9.0), torch.randn(n, 1536)
+
+    def gather(self, hashes, mirrored):
+        return [x[[int(h) for h in hashes]] for x in self.rows]
+
+
+def train(args):
+    """A step of the recipe: Trainer.train_step, beside Diffusers' training script for LoRA with PEFT."""
+    state, dtype = networks(args), frozen_dtype(args.device)
+
+    def ours():
+        unet = inject(our_unet(args, state, dtype), 4)
+        projector = Projector().to(args.device)
+        names = [(str(i), str(i)) for i in range(64)]
+        return Trainer(SimpleNamespace(**vars(RECIPE), batch=args.batch), unet, projector, Memory(args), names, (4, args.size // 8, args.size // 8), args.device).train_step
+
+    def peer(checkpointing=False, channels_last=False, compiled=False):
+        from diffusers import DDPMScheduler
+        from peft import LoraConfig
+        unet = diffusers_unet(args, state, dtype)
+        unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+        lora = [p for p in unet.parameters() if p.requires_grad]
+        for p in lora:
+            p.data = p.data.float()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        if channels_last:
+            unet.to(memory_format=torch.channels_last)
+        unet.train()
+        projector, memory = Projector().to(args.device), Memory(args)
+        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        parameters = [*lora, *projector.parameters()]
+        optimizer = torch.optim.AdamW([dict(params=lora, lr=5e-5, weight_decay=1e-3), dict(params=list(projector.parameters()), lr=5e-4, weight_decay=1e-4)])
+        network = torch.compile(unet) if compiled else unet
+
+        def step():
+            mean, logvar, e = (x.to(args.device) for x in memory.gather(range(args.batch), None))
+            z0 = 0.18215 * (mean + (0.5 * logvar).exp() * torch.randn_like(mean))
+            noise, t = torch.randn_like(z0), torch.randint(0, 1000, (len(z0),), device=args.device)
+            c = projector(torch.where(torch.rand(len(e), 1, device=args.device) < 0.1, projector.null, e))
+            with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):       # what accelerate does
+                eps = network(scheduler.add_noise(z0, noise, t).to(dtype), t, c.to(dtype), return_dict=False)[0]
+            loss = F.mse_loss(eps.float(), noise)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            return loss.item()
+        return step
+
+    candidates = {"ours": ours, "Diffusers + PEFT": peer, "the same, channels_last": partial(peer, channels_last=True),
+                  "the same, checkpointing": partial(peer, checkpointing=True)}
+    if args.device.type == "cuda":
+        candidates |= {"the same, checkpointing, channels_last": partial(peer, checkpointing=True, channels_last=True),
+                       "the same, compiled": partial(peer, compiled=True, channels_last=True),
+                       "the same, compiled, checkpointing": partial(peer, compiled=True, checkpointing=True, channels_last=True)}
+    report(args, f"training step, batch {args.batch}, {args.size} px", "ours", measure(candidates, args), args.batch, flops(args, train=True))
+    if args.device.type == "cuda":
+        largest_batch(args, ours)
+
+
+def largest_batch(args, ours):
+    """The largest batch that a training step of ours fits into cards of 12, 16 and 24 GB."""
+    for cap in (12e9, 16e9, 24e9):
+        best, batch = 0, 8
+        while batch <= 128:
+            trial = argparse.Namespace(**vars(args) | dict(batch=batch, cap=cap, repeats=1))
+            args.batch, keep = batch, args.batch
+            fits = measure({"ours": ours}, trial)["ours"]
+            args.batch = keep
+            if not fits:
+                break
+            best, batch = batch, batch + 8
+        print(f"largest batch at {args.size} px in {cap / 1e9:.0f} GB, in steps of 8: {best}", flush=True)
+
+
+def sampling(args):
+    """Guided steps of Algorithm 2, `args.batch` images: `sample`, beside Diffusers' U-Net and DDPMScheduler."""
+    state, dtype = networks(args), frozen_dtype(args.device)
+    e, latent = torch.randn(args.batch, 1536), (4, args.size // 8, args.size // 8)
+    cuda = args.device.type == "cuda"
+
+    def ours():
+        unet, projector = fold(inject(our_unet(args, state, dtype), 4)), Projector().to(args.device).requires_grad_(False)
+        network = torch.compile(unet, dynamic=False) if cuda else unet
+        return lambda: sample(e, projector, network, 1.3, args.steps, range(args.batch), latent)
+
+    def peer(channels_last=False, fused=False, compiled=False):
+        from diffusers import DDPMScheduler
+        unet, projector = diffusers_unet(args, state, dtype), Projector().to(args.device).requires_grad_(False)
+        if fused:
+            unet.fuse_qkv_projections()
+        if channels_last:
+            unet.to(memory_format=torch.channels_last)
+        network = torch.compile(unet, mode="max-autotune-no-cudagraphs") if compiled else unet
+        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
+
+        @torch.no_grad()
+        def step():
+            scheduler.set_timesteps(args.steps)
+            c = torch.cat([projector(projector.null).expand(args.batch, -1, -1), projector(e.to(args.device))]).to(dtype)
+            z = torch.randn(args.batch, *latent, device=args.device, dtype=dtype)
+            for t in scheduler.timesteps:
+                null, cond = network(torch.cat([z, z]), t, c, return_dict=False)[0].chunk(2)
+                z = scheduler.step(null + 1.3 * (cond - null), t, z, return_dict=False)[0]
+        return step
+
+    candidates = {"ours": ours, "Diffusers": peer, "the same, channels_last": partial(peer, channels_last=True),
+                  "the same, channels_last, fused QKV": partial(peer, channels_last=True, fused=True)}
+    if cuda:
+        candidates["the same, compiled"] = partial(peer, channels_last=True, fused=True, compiled=True)
+    report(args, f"{args.steps} guided steps, batch {args.batch}, {args.size} px", "ours", measure(candidates, args), args.batch, 2 * args.steps * flops(args, train=False))
+
+
+# ---- FID, loading, caching -----------------------------------------------------------------------------------------
+
+def patches(args, folder):
+    """`args.images` PNGs of noise, at args.size."""
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for i in range(args.images):
+        coarse = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+        coarse.resize((args.size, args.size), Image.Resampling.BICUBIC).save(Path(folder) / f"{i:04d}.png")
+    return list_images(folder)
+
+
+def distance(args):
+    """Inception's features, and the distance between two sets of them, beside pytorch-fid."""
+    import pytorch_fid.inception
+    from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
+    file = fid.open_inception(args.inception)
+    state = {name: file.get(name) for name in file.names}
+    state |= {name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in state if name.endswith("running_mean")}
+    pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: state | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    theirs, kept = pytorch_fid.inception.InceptionV3([3]).to(args.device), {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = patches(args, folder)
+
+        def ours():
+            kept["ours"] = fid.Extractor("inception", args.inception, args.device)(files)
+
+        def peer():
+            kept["pytorch-fid"] = get_activations(files, theirs, 50, device=args.device, num_workers=2)
+        result = measure({"ours": lambda: ours, "pytorch-fid": lambda: peer}, args)
+    report(args, f"Inception's features, {len(files)} images of {args.size} px", "ours", result, len(files))
+    print(f"largest difference of a feature: {np.abs(kept['ours'] - kept['pytorch-fid']).max():.1e}")
+    x, y, values = kept["ours"], kept["ours"][::-1] * 0.9 + 0.05 * np.random.default_rng(0).random(kept["ours"].shape), {}
+
+    def of(name, f):
+        def step():
+            values[name] = f()
+        return lambda: step
+    result = measure({
+        "ours": of("ours", lambda: fid.frechet_distance_of_features(x, y)),
+        "pytorch-fid": of("pytorch-fid", lambda: calculate_frechet_distance(*(s for f in (x, y) for s in (f.mean(0), np.cov(f, rowvar=False)))))},
+        argparse.Namespace(**vars(args) | dict(repeats=min(args.repeats, 3))))
+    report(args, f"distance of {len(x)} and {len(y)} features", "ours", result, 1)
+    print(f"distances: {values}")
+
+
+LOAD = """
+import re, sys, time, torch
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+sys.path.insert(0, {root!r})
+device, dtype = torch.device({device!r}), {dtype}
+if {ours}:
+    from ldm.weights import load_unet, load_vae, open_sd15
+    def ready():
+        unet, vae = open_sd15({folder!r})
+        return load_unet(unet, device, dtype), load_vae(vae, device)
+else:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    def ready():
+        return (UNet2DConditionModel.from_pretrained({folder!r}, subfolder="unet", torch_dtype=dtype).to(device),
+                AutoencoderKL.from_pretrained({folder!r}, subfolder="vae").to(device))
+before, start = peak(), time.perf_counter()
+networks = ready()
+total = sum(float(p.sum()) for n in networks for p in n.parameters())           # a mapped page counts when it is read
+seconds, size = time.perf_counter() - start, sum(p.nbytes for n in networks for p in n.parameters())
+print(seconds, peak() - before, size)
+"""
+
+
+def loading(args):
+    """From a Diffusers folder to ready networks, every weight read once, in a process of its own (imports not counted)."""
+    from diffusers import AutoencoderKL
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        dtype = frozen_dtype(args.device)
+        diffusers_unet(argparse.Namespace(**vars(args) | dict(device=torch.device("cpu"))), networks(args), torch.float32).save_pretrained(f"{folder}/unet")
+        AutoencoderKL(sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
+                      up_block_types=("UpDecoderBlock2D",) * 4).save_pretrained(f"{folder}/vae")
+        runs = {"ours": [], "Diffusers": []}
+        for _ in range(args.repeats):
+            for name in runs:
+                code = LOAD.format(root=str(ROOT), device=str(args.device), dtype=dtype, ours=name == "ours", folder=folder)
+                runs[name].append([float(x) for x in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()[-3:]])
+    medians = {name: [statistics.median(column) for column in zip(*rows)] for name, rows in runs.items()}
+    for name, (seconds, peak, size) in medians.items():
+        ratio = f"{medians['Diffusers'][0] / seconds:.2f}x" if name == "ours" else ""
+        print(f"| U-Net and VAE ready, {size / 1e9:.2f} GB in {dtype} | {name} | {seconds:.2f} s | {ratio} | RAM grows by {peak / 1e9:.2f} GB = {peak / size:.2f}x | |", flush=True)
+
+
+def caching(args):
+    """Latents of each image and its mirror image, and embeddings: Cache.fill, beside Diffusers' VAE and timm, image by image."""
+    from diffusers import AutoencoderKL
+    from torchvision import transforms
+    torch.manual_seed(0)
+    small = args.width != {}
+    channels = (32, 64, 128, 128) if small else (128, 256, 512, 512)
+    encoder = (build_encoder(192, 2) if small else build_encoder()).to(args.device).eval().requires_grad_(False)
+    vae = VAE(channels).to(args.device).requires_grad_(False)
+    theirs = AutoencoderKL(sample_size=512, block_out_channels=channels, layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
+                           up_block_types=("UpDecoderBlock2D",) * 4).to(args.device).requires_grad_(False)
+    theirs.load_state_dict(vae.state_dict())
+    view = transforms.Compose([transforms.Resize(224), transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    pixels = transforms.Compose([transforms.Resize(args.size), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:
+        files, count = patches(args, folder), iter(range(10 ** 6))
+
+        @torch.no_grad()
+        def encode(x):
+            return [part.cpu() for part in vae.encode(x.to(args.device))]
+
+        def ours():
+            Cache(f"{out}/{next(count)}", "vae", "encoder", args.size).fill(files, lambda: (encode, partial(embed, encoder)), args.size)
+
+        @torch.no_grad()
+        def peer():
+            for path in files:
+                image = load_rgb(path)
+                x = pixels(image).to(args.device)
+                posterior = theirs.encode(torch.stack([x, x.flip(-1)])).latent_dist
+                torch.save((posterior.mean.cpu(), posterior.logvar.cpu(), encoder(view(image)[None].to(args.device)).cpu()), f"{out}/peer.pt")
+        report(args, f"caching {len(files)} images of {args.size} px", "ours", measure({"ours": lambda: ours, "Diffusers and timm": lambda: peer}, args), len(files))
+
+
+# ---- what is kept for the backward pass ----------------------------------------------------------------------------
+
+def kept_for_backward(batch=16, size=512, width=None, budget=1.0):
+    """Of a compiled training step on fake tensors, with this share of the memory that the compiler would use by itself.
+
+    -> (bytes kept between the passes, FLOPs of both with recomputation). No memory is taken; weights are bfloat16.
+    """
+    import torch._functorch.config as functorch_config
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    found = dict(flops=0)
+
+    def count(graph):
+        for node in graph.graph.nodes:
+            packet = getattr(node.target, "_overloadpacket", None)
+            values = partial(torch.fx.node.map_arg, fn=lambda n: n.meta["val"])
+            if "flash_attention" in str(node.target):       # the CPU's, which torch's table does not know: 4 L² C, and 10 L² C backward
+                q, k = [a.meta["val"] for a in node.args[:3] if a.meta["val"].ndim == 4][-2:] if "backward" in str(node.target) else [a.meta["val"] for a in node.args[:2]]
+                found["flops"] += (10 if "backward" in str(node.target) else 4) * q.shape[:3].numel() * k.shape[2] * q.shape[3]
+            elif packet in flop_registry:
+                found["flops"] += flop_registry[packet](*values(node.args), **values(node.kwargs), out_val=node.meta["val"])
+        return make_boxed_func(graph.forward)
+
+    def forward(graph, inputs):
+        [output] = [node for node in graph.graph.nodes if node.op == "output"]
+        storages = {node.meta["val"].untyped_storage()._cdata: node.meta["val"].untyped_storage().nbytes() for node in output.args[0][1:]
+                    if node is not None and node.op != "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)}
+        found["kept"] = sum(storages.values())
+        return count(graph)
+
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=lambda graph, inputs: count(graph), partition_fn=min_cut_rematerialization_partition)
+    torch._dynamo.reset()
+    with functorch_config.patch(activation_memory_budget=budget), FakeTensorMode():
+        torch.set_default_dtype(torch.bfloat16)
+        unet = UNet(**width or {}).requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        inject(unet, 4)
+        z, t, c = torch.randn(batch, 4, size // 8, size // 8), torch.zeros(batch, dtype=torch.long), torch.randn(batch, 4, 768, requires_grad=True)
+        torch.compile(unet, backend=backend, dynamic=False)(z, t, c).sum().backward()
+    torch._dynamo.reset()
+    return found["kept"], found["flops"]
+
+
+def kept(args):
+    """Bytes that a compiled training step keeps for the backward pass, batch 16 at 512 px, and the FLOPs that this costs."""
+    all_of_it, flop = kept_for_backward()
+    for budget in (1.0, 0.7, 0.5, 0.3):
+        size, more = kept_for_backward(budget=budget)
+        print(f"| kept for the backward pass, batch 16, 512 px | budget {budget} | {size / 2 ** 30:.2f} GiB | | | {more / 1e12:.2f} TFLOP a step ({more / flop - 1:+.1%}) |", flush=True)
+
+
+WORK = dict(train=train, sample=sampling, fid=distance, load=loading, cache=caching, kept=kept)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", nargs="*", choices=[*WORK, []], help="default: all")
+    parser.add_argument("--full", action="store_true", default=None, help="Stable Diffusion 1.5's widths (default on a GPU)")
+    parser.add_argument("--size", type=int, help="pixels (default: 512 on a GPU, 256 on the CPU)")
+    parser.add_argument("--batch", type=int, help="images (default: 16 on a GPU, 2 on the CPU)")
+    parser.add_argument("--steps", type=int, help="of sampling (default: 30 on a GPU, 2 on the CPU)")
+    parser.add_argument("--images", type=int, help="for fid and cache (default: 387 on a GPU, 64 on the CPU)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cap", type=float, default=12e9, help="bytes of GPU memory that a candidate may take")
+    parser.add_argument("--inception", metavar="FILE")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    args.device = pick_device(args.device)
+    cuda = args.device.type == "cuda"
+    args.width = {} if (cuda if args.full is None else args.full) else NARROW
+    for name, (gpu, cpu) in dict(size=(512, 256), batch=(16, 2), steps=(30, 2), images=(387, 64)).items():
+        if getattr(args, name) is None:
+            setattr(args, name, gpu if cuda else cpu)
+    args.rate = matmul_rate(args)
+    name = torch.cuda.get_device_name(args.device) if cuda else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}; {'full' if not args.width else 'narrow'} width; matrix multiplication {args.rate / 1e12:.3g} TFLOP/s; "
+          f"medians of {args.repeats}\n\n| work | who | time | ratio | peak memory | TFLOP/s (share) |\n|---|---|---|---|---|---|", flush=True)
+    for work in args.work or WORK:
+        if work == "fid" and not fid.inception_at_hand(args.inception):
+            print("fid: left out, pass --inception", flush=True)
+            continue
+        WORK[work](args)
+
+
+if __name__ == "__main__":
+    main()
