@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.files import Fail, Parser, run, save_tensors, save_text
+from ldm.files import Fail, Parser, first_line, run, save_tensors, save_text
 from ldm.unet import Attention
 from ldm.weights import TensorFile
 from projector import Projector
@@ -138,15 +138,29 @@ def open_adapter(path):
     return file
 
 
+def load_projector(file):
+    """The Projector of an open adapter, in float32, frozen."""
+    try:
+        with torch.device("meta"):          # whatever sizes a header names take no memory, unless the tensors have them
+            projector = Projector.from_header(file.header)
+        projector.load_state_dict({name: file.get(f"lora_projector.{name}") for name in projector.state_dict()}, assign=True)
+    except (KeyError, ValueError, RuntimeError) as problem:
+        raise Fail(f"{file.path}: its projector is damaged ({first_line(problem)}); write it again with train.py") from None
+    return projector.requires_grad_(False)
+
+
 def load_adapter(file, unet):
     """Inject the LoRA of an open adapter into `unet` and fill it -> the Projector; both in float32, frozen.
 
     The U-Net's tensors must have the shapes that the adapter was trained on; whether it is the same base in content is
     for the caller to ask of the header's `base_sha256`.
     """
+    projector = load_projector(file)
     try:
-        projector = Projector.from_header(file.header)
-        inject(unet, int(file.header["rank"]), float(file.header["alpha"]))
+        rank, alpha = int(file.header["rank"]), float(file.header["alpha"])
+        if {shape[:1] for name, shape in file.shapes.items() if name.endswith("lora_A.weight")} != {(rank,)}:
+            raise ValueError(f"the tensors have another rank than {rank}")
+        inject(unet, rank, alpha)
     except (KeyError, ValueError) as problem:
         raise Fail(f"{file.path}: its header is damaged ({problem}); write it again with train.py") from None
     wanted = adapter_tensors(unet, projector)
@@ -158,9 +172,8 @@ def load_adapter(file, unet):
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(file.get(name))
-    device = next(unet.parameters()).device
     unet.requires_grad_(False)
-    return projector.to(device).requires_grad_(False)
+    return projector.to(next(unet.parameters()).device)
 
 
 # ---- the same LoRA in other programs' files ---------------------------------------------------------------------------

@@ -38,8 +38,11 @@ class Projector(nn.Module):
 
     @classmethod
     def from_header(cls, header):
-        """Rebuild from the strings of an adapter's header."""
-        return cls(*(int(header[key]) for key in ("embedding", "hidden", "tokens", "context", "depth", "token_norm")))
+        """Rebuild from the strings of an adapter's header. Fails (KeyError, ValueError) on what is none."""
+        shape = [int(header[key]) for key in ("embedding", "hidden", "tokens", "context", "depth", "token_norm")]
+        if min(shape[:4]) < 1 or shape[4] not in (2, 3):
+            raise ValueError(f"no projector has the sizes {shape}")
+        return cls(*shape)
 
     def forward(self, e, keep=None):
         """e (B, d_e) -> c (B, n_c, d_c). keep (depth-1, B, d_h): dropout as factors, 0 or 1/(1-p); None outside training."""

@@ -4,9 +4,9 @@
     python train.py --data chaoyang/ --rank 4 --tokens 4        # the paper's best configuration
     python train.py --resume runs/chaoyang-512px-r4-t4          # go on with a run; to repeat its command does the same
 
-Writes runs/NAME: config.json, split.json, log.csv with the validation FID of every epoch (Table 4), grids/ and the newest
-validation samples (real/, fake/), adapter.safetensors (the last), adapter-best.safetensors (lowest FID) and state.safetensors
-(to go on from). What is computed once per image is kept in cache/ beside the run.
+Writes runs/NAME: README.md (a model card), config.json, split.json, log.csv with the validation FID of every epoch (Table 4),
+grids/ and the newest validation samples (real/, fake/), adapter.safetensors (the last), adapter-best.safetensors (lowest FID)
+and state.safetensors (to go on from). What is computed once per image is kept in cache/ beside the run.
 """
 import hashlib
 import json
@@ -14,9 +14,11 @@ import math
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ import torch._functorch.config as functorch_config
 
 from fid import Extractor, frechet_distance_of_features, inception_at_hand
 from ldm import parallel, toy
+from ldm.card import model_card
 from ldm.data import Cache, contact_sheet, describe_split, fit, list_images, load_rgb, make_split, read_dataset, read_split, thin
 from ldm.files import Fail, Parser, first_line, frozen_dtype, number, pick_device, progress, read_json, run, safe_name, \
     save_csv, save_tensors, save_text, settings_of
@@ -271,7 +274,7 @@ class ValidationSamples:
 # ---- the program ---------------------------------------------------------------------------------------------------
 
 def parse_args():
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prints_results=False)
     data = parser.add_argument_group("data and weights")
     data.add_argument("--data", metavar="DIR",
                       help="train.json and test.json as in Chaoyang, a folder per class, or images (default: toy tissue on the toy base)")
@@ -319,7 +322,7 @@ def parse_args():
         saved = settings_of(args.resume)
         if saved is None:
             raise Fail(f"--resume {args.resume}: no run of train.py is there")
-        parser.set_defaults(**saved | dict(run=args.resume, device="auto", no_compile=False))
+        parser.set_defaults(**saved | dict(run=args.resume, device="auto", no_compile=False, quiet=False))
         args = parser.parse_args()
     if args.data is None and not args.parameters:
         if args.sd15 != "toy":
@@ -437,6 +440,8 @@ def main():
                 row["minutes"] = round(spent + (time.perf_counter() - clock) / 60, 2)
                 trainer.history, trainer.losses = trainer.history + [row], []
                 trainer.commit(folder, header, best)
+                if parallel.FIRST:
+                    save_text(folder / "README.md", model_card(folder))
                 bar.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None))
                 clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
             if trainer.step == trainer.total:
@@ -510,17 +515,33 @@ def claim(folder, args, sha256):
     if not parallel.FIRST:
         return
     if not any(folder.glob("[!.]*.safetensors")):
-        environment = dict(python=platform.python_version(), torch=torch.__version__, platform=platform.platform())
-        save_text(path, json.dumps(dict(args=settings, sha256=sha256, command=sys.argv, environment=environment), indent=1) + "\n")
+        save_text(path, json.dumps(dict(args=settings, sha256=sha256, command=sys.argv, environment=environment()), indent=1) + "\n")
         return
     there = read_json(path)
     if not all(isinstance(there.get(key), dict) for key in ("args", "sha256")):
         raise Fail(f"{path} is damaged; restore it, or pass another --run")
-    same = set(settings) - {"run", "data", "sd15", "uni2h", "device", "no_compile", "inception", "parameters"}
+    same = set(settings) - {"run", "data", "sd15", "uni2h", "device", "no_compile", "inception", "parameters", "quiet"}
     for was, now, keys in ((there["args"], settings, same), (there["sha256"], sha256, sha256)):
         for key in sorted(keys):
             if was.get(key) != now[key]:    # of the images nothing is known before they are cached
                 raise Fail(f"{folder} is a run with {key} {was.get(key)}, not {now[key]}; pass another --run for a new one")
+
+
+def environment():
+    """What a run was made with: {name: version}; git: the program's commit, with a + where files of it are changed."""
+    def git(*command):
+        return subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True, check=True).stdout.strip()
+    found = dict(python=platform.python_version(), platform=platform.platform(), processes=parallel.WORLD)
+    for name in ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    try:
+        found["git"] = git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        found["git"] = None
+    return found
 
 
 def count_parameters(args):

@@ -53,7 +53,7 @@ def tabulate(out):
         folder = folder_of(out, row)
         log, settings = read_csv(folder / "log.csv"), settings_of(folder)
         if log and settings and (int(log[-1]["epoch"]) == settings["epochs"] or int(log[-1]["step"]) == settings["max_steps"]):
-            for key in settings.keys() - {*FACTORS, "run", "device", "no_compile", "inception", "parameters"}:
+            for key in settings.keys() - {*FACTORS, "run", "device", "no_compile", "inception", "parameters", "quiet"}:
                 if settings[key] != common.setdefault(key, settings[key]):
                     raise Fail(f"{folder} was trained with {key} {settings[key]}, other rows with {common[key]}: they cannot be compared; "
                                "remove it, and train the row again")
@@ -72,6 +72,7 @@ def main():
     parser.add_argument("--row", type=number(int, 1, len(ROWS)), metavar="N", help=f"only this row of the table in this file, 1 to {len(ROWS)}")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args, rest = parser.parse_known_args()
+    rest += ["--quiet"] * args.quiet
     for row in [] if args.table else ROWS[args.row - 1:args.row] if args.row else ROWS:
         if code := train(args.out, row, rest):          # at once, where it is complete
             sys.exit(code)              # train.py has said why

@@ -18,6 +18,9 @@ from tqdm import tqdm
 from . import parallel
 
 
+quiet = False           # --quiet
+
+
 class Fail(Exception):
     """A mistake that the user can mend: one line that says what is wrong and what to do. `run` turns it into exit code 2."""
 
@@ -55,8 +58,19 @@ def _complain(problem):
 class Parser(argparse.ArgumentParser):
     """argparse with the defaults in --help and one line, not the whole usage, for a wrong argument."""
 
-    def __init__(self, description):
+    def __init__(self, description, prints_results=True):
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        self.prints_results = prints_results
+
+        self.add_argument("--quiet", action="store_true", help="no progress bars; print nothing but results and failures")
+
+    def parse_known_args(self, *args, **kwargs):
+        found, rest = super().parse_known_args(*args, **kwargs)
+        global quiet
+        quiet = found.quiet
+        if quiet and not self.prints_results:
+            sys.stdout = open(os.devnull, "w")
+        return found, rest
 
     def error(self, message):
         raise Fail(f"{message}; --help lists the arguments")
@@ -103,8 +117,8 @@ def pick_device(name="auto"):
 
 
 def progress(*args, **kwargs):
-    """tqdm's bar: none where stderr is no terminal, nor in any but the first of several processes."""
-    return tqdm(*args, disable=None if parallel.FIRST else True, **kwargs)
+    """tqdm's bar: none where stderr is no terminal, with --quiet, nor in any but the first of several processes."""
+    return tqdm(*args, disable=None if parallel.FIRST and not quiet else True, **kwargs)
 
 
 def frozen_dtype(device):

@@ -20,6 +20,7 @@ from projector import open_encoder
 from sample import folder_name, name_references, patches_of, save_image
 
 from . import metrics
+from .card import model_card
 from .data import contact_sheet, fit, list_images, load_rgb, thin, to_images, to_tensor
 from .files import Fail, Parser, number, pick_device, read_csv, run, save_csv, save_text, settings_of, whole
 from .vae import SCALE
@@ -279,6 +280,7 @@ def main():
         text += part + "".join(f"\n![{name}]({picture})\n" for picture in PICTURES.get(name, ()) if (finished.out / picture).exists())
         print(part, flush=True)
         save_text(finished.out / ("report.md" if args.only == list(SECTIONS) else f"report-{'-'.join(args.only)}.md"), text)
+    save_text(args.run / "README.md", model_card(args.run))         # which includes the whole report
 
 
 if __name__ == "__main__":

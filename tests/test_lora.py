@@ -1,11 +1,13 @@
 """LoRA equals PEFT's, counts as the paper counts, and survives the way through its file."""
 import json
+import shutil
 
 import pytest
 import torch
-from conftest import program
+from conftest import ROOT, program
 from safetensors.torch import load_file, save_file
 
+from ldm.data import load_rgb
 from ldm.files import Fail
 from ldm.unet import UNet
 from lora import (adapter_tensors, export, fold, inject, load_adapter, load_lora, lora_layers, lora_parameters, merge, open_adapter,
@@ -278,3 +280,30 @@ def test_a_lora_that_is_not_of_this_attention_is_refused(change, words, adapter,
     save_file(change(load_file(tmp_path / "k.safetensors")), tmp_path / "x.safetensors")
     with pytest.raises(Fail, match=words):
         load_lora(tmp_path / "x.safetensors", fresh_unet(diffusers_networks))
+
+
+def test_the_readmes_diffusers_pipeline_makes_our_image(trained, base, uni2h, dataset, tmp_path, monkeypatch):
+    """The block of the README as it stands, but for the names of the checkpoints and the size of the image."""
+    import numpy as np
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from PIL import Image
+    unet, vae = (kind.from_pretrained(base, subfolder=part) for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
+    unet.register_to_config(sample_size=8)          # 64 px; SD1.5's says 64 for 512 px
+    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)   # as SD1.5's file
+    StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False).save_pretrained(tmp_path / "sd15")
+    patch = sorted(dataset.rglob("*.JPG"))[0]
+    shutil.copy(trained / "adapter.safetensors", tmp_path / "adapter.safetensors")
+    load_rgb(patch).save(tmp_path / "patch.png")
+    block = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- tested -->\n```python\n")[1].split("```")[0]
+    assert len(block.splitlines()) <= 12
+    block = block.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(tmp_path / "sd15")).replace("open_encoder()", f"open_encoder({str(uni2h)!r})")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    with torch.no_grad():
+        exec(block, names)
+    program("sample.py", "--adapter", "adapter.safetensors", "--sd15", base, "--uni2h", uni2h, "--ref", "patch.png", "--cfg", 1.3, "--out", "ours", cwd=tmp_path)
+    ours = np.asarray(Image.open(next((tmp_path / "ours/cfg1.3").glob("*.png"))), dtype=int)
+    theirs = np.asarray(names["image"], dtype=int)
+    assert ours.shape == theirs.shape == (64, 64, 3) and ours.std() > 5
+    print(f"largest difference of a pixel: {abs(ours - theirs).max()} of 255, of {(ours != theirs).mean():.1%} of them")
+    assert abs(ours - theirs).max() <= 1

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, process, program
 from PIL import Image
 from safetensors.torch import load_file
@@ -237,6 +238,10 @@ def test_a_run_leaves_what_the_readme_says(trained):
     assert json.loads(result.stdout)[0]["fid"] == pytest.approx(distances[-1], rel=1e-6)   # the logged number is fid.py's
     best_epoch = 1 + distances.index(min(distances))
     assert int(train.TensorFile(trained / "adapter-best.safetensors").header["step"]) == int(rows[best_epoch - 1]["step"])
+    card = (trained / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "other" and "CC BY-NC-ND" in card and "Open RAIL-M" in card
+    assert f"**{min(distances):.4g}**, epoch {best_epoch} of 2" in card and f"python {' '.join(['train.py', '--data'])}" in card
+    assert config["environment"]["torch"] in card and len(config["environment"]["git"] or "0" * 40) >= 40
     assert not [p for p in trained.rglob(".*")]                                           # no temporary files
 
 
