@@ -25,7 +25,7 @@ from torch import nn
 
 from ldm import parallel
 from ldm.data import ahead, list_images, load_rgb
-from ldm.files import Fail, Parser, find, number, pick_device, progress, run, save_text, settings_of, whole
+from ldm.files import Fail, Parser, find, first_line, number, pick_device, progress, run, save_text, settings_of, whole
 from ldm.weights import TensorFile, load
 from projector import load_encoder, open_encoder, preprocess
 
@@ -175,7 +175,7 @@ def open_inception(path=None):
             try:
                 torch.hub.download_url_to_file(URL, str(path), hash_prefix="6726825d", progress=sys.stderr.isatty())
             except (OSError, RuntimeError) as problem:      # URLError is an OSError; a wrong hash is a RuntimeError
-                raise Fail(f"cannot get the Inception weights ({problem}); download that file elsewhere and pass --inception FILE") \
+                raise Fail(f"cannot get the Inception weights ({first_line(problem)}); download that file elsewhere and pass --inception FILE") \
                     from None
     return TensorFile(path, lambda name: None if name.startswith("fc.") or name.endswith("num_batches_tracked") else name)
 
@@ -324,8 +324,8 @@ def load_set(path, resize, weights):
             raise ValueError(f"features have the shape {features.shape}, n is {n}")
     except FileNotFoundError:
         raise Fail(f"{path}: no such file") from None
-    except (ValueError, KeyError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as problem:
-        raise Fail(f"{path} holds no statistics of features ({problem}); make them with --save") from None
+    except (ValueError, KeyError, OSError, EOFError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error) as problem:
+        raise Fail(f"{path} holds no statistics of features ({first_line(problem)}); make them with --save") from None
     for key, mine in (("resize", resize), ("weights", weights)):
         if key in data and str(data[key]) != mine:
             raise Fail(f"{path} was made with {key} {data[key]}, not {mine}: make it again with --save")

@@ -162,7 +162,7 @@ def load_adapter(file, unet):
             raise ValueError(f"the tensors have another rank than {rank}")
         inject(unet, rank, alpha)
     except (KeyError, ValueError) as problem:
-        raise Fail(f"{file.path}: its header is damaged ({problem}); write it again with train.py") from None
+        raise Fail(f"{file.path}: its header is damaged ({first_line(problem)}); write it again with train.py") from None
     wanted = adapter_tensors(unet, projector)
     wrong = [n for n in wanted.keys() | file.shapes.keys()
              if n not in wanted or file.shapes.get(n) != tuple(wanted[n].shape)]
@@ -217,7 +217,7 @@ def read_lora(path):
             if not layer["B"].shape[1] == len(layer["A"]):
                 raise ValueError("A and B have different ranks")
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as problem:
-        raise Fail(f"{path} is no whole LoRA file ({problem}); write it again") from None
+        raise Fail(f"{path} is no whole LoRA file ({first_line(problem)}); write it again") from None
     return layers
 
 

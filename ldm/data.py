@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from . import parallel
-from .files import Fail, progress, safe_name, save_tensors
+from .files import Fail, first_line, progress, safe_name, save_tensors
 from .weights import TensorFile, file_sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
@@ -45,7 +45,7 @@ def load_rgb(path):
     except UnidentifiedImageError:
         raise Fail(f"{path} is not an image, whatever its name says: remove it from the folder") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error) as problem:  # Pillow's
-        raise Fail(f"{path} cannot be read ({problem}): restore or remove it") from None
+        raise Fail(f"{path} cannot be read ({first_line(problem)}): restore or remove it") from None
 
 
 def _to_rgb(image, path):
@@ -203,7 +203,7 @@ def _read_json(path, root):
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as problem:
-        raise Fail(f"{path} is not valid JSON ({problem})") from None
+        raise Fail(f"{path} is not valid JSON ({first_line(problem)})") from None
     if not isinstance(rows, list):
         raise Fail(f'{path} must hold a list of {{"name": ..., "label": ...}}')
     inside, undecided = root.resolve(), 0
@@ -296,7 +296,7 @@ def read_split(path, patches):
     except FileNotFoundError:
         raise Fail(f"--split {path}: no such file; pass paper, official, or a split.json") from None
     except (ValueError, KeyError, TypeError, RecursionError) as problem:
-        raise Fail(f"{path} is not a split file with lists of names under train, val and test ({problem})") from None
+        raise Fail(f"{path} is not a split file with lists of names under train, val and test ({first_line(problem)})") from None
     if strangers or len(set(names)) < len(names):
         raise Fail(f"{path}: {f'{min(map(str, strangers))} is not in the dataset' if strangers else 'a name stands in it twice'}")
     if not split["train"] or not split["val"]:

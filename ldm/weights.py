@@ -50,7 +50,7 @@ class TensorFile:
         try:
             return safe_open(self.path, "pt")
         except SafetensorError as problem:
-            raise Fail(f"{self.path} is not a whole safetensors file ({problem}); download it again") from None
+            raise Fail(f"{self.path} is not a whole safetensors file ({first_line(problem)}); download it again") from None
 
     def get(self, name):
         """One tensor, mapped from the file: opened afresh each time, so that it is unmapped when it is no longer used."""

@@ -1,0 +1,226 @@
+"""Files from strangers, mutated: each is read or refused in one clear line, whatever was done to it.
+
+Hypothesis changes bytes, cuts files, and edits safetensors headers and JSON. MORPH_EXAMPLES sets how many it tries of each kind;
+with -s the counts are printed.
+"""
+import io
+import json
+import os
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import fid
+from conftest import texture
+from ldm.data import load_rgb, read_dataset, read_split
+from ldm.files import Fail
+from ldm.unet import UNet
+from lora import inject, load_adapter, open_adapter, read_lora, save_adapter
+from projector import Projector, open_encoder
+
+many = settings(max_examples=int(os.environ.get("MORPH_EXAMPLES", 60)), deadline=None, suppress_health_check=list(HealthCheck))
+ended = Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counts():
+    yield
+    print("\n" + "\n".join(f"{kind}: {n} {how}" for (kind, how), n in sorted(ended.items())))
+
+
+def attempt(kind, read):
+    """read() may succeed or raise Fail, with a line that says something; nothing else."""
+    try:
+        read()
+        ended[kind, "read"] += 1
+    except Fail as problem:
+        assert 20 < len(str(problem)) < 2000
+        ended[kind, "refused"] += 1
+
+
+def mutate(data, changes, cut):
+    data = bytearray(data)
+    for place, value in changes:
+        data[place % len(data)] = value
+    return bytes(data[:max(0, len(data) - cut)])
+
+
+mutations = dict(changes=st.lists(st.tuples(st.integers(0, 2 ** 31), st.integers(0, 255)), max_size=12), cut=st.one_of(st.just(0), st.integers(0, 5000)))
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=5)
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------
+
+CHANNELS = (32, 32)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
+    save_adapter(path, inject(UNet(CHANNELS, context=8), 2), Projector(d_e=6, d_h=8, n_c=2, d_c=8), {"base": "x", "step": "1", "resolution": "64"})
+    return path
+
+
+def read_as_adapter(path):
+    file = open_adapter(path)
+    with torch.device("meta"):
+        unet = UNet(CHANNELS, context=8)
+    load_adapter(file, unet)
+
+
+@many
+@given(**mutations)
+def test_an_adapter_with_changed_bytes(adapter, tmp_path_factory, changes, cut):
+    path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
+    path.write_bytes(mutate(adapter.read_bytes(), changes, cut))
+    for read in (read_as_adapter, read_lora, open_encoder):
+        attempt("adapter, bytes", lambda: read(path))
+
+
+def edit_header(data, edit):
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + n])
+    edit(header)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + n:]
+
+
+@many
+@given(st.data())
+def test_an_adapter_with_an_edited_header(adapter, tmp_path_factory, data):
+    """Absurd sizes, overlapping or backward offsets, other dtypes and shapes, and any JSON in the place of a value of ours."""
+    def edit(header):
+        name = data.draw(st.sampled_from(sorted(header)))
+        if name == "__metadata__":
+            header[name][data.draw(st.sampled_from(sorted(header[name])))] = data.draw(st.text(max_size=8) | st.integers(-10 ** 15, 10 ** 15).map(str))
+        else:
+            key = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", None]))
+            value = data.draw(dict(dtype=st.sampled_from(["F64", "F32", "I8", "BOOL", "BF16", "F8_E4M3", "X"]), shape=st.lists(st.integers(0, 2 ** 62), max_size=4),
+                                   data_offsets=st.lists(st.integers(0, 2 ** 62), min_size=2, max_size=2)).get(key, json_values))
+            header[name] = value if key is None else header[name] | {key: value}
+    path = tmp_path_factory.getbasetemp() / "edited.safetensors"
+    path.write_bytes(edit_header(adapter.read_bytes(), edit))
+    tracemalloc.start()
+    for read in (read_as_adapter, read_lora):
+        attempt("adapter, header", lambda: read(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+# ---- lists of patches and splits -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory):
+    """A dataset in the Chaoyang format -> (folder, its rows)."""
+    root = tmp_path_factory.mktemp("listed")
+    rows = [{"name": f"{c}_1-IMG001x00{k}-{c % 4}.png", "label": c % 4} for c in range(6) for k in range(2)]
+    for row in rows:
+        texture(row["label"], 32).save(root / row["name"])
+    (root.parent / "outside.png").write_bytes((root / rows[0]["name"]).read_bytes())
+    os.symlink(root.parent / "outside.png", root / "link.png")
+    return root, rows
+
+
+@many
+@given(st.data())
+def test_a_list_of_patches_with_anything_in_it(listed, data):
+    root, rows = listed
+    rows = [dict(row) for row in rows]
+    for _ in range(data.draw(st.integers(1, 3))):
+        kind = data.draw(st.sampled_from(["name", "label", "row", "more", "bytes"]))
+        i = data.draw(st.integers(0, len(rows) - 1))
+        if kind == "name" and isinstance(rows[i], dict):
+            rows[i]["name"] = data.draw(st.sampled_from(["../outside.png", "/etc/passwd", "link.png", "a\0b", "C:\\x.png", "", ".", "no.png"]) | json_values)
+        elif kind == "label" and isinstance(rows[i], dict):
+            rows[i]["label"] = data.draw(json_values | st.sampled_from([float("nan"), -1, 4, True, "0", 1e300]))
+        elif kind == "row":
+            rows[i] = data.draw(json_values)
+        elif kind == "more":
+            rows.append(data.draw(st.sampled_from(rows)))
+    text = json.dumps(rows).encode()
+    if data.draw(st.booleans()):
+        text = mutate(text, data.draw(mutations["changes"]), data.draw(mutations["cut"]))
+    (root / "train.json").write_bytes(text)
+
+    def read():
+        for patch in read_dataset(root):
+            assert (root / patch.name).resolve().is_relative_to(root.resolve())
+    attempt("train.json", read)
+
+
+@many
+@given(value=json_values, **mutations)
+def test_a_split_file_with_anything_in_it(listed, tmp_path_factory, value, changes, cut):
+    root, rows = listed
+    (root / "train.json").write_text(json.dumps(rows))
+    patches = read_dataset(root)
+    names = [p.name for p in patches]
+    path = tmp_path_factory.getbasetemp() / "split.json"
+    for text in (json.dumps(value).encode(), json.dumps({"train": names[:4], "val": value, "test": names[4:]}).encode(),
+                 mutate(json.dumps({"train": names[:4], "val": names[4:8], "test": names[8:]}).encode(), changes, cut)):
+        path.write_bytes(text)
+        attempt("split.json", lambda: read_split(path, patches))
+
+
+def test_a_list_of_ten_million_entries_is_refused_by_its_size(tmp_path):
+    with open(tmp_path / "train.json", "wb") as f:
+        f.truncate(10_000_000 * 40)         # sparse: what so many entries would take
+    with pytest.raises(Fail, match="larger than"):
+        read_dataset(tmp_path)
+
+
+# ---- images and statistics -----------------------------------------------------------------------------------------
+
+def encoded(form):
+    out = io.BytesIO()
+    texture(1, 48).save(out, form)
+    return out.getvalue()
+
+
+IMAGES = {form: encoded(form) for form in ("PNG", "JPEG", "TIFF", "BMP", "WEBP")}
+
+
+@many
+@given(form=st.sampled_from(sorted(IMAGES)), **mutations)
+def test_an_image_with_changed_bytes(tmp_path_factory, form, changes, cut):
+    path = tmp_path_factory.getbasetemp() / f"mutated.{form.lower()}"
+    path.write_bytes(mutate(IMAGES[form], changes, cut))
+
+    def read():
+        image = load_rgb(path)
+        assert image.mode == "RGB" and image.width * image.height <= 8192 ** 2
+    attempt(f"image, {form}", read)
+
+
+@many
+@given(**mutations)
+def test_statistics_with_changed_bytes(tmp_path_factory, changes, cut):
+    path = tmp_path_factory.getbasetemp() / "mutated.npz"
+    x = np.random.default_rng(0).normal(size=(5, 4))
+    fid.save_set(path, fid.ImageSet.of_features(x, [f"a/{i}" for i in range(5)]), "pytorch-fid", "w")
+    path.write_bytes(mutate(path.read_bytes(), changes, cut))
+    attempt("statistics", lambda: fid.load_set(path, "pytorch-fid", "w"))
+
+
+def test_a_name_in_another_alphabet_is_read(tmp_path):
+    for name in ("образец.png", "試料.png", "naïve ☂.png"):
+        texture(2, 32).save(tmp_path / name)
+    assert len(read_dataset(tmp_path)) == 3 and all(load_rgb(tmp_path / p.name).size == (32, 32) for p in read_dataset(tmp_path))
+
+
+def test_a_png_that_claims_more_pixels_than_a_patch_has_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("1", (30000, 30000)).save(tmp_path / "bomb.png")         # 110 kB, 2.7 GB as RGB
+    tracemalloc.start()
+    with pytest.raises(Fail, match="30000 x 30000"):
+        load_rgb(tmp_path / "bomb.png")
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
