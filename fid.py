@@ -173,7 +173,7 @@ def open_inception(path=None):
             print(f"downloading {URL} (96 MB) to {path}", file=sys.stderr)
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                torch.hub.download_url_to_file(URL, str(path), hash_prefix="6726825d", progress=sys.stderr.isatty())
+                torch.hub.download_url_to_file(URL, str(path), hash_prefix=path.stem[-8:], progress=sys.stderr.isatty())
             except (OSError, RuntimeError) as problem:      # URLError is an OSError; a wrong hash is a RuntimeError
                 raise Fail(f"cannot get the Inception weights ({first_line(problem)}); download that file elsewhere and pass --inception FILE") \
                     from None

@@ -268,7 +268,7 @@ def hub_file(repository, candidates, sha256=None, gated=""):
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
     for name in candidates:
         if isinstance(path := try_to_load_from_cache(repository, name), str):
             return Path(path)
@@ -276,7 +276,13 @@ def hub_file(repository, candidates, sha256=None, gated=""):
     try:
         size = get_hf_file_metadata(hf_hub_url(repository, name)).size
         print(f"downloading {name} of {repository} ({(size or 0) / 1e9:.2f} GB) to {HF_HUB_CACHE}", flush=True)
-        path = Path(hf_hub_download(repository, name))
+        for attempt in range(3, 0, -1):
+            try:
+                path = Path(hf_hub_download(repository, name))
+                break
+            except Exception as problem:    # a connection that broke: the next attempt goes on where it did
+                if isinstance(problem, (HfHubHTTPError, OSError)) or attempt == 1:
+                    raise
     except Exception as problem:            # the hub's client has a dozen kinds, and several libraries beneath it
         if others and isinstance(problem, EntryNotFoundError):
             return hub_file(repository, others, sha256, gated)

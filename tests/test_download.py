@@ -1,0 +1,134 @@
+"""A local server plays the hub and the release page: whole files, wrong hashes, cut connections, 401, 404, no answer."""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import ROOT
+
+import fid
+from ldm.files import Fail
+
+DATA = bytes(range(256)) * 100_000          # 26 MB: half of it is more than one chunk of the hub's client
+SHA256 = hashlib.sha256(DATA).hexdigest()
+TOKEN = "hf_secretsecretsecretsecretsecret"
+
+
+class Server(BaseHTTPRequestHandler):
+    """The behaviour is the second part of the path: /o/cut/resolve/main/file."""
+    protocol_version = "HTTP/1.1"
+    seen = []
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        kind, range_ = self.path.split("/")[2], self.headers.get("Range")
+        self.seen.append((self.command, kind, range_, self.headers.get("Authorization")))
+        error = {"gated": (401, "GatedRepo"), "missing": (404, "EntryNotFound")}.get(kind)
+        if error:
+            return self.answer(error[0], b"", {"X-Error-Code": error[1]})
+        if kind == "slow" and self.command == "GET":
+            time.sleep(4)
+        start = int(range_.removeprefix("bytes=").split("-")[0]) if range_ else 0
+        headers = {"ETag": f'"{SHA256}"', "X-Repo-Commit": "0" * 40, "Accept-Ranges": "bytes"}
+        if range_:
+            headers["Content-Range"] = f"bytes {start}-{len(DATA) - 1}/{len(DATA)}"
+        cut = self.command == "GET" and kind == "cut" and not range_
+        self.answer(206 if range_ else 200, DATA[start:], headers, cut=len(DATA) // 2 if cut else None)
+
+    def answer(self, status, body, headers, cut=None):
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            try:
+                self.wfile.write(body[:cut])
+            except OSError:
+                pass
+        if cut:
+            self.close_connection = True
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+HUB = """
+import json, sys
+sys.path.insert(0, {root!r})
+from ldm.files import Fail
+from ldm.weights import hub_file
+for name, sha256, gated in {cases!r}:
+    try:
+        result = hub_file("o/" + name, ["file.bin"], {{"file.bin": sha256}}, gated).read_bytes()
+        print("RESULT", json.dumps([name, sha256, len(result)]))
+    except Fail as problem:
+        print("RESULT", json.dumps([name, sha256, str(problem)]))
+"""
+
+
+def hub(server, cases, home, **environment):
+    environment = {"HF_ENDPOINT": server, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+                   "HF_HUB_ETAG_TIMEOUT": "2"} | environment
+    ran = subprocess.run([sys.executable, "-c", HUB.format(root=str(ROOT), cases=cases)], capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert TOKEN not in ran.stdout + ran.stderr
+    return ran.stdout, [json.loads(line[7:])[2] for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
+
+
+def test_the_hub_as_it_should_be_and_as_it_may_be(server, tmp_path):
+    Server.seen.clear()
+    cases = [("ok", SHA256, ""), ("cut", SHA256, ""), ("wrong", "0" * 64, ""), ("gated", None, "ask for access"), ("missing", None, ""), ("ok", SHA256, "")]
+    text, (ok, cut, wrong, gated, missing, again) = hub(server, cases, tmp_path)
+    assert ok == cut == again == len(DATA)
+    assert text.index("downloading file.bin of o/ok (0.03 GB)") < text.index("RESULT")             # named and sized before
+    assert any(kind == "cut" and range_ for _, kind, range_, _ in Server.seen)                     # resumed, not begun again
+    assert "sha256" in wrong and "removed" in wrong and not list((tmp_path / "hub/models--o--wrong/blobs").glob("*"))
+    assert "ask for access" in gated and "missing" in missing and "Check the name" in missing
+    assert sum(command == "GET" and kind == "ok" for command, kind, *_ in Server.seen) == 1        # the second time from the cache
+    assert {auth for _, kind, _, auth in Server.seen if kind in {name for name, *_ in cases}} == {f"Bearer {TOKEN}"}         # sent, and nowhere printed
+
+
+def test_a_hub_that_is_not_asked_or_does_not_answer(server, tmp_path):
+    _, [offline] = hub(server, [("ok", SHA256, "")], tmp_path, HF_HUB_OFFLINE="1")
+    assert "cannot get file.bin" in offline and "local path" in offline
+    _, [proxy] = hub(server, [("ok", SHA256, "")], tmp_path, HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9", NO_PROXY="", no_proxy="")
+    assert "cannot get file.bin" in proxy                               # the proxy was asked, and nobody else
+    assert not list(tmp_path.rglob("file.bin"))
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_slow_ends_in_one_line(server, tmp_path):
+    _, [slow] = hub(server, [("slow", SHA256, "")], tmp_path)
+    assert "cannot get file.bin" in slow and not list(tmp_path.rglob("file.bin"))
+
+
+@pytest.mark.parametrize("kind, hash8, words", [("ok", SHA256[:8], None), ("ok", "00000000", "hash"), ("cut", SHA256[:8], "hash"), ("missing", SHA256[:8], "404")])
+def test_the_inception_weights_are_checked_and_appear_whole_or_not_at_all(kind, hash8, words, server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "URL", f"{server}/o/{kind}/pt_inception-2015-12-05-{hash8}.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(Fail) as problem:
+        fid.open_inception()
+    [said] = [line for line in capsys.readouterr().err.splitlines() if "downloading" in line]
+    assert str(tmp_path) in said and "96 MB" in said
+    files = list((tmp_path / "checkpoints").iterdir())
+    if words is None:           # whole, but these bytes are no weights
+        assert "not a plain file of tensors" in str(problem.value) and [f.read_bytes() for f in files] == [DATA]
+    else:
+        assert "cannot get the Inception weights" in str(problem.value) and words in str(problem.value) and "--inception" in str(problem.value)
+        assert files == []
