@@ -29,7 +29,7 @@ from fid import Extractor, frechet_distance_of_features, inception_at_hand
 from ldm import parallel, toy
 from ldm.card import model_card
 from ldm.data import Cache, contact_sheet, describe_split, fit, list_images, load_rgb, make_split, read_dataset, read_split, thin
-from ldm.files import Fail, Parser, first_line, frozen_dtype, number, pick_device, progress, read_json, run, safe_name, \
+from ldm.files import Fail, Lock, Parser, first_line, frozen_dtype, number, pick_device, progress, read_json, run, safe_name, \
     save_csv, save_tensors, save_text, settings_of
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import write_dataset
@@ -383,7 +383,9 @@ def main():
         sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
         extract = Extractor(args.features, args.inception if args.features == "inception" else encoder_file, device)
         sha256["features"] = extract.weights
+        lock = Lock(folder) if parallel.FIRST and folder.is_dir() else None
         claim(folder, args, sha256)
+        lock = lock or (Lock(folder) if parallel.FIRST else None)           # noqa: F841: held until this function ends
         if parallel.FIRST:
             save_text(split_file, describe_split(split, patches))
     cases = len({p.case for p in patches})

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -17,6 +18,11 @@ from tqdm import tqdm
 
 from . import parallel
 
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
+
 
 quiet = False           # --quiet
 
@@ -26,7 +32,8 @@ class Fail(Exception):
 
 
 def run(main):
-    """Call main() as a program: no traceback for what the user can mend, 130 for Ctrl-C."""
+    """Call main() as a program: no traceback for what the user can mend, 130 for Ctrl-C, 143 for SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))       # an exception, so that files are cleaned up
     try:
         main()
     except Fail as problem:
@@ -169,6 +176,24 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+class Lock:
+    """Keeps a folder from other processes while this object lives; fails where one of them has it. (Windows has no flock: no lock.)"""
+
+    def __init__(self, folder):
+        self.handle = os.open(folder, os.O_RDONLY) if fcntl else None
+        try:
+            if fcntl:
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Fail(f"another process is at work in {folder}; wait for it, or pass another --run") from None
+        except OSError:         # a file system without locks
+            pass
+
+    def __del__(self):
+        if self.handle is not None:
+            os.close(self.handle)
 
 
 def save_tensors(path, tensors, header):

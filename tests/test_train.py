@@ -279,6 +279,37 @@ def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_ha
     assert all(torch.equal(t, expected[n]) for n, t in load_file(tmp_path / "runs/broken/adapter.safetensors").items())
 
 
+def test_two_processes_share_a_cache_and_not_a_run(small, tmp_path):
+    """The first is stopped in its tracks while two others come: one for the same run, one for another."""
+    def start(run):
+        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, small), "--epochs", "1", "--val-samples", "0", "--run", run],
+                                cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    first = start("runs/a")
+    while not (tmp_path / "runs/a/config.json").exists() and first.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)
+    same, other = start("runs/a"), start("runs/b")
+    assert same.wait() == 2 and "another process is at work in runs/a" in same.stderr.read()
+    first.send_signal(signal.SIGCONT)
+    assert first.wait() == other.wait() == 0
+    a, b = (load_file(tmp_path / f"runs/{run}/adapter.safetensors") for run in "ab")
+    assert all(torch.equal(a[n], b[n]) for n in a) and len(list((tmp_path / "runs/cache").iterdir())) == 1
+
+
+def test_a_sampler_that_is_asked_to_stop_leaves_whole_images_and_goes_on(trained, tmp_path):
+    command = [sys.executable, str(ROOT / "sample.py"), "--run", str(trained), "--split", "train", "--limit", "8", "--batch", "1", "--steps", "9", "--out", "out"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("out/cfg1.3/*/*.png")) and running.poll() is None:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait() == 143 and not list(tmp_path.glob("out/**/.*"))
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/cfg1.3/*/*.png")}
+    assert made and all(Image.open(path).load() for path in made)
+    assert "images are there already" in process(*command[1:], cwd=tmp_path).stdout
+    assert all(path.stat().st_mtime_ns == then for path, then in made.items()) and len(list(tmp_path.glob("out/cfg1.3/*/*.png"))) > len(made)
+
+
 @pytest.mark.parametrize("moment", ["step", "validation", "samples"])
 def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
     """SIGTERM in the third step, or in what follows the first epoch: what was done till then is on the disk, and no more is done."""
