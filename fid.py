@@ -25,7 +25,8 @@ from torch import nn
 
 from ldm import parallel
 from ldm.data import ahead, list_images, load_rgb
-from ldm.files import Fail, Parser, find, first_line, number, pick_device, progress, run, save_text, settings_of, whole
+from ldm.files import Fail, Parser, first_line, number, pick_device, progress, run, save_text, whole
+from ldm.runs import find, settings_of
 from ldm.weights import TensorFile, load
 from projector import load_encoder, open_encoder, preprocess
 

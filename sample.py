@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from ldm import parallel, toy
-from ldm.data import contact_sheet, fit, list_images, load_rgb, read_dataset, read_split, thin, to_images
-from ldm.files import Fail, Parser, find, frozen_dtype, newest_run, number, pick_device, progress, read_json, run, \
-    safe_name, save_text, settings_of, whole
+from ldm import parallel
+from ldm.data import contact_sheet, fit, list_images, load_rgb, thin, to_images
+from ldm.files import Fail, Parser, frozen_dtype, number, pick_device, progress, read_json, run, safe_name, save_text, whole
+from ldm.runs import find, newest_run, patches_of, settings_of
 from ldm.schedule import ddpm_step, timesteps
 from ldm.weights import file_sha256, load_unet, load_vae, open_sd15
 from lora import fold, load_adapter, open_adapter
@@ -206,17 +206,6 @@ def find_adapter(run_folder, path):
         if path is None:
             raise Fail(f"--run {run_folder} holds no adapter.safetensors; pass a folder that train.py made")
     return open_adapter(path)
-
-
-def patches_of(part, config, run_folder):
-    """A part of a run's split -> [(Patch, path)] sorted by title; of train and val no more than the run's --limit has left."""
-    if not (run_folder / "split.json").is_file() or not config.get("data"):
-        raise Fail(f"{run_folder} holds no split.json; pass --ref")
-    data = run_folder.parent / toy.DATA if config["data"] == toy.DATA else Path(config["data"])
-    patches = {p.name: p for p in read_dataset(data)}
-    names = read_split(run_folder / "split.json", list(patches.values()))[part]
-    names = names if part == "test" else thin(names, config.get("limit"))
-    return sorted(((patches[n], data / n) for n in names), key=lambda pair: pair[0].title)
 
 
 def find_references(args, config, run_folder):

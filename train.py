@@ -12,13 +12,10 @@ import hashlib
 import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,10 +24,9 @@ import torch._functorch.config as functorch_config
 
 from fid import Extractor, frechet_distance_of_features, inception_at_hand
 from ldm import parallel, toy
-from ldm.card import model_card
-from ldm.data import Cache, contact_sheet, describe_split, fit, list_images, load_rgb, make_split, read_dataset, read_split, thin
-from ldm.files import Fail, Lock, Parser, first_line, frozen_dtype, number, pick_device, progress, read_json, run, safe_name, \
-    save_csv, save_tensors, save_text, settings_of
+from ldm.data import Cache, contact_sheet, describe_split, fit, list_images, load_rgb, read_dataset, thin
+from ldm.files import Fail, Parser, first_line, frozen_dtype, number, pick_device, progress, run, safe_name, save_csv, save_tensors, save_text
+from ldm.runs import Lock, claim, model_card, public_name, settings_of, split_of_run
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import write_dataset
 from ldm.unet import UNet
@@ -256,6 +252,7 @@ class ValidationSamples:
                 save_image(folder / "patch.png", load_rgb(next(iter(self.real.values()))))
         parallel.wait()
         self.features = extract(list(self.real.values())) if len(references) > 1 else None
+        self.score = self.column if len(references) > 1 else "val_loss"         # the log's column whose lowest value is the best
 
     def draw(self, trainer, vae_file, epoch):
         """Sample with the weights as they are, image i with seed i; save samples and grid -> the distance, or None of one image."""
@@ -368,16 +365,8 @@ def main():
                   "For the real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)", flush=True)
             data = write_dataset(folder.parent / toy.DATA, **toy.TISSUE)
             patches = read_dataset(data)
-        split_file, started = folder / "split.json", (folder / "state.safetensors").exists()
-        split = make_split(patches, args.split) if not started else None
-        if split_file.exists():
-            there = read_split(split_file, patches)
-            if not started and there != split:
-                raise Fail(f"{split_file} is there and is not the split that --split {args.split} asks for; to use it, pass "
-                           f"--split {split_file}, else remove it")
-            split = there
-        if split is None:
-            raise Fail(f"{split_file} of this run is gone; restore it, or pass another --run")
+        started = (folder / "state.safetensors").exists()
+        split = split_of_run(folder, patches, args.split, started)
         names = {part: thin(split[part], args.limit) for part in ("train", "val")}
 
         sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
@@ -387,7 +376,7 @@ def main():
         claim(folder, args, sha256)
         lock = lock or (Lock(folder) if parallel.FIRST else None)           # noqa: F841: held until this function ends
         if parallel.FIRST:
-            save_text(split_file, describe_split(split, patches))
+            save_text(folder / "split.json", describe_split(split, patches))
     cases = len({p.case for p in patches})
     print(f"{len(patches)} patches of {cases} cases in {len({p.label for p in patches})} classes: "
           + ", ".join(f"{part} {len(ns)}" for part, ns in split.items())
@@ -419,7 +408,14 @@ def main():
     samples = ValidationSamples(folder, references, [hash_of[name] for name in chosen], extract, args.size, anew=not started)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)      # what caching took is another matter
-    best_of = samples.column if samples.features is not None else "val_loss"
+    train_epochs(trainer, samples, hashes["val"], vae_file, folder, header, signals)
+    print(f"{folder}: complete after {trainer.step} steps; best {samples.score} {trainer.best:.4f}; peak memory "
+          f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch.png' if references else 'PATCH.png'} --cfg 1.3")
+
+
+def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals):
+    """Steps to the end; after each epoch validation, a row of the log and a commit. Leaves with 128 + signal, after a whole step."""
+    args, device = trainer.args, trainer.device
     with progress(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
         signals.deferred = True
         clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
@@ -429,13 +425,13 @@ def main():
                 signals.deferred = False                # all is committed: to leave while validating or drawing loses nothing
                 signals.leave()
                 row = dict(epoch=math.ceil(trainer.step / trainer.steps_per_epoch), step=trainer.step,
-                           train_loss=sum(trainer.losses) / len(trainer.losses), val_loss=trainer.validation_loss(hashes["val"]),
+                           train_loss=sum(trainer.losses) / len(trainer.losses), val_loss=trainer.validation_loss(val_hashes),
                            **dict(zip(("lr_lora", "lr_projector"), trainer.learning_rates(trainer.step - 1))),
                            images_per_second=speed and round(speed, 2), peak_memory_gb=round(peak_memory(device), 2))
                 due = row["epoch"] % args.val_every == 0 or trainer.step == trainer.total
                 row[samples.column] = samples.draw(trainer, vae_file, row["epoch"]) if due else None
                 signals.deferred = True
-                score = row[best_of]
+                score = row[samples.score]
                 if best := score is not None and score < trainer.best:
                     trainer.best = score
                 spent = trainer.history[-1]["minutes"] if trainer.history else 0
@@ -460,8 +456,6 @@ def main():
             if stop:
                 parallel.wait()             # for the first one, which writes
                 sys.exit(128 + stop)
-    print(f"{folder}: complete after {trainer.step} steps; best {best_of} {trainer.best:.4f}; peak memory "
-          f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch.png' if references else 'PATCH.png'} --cfg 1.3")
 
 
 class Signals:
@@ -503,49 +497,6 @@ def load_encoders(vae_file, encoder_file, device):
     return encode, partial(embed, encoder)
 
 
-def claim(folder, args, sha256):
-    """Make sure that the run in this folder has the same settings, networks and images, or make it one of these.
-
-    A run that has not saved an adapter yet gives way: its settings may have been the reason.
-    """
-    settings = {k: v for k, v in vars(args).items() if k != "resume"}
-    path = folder / "config.json"
-    if path.exists() and settings_of(folder) is None:
-        raise Fail(f"{path} is not of a run of train.py; pass another --run")
-    if not path.exists() and any(p.name != "split.json" and not p.name.startswith(".") for p in folder.glob("*")):
-        raise Fail(f"{folder} holds other files and no run of train.py; pass another --run")
-    if not parallel.FIRST:
-        return
-    if not any(folder.glob("[!.]*.safetensors")):
-        save_text(path, json.dumps(dict(args=settings, sha256=sha256, command=sys.argv, environment=environment()), indent=1) + "\n")
-        return
-    there = read_json(path)
-    if not all(isinstance(there.get(key), dict) for key in ("args", "sha256")):
-        raise Fail(f"{path} is damaged; restore it, or pass another --run")
-    same = set(settings) - {"run", "data", "sd15", "uni2h", "device", "no_compile", "inception", "parameters", "quiet"}
-    for was, now, keys in ((there["args"], settings, same), (there["sha256"], sha256, sha256)):
-        for key in sorted(keys):
-            if was.get(key) != now[key]:    # of the images nothing is known before they are cached
-                raise Fail(f"{folder} is a run with {key} {was.get(key)}, not {now[key]}; pass another --run for a new one")
-
-
-def environment():
-    """What a run was made with: {name: version}; git: the program's commit, with a + where files of it are changed."""
-    def git(*command):
-        return subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True, check=True).stdout.strip()
-    found = dict(python=platform.python_version(), platform=platform.platform(), processes=parallel.WORLD)
-    for name in ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    try:
-        found["git"] = git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        found["git"] = None
-    return found
-
-
 def count_parameters(args):
     """Table 2 for these arguments; for Stable Diffusion 1.5 and UNI2-h themselves no file is needed."""
     with torch.device("meta"):
@@ -564,11 +515,6 @@ def parameter_table(unet, projector):
         ("LoRA adapters", lora), ("Projector MLP", mlp), ("Null embedding", null), ("Total trainable", total))]
     rows += [("Stable Diffusion backbone (frozen)", f"{frozen:,}", ""), ("Trainable/backbone", "", f"{total / frozen:.2%}")]
     return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in [("Component", "Parameters", "Share")] + rows)
-
-
-def public_name(source):
-    """What an adapter's header says of a source: a hub repository as it is, of a local path its last part only."""
-    return Path(source).name if Path(source).exists() else source
 
 
 def peak_memory(device):

@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .files import Fail, Parser, number, read_csv, run, save_csv, settings_of
+from .files import Fail, Parser, number, read_csv, run, save_csv
+from .runs import MAY_CHANGE, settings_of
 from .weights import TensorFile
 
 # The first row is the baseline; each of the others changes one factor (Table 3). Last, what the paper reports (Table 6).
@@ -53,7 +54,7 @@ def tabulate(out):
         folder = folder_of(out, row)
         log, settings = read_csv(folder / "log.csv"), settings_of(folder)
         if log and settings and (int(log[-1]["epoch"]) == settings["epochs"] or int(log[-1]["step"]) == settings["max_steps"]):
-            for key in settings.keys() - {*FACTORS, "run", "device", "no_compile", "inception", "parameters", "quiet"}:
+            for key in settings.keys() - {*FACTORS, *MAY_CHANGE}:
                 if settings[key] != common.setdefault(key, settings[key]):
                     raise Fail(f"{folder} was trained with {key} {settings[key]}, other rows with {common[key]}: they cannot be compared; "
                                "remove it, and train the row again")

@@ -18,11 +18,6 @@ from tqdm import tqdm
 
 from . import parallel
 
-try:
-    import fcntl
-except ImportError:         # Windows
-    fcntl = None
-
 
 quiet = False           # --quiet
 
@@ -133,24 +128,6 @@ def frozen_dtype(device):
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
-def newest_run():
-    """The folder under runs/ whose adapter was written last, or None."""
-    found = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
-    return found[-1].parent if found else None
-
-
-def find(paths, run=None):
-    """The paths; or, where none of them exists and the run (the newest by default) has all of them, those, and say so."""
-    paths = [Path(path).expanduser() for path in paths]
-    run = run or newest_run()
-    if run and not any(path.exists() or path.is_absolute() for path in paths):
-        inside = [Path(run) / path for path in paths]
-        if all(path.exists() for path in inside):
-            print(f"using {', '.join(map(str, inside))}", file=sys.stderr)
-            return inside
-    return paths
-
-
 @contextmanager
 def whole(path):
     """Yield a temporary path beside `path`; on success it is flushed to the disk and renamed to it, else removed.
@@ -176,24 +153,6 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-class Lock:
-    """Keeps a folder from other processes while this object lives; fails where one of them has it. (Windows has no flock: no lock.)"""
-
-    def __init__(self, folder):
-        self.handle = os.open(folder, os.O_RDONLY) if fcntl else None
-        try:
-            if fcntl:
-                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Fail(f"another process is at work in {folder}; wait for it, or pass another --run") from None
-        except OSError:         # a file system without locks
-            pass
-
-    def __del__(self):
-        if self.handle is not None:
-            os.close(self.handle)
 
 
 def save_tensors(path, tensors, header):
@@ -236,12 +195,6 @@ def read_json(path):
     if not isinstance(data, dict):
         raise Fail(f"{path} is not a file of this program's; restore or remove it")
     return data
-
-
-def settings_of(folder):
-    """The arguments of the run of train.py in a folder, or None."""
-    settings = read_json(Path(folder) / "config.json").get("args")
-    return settings if isinstance(settings, dict) else None
 
 
 def safe_name(text):

@@ -17,12 +17,12 @@ from PIL import Image, ImageDraw
 
 from fid import Extractor, frechet_distance_of_features, inception_at_hand, kid
 from projector import open_encoder
-from sample import folder_name, name_references, patches_of, save_image
+from sample import folder_name, name_references, save_image
 
 from . import metrics
-from .card import model_card
 from .data import contact_sheet, fit, list_images, load_rgb, thin, to_images, to_tensor
-from .files import Fail, Parser, number, pick_device, read_csv, run, save_csv, save_text, settings_of, whole
+from .files import Fail, Parser, number, pick_device, read_csv, run, save_csv, save_text, whole
+from .runs import model_card, patches_of, settings_of
 from .vae import SCALE
 from .weights import file_sha256, load_vae, open_sd15
 

@@ -4,7 +4,6 @@ Stable Diffusion 1.5 is met in three layouts: a Diffusers folder with the VAE's 
 named `query` (the official float32 file), and one CompVis file (`model.diffusion_model.*`, `first_stage_model.*`).
 """
 import hashlib
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -10,7 +10,6 @@ is of the rate of a large matrix multiplication that is measured first.
 """
 import argparse
 import gc
-import json
 import platform
 import statistics
 import subprocess
@@ -33,8 +32,7 @@ from ldm.data import Cache, list_images, load_rgb                               
 from ldm.files import frozen_dtype, pick_device                                                 # noqa: E402
 from ldm.unet import UNet                                                                       # noqa: E402
 from ldm.vae import VAE                                                                         # noqa: E402
-from ldm.weights import load                                                                    # noqa: E402
-from lora import fold, inject, lora_parameters                                                  # noqa: E402
+from lora import fold, inject                                                  # noqa: E402
 from projector import Projector, build_encoder, embed                                           # noqa: E402
 from sample import sample                                                                       # noqa: E402
 from train import Trainer                                                                       # noqa: E402

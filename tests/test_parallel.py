@@ -93,7 +93,7 @@ def test_a_process_that_dies_ends_the_job_which_goes_on_later(small, tmp_path):
         time.sleep(0.2)
     job.send_signal(signal.SIGTERM)         # what a scheduler sends: all processes leave after the same step
     out, _ = finish(job, code=1)
-    assert f"found, goes on after step" in out and len(read_csv(log)) > done
+    assert "found, goes on after step" in out and len(read_csv(log)) > done
 
 
 def test_more_processes_than_images_in_a_batch_are_refused(small, tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from ldm.files import find, settings_of
+from ldm.runs import claim, find, settings_of
 from ldm.schedule import alpha_bar
 from ldm.unet import UNet
 from lora import inject, lora_parameters
@@ -432,20 +432,20 @@ def test_a_run_with_other_settings_is_not_overwritten(other, trained, small, mon
 
 def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(tmp_path):
     args = SimpleNamespace(rank=4, run="x")
-    train.claim(tmp_path, args, {"vae": "1"})
+    claim(tmp_path, args, {"vae": "1"})
     args.rank = 8
-    train.claim(tmp_path, args, {"vae": "1"})
+    claim(tmp_path, args, {"vae": "1"})
     assert settings_of(tmp_path) == {"rank": 8, "run": "x"}
     (tmp_path / "adapter-best.safetensors").touch()
     args.rank = 16
     with pytest.raises(train.Fail, match="rank 8, not 16"):
-        train.claim(tmp_path, args, {"vae": "1"})
+        claim(tmp_path, args, {"vae": "1"})
     (tmp_path / "config.json").write_text('{"architecture": "vit"}')
     with pytest.raises(train.Fail, match="not of a run"):
-        train.claim(tmp_path, args, {"vae": "1"})
+        claim(tmp_path, args, {"vae": "1"})
     (tmp_path / "config.json").write_text('{"args": {}, "sha256": null}')
     with pytest.raises(train.Fail, match="damaged"):
-        train.claim(tmp_path, args, {"vae": "1"})
+        claim(tmp_path, args, {"vae": "1"})
 
 
 def test_a_folder_of_someone_elses_is_not_made_a_run(small, tmp_path):

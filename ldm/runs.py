@@ -1,0 +1,197 @@
+"""The folder of a run: whose it is, what it was made of, its patches, and its model card."""
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from . import parallel, toy
+from .data import make_split, read_dataset, read_split, thin
+from .files import Fail, read_csv, read_json, save_text
+from .weights import BUILT_IN
+
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
+
+
+def settings_of(folder):
+    """The arguments of the run of train.py in a folder, or None."""
+    settings = read_json(Path(folder) / "config.json").get("args")
+    return settings if isinstance(settings, dict) else None
+
+
+def newest_run():
+    """The folder under runs/ whose adapter was written last, or None."""
+    found = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
+    return found[-1].parent if found else None
+
+
+def find(paths, run=None):
+    """The paths; or, where none of them exists and the run (the newest by default) has all of them, those, and say so."""
+    paths = [Path(path).expanduser() for path in paths]
+    run = run or newest_run()
+    if run and not any(path.exists() or path.is_absolute() for path in paths):
+        inside = [Path(run) / path for path in paths]
+        if all(path.exists() for path in inside):
+            print(f"using {', '.join(map(str, inside))}", file=sys.stderr)
+            return inside
+    return paths
+
+
+def split_of_run(folder, patches, how, started):
+    """The split of a run: that of its split.json, or a new one as `make_split` makes it, which a split.json there must agree with."""
+    path = folder / "split.json"
+    split = make_split(patches, how) if not started else None
+    if path.exists():
+        there = read_split(path, patches)
+        if not started and there != split:
+            raise Fail(f"{path} is there and is not the split that --split {how} asks for; to use it, pass --split {path}, else remove it")
+        return there
+    if split is None:
+        raise Fail(f"{path} of this run is gone; restore it, or pass another --run")
+    return split
+
+
+def patches_of(part, config, run_folder):
+    """A part of a run's split -> [(Patch, path)] sorted by title; of train and val no more than the run's --limit has left."""
+    if not (run_folder / "split.json").is_file() or not config.get("data"):
+        raise Fail(f"{run_folder} holds no split.json; pass --ref")
+    data = run_folder.parent / toy.DATA if config["data"] == toy.DATA else Path(config["data"])
+    patches = {p.name: p for p in read_dataset(data)}
+    names = read_split(run_folder / "split.json", list(patches.values()))[part]
+    names = names if part == "test" else thin(names, config.get("limit"))
+    return sorted(((patches[n], data / n) for n in names), key=lambda pair: pair[0].title)
+
+
+def public_name(source):
+    """What an adapter's header says of a source: a hub repository as it is, of a local path its last part only."""
+    return Path(source).name if Path(source).exists() else source
+
+
+MAY_CHANGE = {"run", "data", "sd15", "uni2h", "device", "no_compile", "inception", "parameters", "quiet"}      # of a run that goes on
+
+
+class Lock:
+    """Keeps a folder from other processes while this object lives; fails where one of them has it. (Windows has no flock: no lock.)"""
+
+    def __init__(self, folder):
+        self.handle = os.open(folder, os.O_RDONLY) if fcntl else None
+        try:
+            if fcntl:
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Fail(f"another process is at work in {folder}; wait for it, or pass another --run") from None
+        except OSError:         # a file system without locks
+            pass
+
+    def __del__(self):
+        if self.handle is not None:
+            os.close(self.handle)
+
+
+def claim(folder, args, sha256):
+    """Make sure that the run in this folder has the same settings, networks and images, or make it one of these.
+
+    A run that has not saved an adapter yet gives way: its settings may have been the reason.
+    """
+    settings = {k: v for k, v in vars(args).items() if k != "resume"}
+    path = folder / "config.json"
+    if path.exists() and settings_of(folder) is None:
+        raise Fail(f"{path} is not of a run of train.py; pass another --run")
+    if not path.exists() and any(p.name != "split.json" and not p.name.startswith(".") for p in folder.glob("*")):
+        raise Fail(f"{folder} holds other files and no run of train.py; pass another --run")
+    if not parallel.FIRST:
+        return
+    if not any(folder.glob("[!.]*.safetensors")):
+        save_text(path, json.dumps(dict(args=settings, sha256=sha256, command=sys.argv, environment=environment()), indent=1) + "\n")
+        return
+    there = read_json(path)
+    if not all(isinstance(there.get(key), dict) for key in ("args", "sha256")):
+        raise Fail(f"{path} is damaged; restore it, or pass another --run")
+    same = settings.keys() - MAY_CHANGE
+    for was, now, keys in ((there["args"], settings, same), (there["sha256"], sha256, sha256)):
+        for key in sorted(keys):
+            if was.get(key) != now[key]:    # of the images nothing is known before they are cached
+                raise Fail(f"{folder} is a run with {key} {was.get(key)}, not {now[key]}; pass another --run for a new one")
+
+
+def environment():
+    """What a run was made with: {name: version}; git: the program's commit, with a + where files of it are changed."""
+    def git(*command):
+        return subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True, check=True).stdout.strip()
+    found = dict(python=platform.python_version(), platform=platform.platform(), processes=parallel.WORLD)
+    for name in ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    try:
+        found["git"] = git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        found["git"] = None
+    return found
+
+
+def model_card(folder):
+    """The text for a run of train.py that has finished an epoch."""
+    folder = Path(folder)
+    config, split, log = read_json(folder / "config.json"), read_json(folder / "split.json"), read_csv(folder / "log.csv")
+    args, environment = config["args"], config["environment"]
+    toy = args["sd15"] in BUILT_IN
+    column = next((name for name in log[0] if name.startswith("fid") and any(row[name] for row in log)), "val_loss")
+    best = min((row for row in log if row[column]), key=lambda row: float(row[column]))
+    what = {"fid": f"FID (Inception, resize pytorch-fid, guidance {args['val_cfg']:g}, 30 steps)", "val_loss": "noise prediction loss",
+            "fid_encoder": f"Fréchet distance of the encoder's features (no FID: comparable with nothing else; guidance {args['val_cfg']:g}, 30 steps)"}[column]
+    n = min(len(split["val"]), *(args[key] for key in ("limit", "val_samples") if args[key] is not None and column != "val_loss"), 10 ** 9)
+    counts = "\n".join(f"| {part} | {split['cases'][part]} | {sum(classes.values())} | {', '.join(f'{k} {v}' for k, v in classes.items())} |"
+                       for part, classes in split["patches"].items())
+    names = dict(base=public_name(args["sd15"]), encoder=public_name(args["uni2h"]))
+    report = folder / "report" / "report.md"
+    return f"""---
+base_model: {names['base']}
+license: other
+license_name: openrail-m-and-cc-by-nc-nd-4.0
+pipeline_tag: image-to-image
+tags: [lora, stable-diffusion, histopathology, synthetic-data]
+---
+# {folder.name}
+
+Patches with the morphology of a reference patch: embeddings of the pathology encoder `{names['encoder']}` take the place of the text
+condition of `{names['base']}`, through a projector and LoRA (Kuzmin and Berezsky 2026, https://doi.org/10.15587/2706-5448.2026.355663).
+
+- `adapter-best.safetensors`: LoRA of rank {args['rank']} (α {args['alpha']:g}) on Q, K, V and O, projector to {args['tokens']} tokens, null embedding;
+  the lowest {what} on {n} validation patches: **{float(best[column]):.4g}**, epoch {best['epoch']} of {args['epochs']}.
+- `adapter.safetensors`: the last.
+
+## Use
+
+    python sample.py --adapter adapter-best.safetensors --ref patch.png --cfg 1.3
+
+Research only: no diagnosis may rest on an image that was made up. An adapter can reproduce its training patches; look at
+`python -m ldm.report` (memorisation) before you pass it on.
+
+## Data
+
+`{Path(args['data']).name}`, {args['size']} px, split by case:
+
+| part | cases | patches | classes |
+|---|---|---|---|
+{counts}
+
+## Training
+
+{args['epochs']} epochs, batch {args['batch']}, learning rates {args['lr']:g} (LoRA) and {args['lr'] * args['lr_ratio']:g} (projector), seed {args['seed']}; {log[-1]['minutes']} minutes.
+Command: `{shlex.join(['python', Path(config['command'][0]).name, *config['command'][1:]])}`
+Environment: {', '.join(f'{k} {v}' for k, v in environment.items() if v)}
+Weights (sha256 of the tensors): {', '.join(f'{k} {v[:16]}' for k, v in config['sha256'].items())}
+
+## Licence
+
+{"The toy base is part of the program (MIT)." if toy else "Stable Diffusion 1.5 is under CreativeML Open RAIL-M, whose use restrictions carry over to this file. UNI2-h is CC BY-NC-ND 4.0 and gated: non-commercial research only, under its terms."}
+The terms of the training images apply as well.
+""" + (f"\n{report.read_text(encoding='utf-8')}".replace("\n#", "\n##").replace("](", "](report/") if report.is_file() else "")
