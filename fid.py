@@ -452,6 +452,8 @@ def main():
     results = []
     for path in args.fake:
         fake = read(path)
+        if not parallel.FIRST:          # has given its share of the features
+            continue
         result = dict(real=str(args.real), fake=str(path), features=args.features, resize=resize, weights=weights)
         result |= compare(real, fake, args.kid_subset)
         say(f"FID {result['fid']:.4f}   {args.real} | {path}   n {real.n or '?'} | {fake.n or '?'}, "
@@ -468,7 +470,7 @@ def main():
             for name, row in result["classes"].items():
                 say(f"  {name:<24}{row['n_real']:>6} | {row['n_fake']:<6} KID x 1000 {describe_kid(row)}")
         results.append(result)
-        if args.json not in (None, "-") and parallel.FIRST:         # after each, so that a later failure does not cost the earlier ones
+        if args.json not in (None, "-"):        # after each, so that a later failure does not cost the earlier ones
             save_text(args.json, json.dumps(results, indent=1) + "\n")
     if args.json == "-":
         print(json.dumps(results))

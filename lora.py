@@ -178,7 +178,8 @@ def load_adapter(file, unet):
 
 # ---- the same LoRA in other programs' files ---------------------------------------------------------------------------
 
-_PEFT = re.compile(r"(?:unet\.|base_model\.model\.)?(.+?)\.(lora_A|lora_B|lora\.down|lora\.up)\.(?:default\.)?weight")
+_PEFT = re.compile(r"(?:unet\.|base_model\.model\.)?((?:down_blocks|up_blocks|mid_block)\.\S+\.attn[12]\.(?:to_[qkv]|to_out\.0))\."
+                   r"(lora_A|lora_B|lora\.down|lora\.up)\.(?:default\.)?weight")
 _KOHYA = re.compile(r"lora_unet_(down_blocks|up_blocks|mid_block)(?:_(\d+))?_attentions_(\d+)_transformer_blocks_(\d+)_(attn[12])_"
                     r"(to_[qkv]|to_out_0)\.(lora_down\.weight|lora_up\.weight|alpha)")
 
@@ -208,15 +209,20 @@ def read_lora(path):
     for name in names:
         layer, part = _place(name)
         layers.setdefault(layer, {})[part] = file.get(name)
+    if not layers:
+        raise Fail(f"{path} holds no LoRA")
     try:
         config = Path(path).with_name("adapter_config.json")
         settings = json.loads(file.header.get("lora_adapter_metadata") or (config.read_text(encoding="utf-8") if config.is_file() else "{}"))
-        alpha = settings.get("unet.lora_alpha", settings.get("lora_alpha"))
+        settings = {key.removeprefix("unet."): value for key, value in settings.items()}
+        if odd := [key for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if settings.get(key)]:
+            raise Fail(f"{path} was trained with {odd[0]}, which is another method than W + (α/r) B A with one rank")
+        alpha = settings.get("lora_alpha")
         for layer in layers.values():
             layer["alpha"] = float(layer.get("alpha", len(layer["A"]) if alpha is None else alpha))
             if not layer["B"].shape[1] == len(layer["A"]):
                 raise ValueError("A and B have different ranks")
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as problem:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as problem:
         raise Fail(f"{path} is no whole LoRA file ({first_line(problem)}); write it again") from None
     return layers
 
@@ -249,15 +255,17 @@ def export(path, form, out):
         raise Fail(f"{path} has layers of different rank or α, which a {form} file of ours does not express; export it to kohya")
     config = {"r": rank, "lora_alpha": alpha, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
     tensors, notes = {}, {"licence": header.get("licence", "")}
+    if form == "kohya":
+        notes |= {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha), "ss_base_model_version": "sd_v1"}
+    elif form == "diffusers":
+        notes["lora_adapter_metadata"] = json.dumps({f"unet.{k}": v for k, v in config.items()})
     for name, layer in found.items():
         if form == "kohya":
             name = "lora_unet_" + name.replace(".", "_")
             tensors |= {f"{name}.lora_down.weight": layer["A"], f"{name}.lora_up.weight": layer["B"], f"{name}.alpha": torch.tensor(layer["alpha"])}
-            notes |= {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha), "ss_base_model_version": "sd_v1"}
         else:
             prefix = "unet." if form == "diffusers" else "base_model.model."
             tensors |= {f"{prefix}{name}.lora_{x}.weight": layer[x] for x in "AB"}
-            notes |= {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()})} if form == "diffusers" else {}
     if form == "peft":
         save_text(out.with_name("adapter_config.json"), json.dumps({"peft_type": "LORA", "bias": "none"} | config, indent=1) + "\n")
     save_tensors(out, tensors, notes)

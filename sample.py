@@ -8,6 +8,7 @@
 Writes OUT/real/*.png (the references at the model's size), OUT/cfg1.3/*.png (the samples, named by reference, seed and
 guidance) and OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.
 """
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,8 +74,8 @@ def make_images(jobs, e, unet, projector, vae, steps, latent, batch, fill=False)
     Batches have one guidance each; where fill, as many images each, for a compiled U-Net. Several processes share the batches
     as they are: in another one an image may round differently. PNGs are written while the next batch is made.
     """
-    parts = [jobs[i:i + batch] for jobs in by_guidance(jobs) for i in range(0, len(jobs), batch)]
-    parts = parallel.mine(parts)
+    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job[2])]
+    parts = parallel.mine([group[i:i + batch] for group in groups for i in range(0, len(group), batch)])
     with progress(total=sum(map(len, parts)), desc="sampling", unit="image", leave=False) as bar, ThreadPoolExecutor(1) as writer:
         written = []
         for part in [*parts, []]:
@@ -89,11 +90,6 @@ def make_images(jobs, e, unet, projector, vae, steps, latent, batch, fill=False)
                        for (path, r, w, seed), image in zip(part, images)]
             bar.update(len(part))
     parallel.wait()
-
-
-def by_guidance(jobs):
-    """The jobs of each guidance, in order."""
-    return [[job for job in jobs if job[2] == w] for w in dict.fromkeys(w for _, _, w, _ in jobs)]
 
 
 def save_image(path, image, **text):
@@ -125,7 +121,7 @@ def main():
     model.add_argument("--uni2h", metavar="PATH", help="UNI2-h (default: the one trained with)")
     model.add_argument("--other-base", action="store_true", help="accept a base other than the adapter's, say a float16 copy")
     how = parser.add_argument_group("how")
-    how.add_argument("--batch", type=number(int, 1), default=16, help="images at a time; does not change them")
+    how.add_argument("--batch", type=number(int, 1), default=16, help="images at a time; changes them by rounding at most")
     how.add_argument("--out", metavar="DIR", help="default: samples/stepN[-SPLIT] beside the adapter, N the step it was trained to")
     how.add_argument("--no-compile", action="store_true", help=f"do not torch.compile the U-Net (it is done on CUDA, from {COMPILE_FROM} images on)")
     how.add_argument("--device", default="auto", help="cuda, mps or cpu")

@@ -125,6 +125,7 @@ class Trainer:
         self.network = torch.compile(unet, dynamic=False) if self.compiled else unet
         functorch_config.activation_memory_budget = MEMORY_BUDGET
         self.hidden = (projector.shape["depth"] - 1, projector.shape["hidden"])
+        self.share = math.ceil(args.batch / parallel.WORLD)             # images at a time in each process
         self.steps_per_epoch = math.ceil(len(train) / args.batch)       # of whole batches, see batch_of_step
         self.total = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.warm_up = min(self.steps_per_epoch, max(1, self.total // 2))       # half of a run that is one epoch or shorter
@@ -182,7 +183,7 @@ class Trainer:
     @torch.no_grad()
     def validation_loss(self, hashes):
         """Mean over the images on fixed noise and timesteps; batches are whole, the last one filled up and cut off again."""
-        n, size = len(hashes), self.args.batch
+        n, size = len(hashes), self.share
         draws, losses = draw_validation(n, self.latent), torch.zeros(n, device=self.device)
         for start in parallel.mine(range(0, n, size)):
             at = [i % n for i in range(start, start + size)]
@@ -256,12 +257,13 @@ class ValidationSamples:
 
     def draw(self, trainer, vae_file, epoch):
         """Sample with the weights as they are, image i with seed i; save samples and grid -> the distance, or None of one image."""
-        args, n = trainer.args, len(self.hashes)
+        n, fake = len(self.hashes), list(self.fake.values())
         if not n:
             return None
-        e, vae, fake = trainer.cache.gather(self.hashes, [False] * n)[2], load_vae(vae_file, trainer.device), list(self.fake.values())
-        jobs = [(path, i, args.val_cfg, i) for i, path in enumerate(fake)]
-        make_images(jobs, e, trainer.network, trainer.projector, vae, VALIDATION_STEPS, trainer.latent, args.batch, fill=trainer.compiled)
+        e = dict(zip(self.fake, trainer.cache.gather(self.hashes, [False] * n)[2]))
+        jobs = [(path, title, trainer.args.val_cfg, i) for i, (title, path) in enumerate(self.fake.items())]
+        make_images(jobs, e, trainer.network, trainer.projector, load_vae(vae_file, trainer.device), VALIDATION_STEPS, trainer.latent,
+                    trainer.share, fill=trainer.compiled)
         if parallel.FIRST:
             pairs = thin(list(zip(self.real.values(), fake)), GRID)
             save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", contact_sheet([[load_rgb(path) for path in pair] for pair in pairs]))
@@ -348,7 +350,7 @@ def parse_args():
 def main():
     args, signals = parse_args(), Signals()
     if args.parameters:
-        return print(count_parameters(args))
+        return print(count_parameters(args), file=sys.__stdout__ if args.quiet else None)
     device, folder = pick_device(args.device), Path(args.run)
     parallel.start(device)
     if parallel.WORLD > args.batch:
@@ -365,6 +367,7 @@ def main():
                   "For the real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)", flush=True)
             data = write_dataset(folder.parent / toy.DATA, **toy.TISSUE)
             patches = read_dataset(data)
+        lock = Lock(folder) if parallel.FIRST and folder.is_dir() else None
         started = (folder / "state.safetensors").exists()
         split = split_of_run(folder, patches, args.split, started)
         names = {part: thin(split[part], args.limit) for part in ("train", "val")}
@@ -372,7 +375,6 @@ def main():
         sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
         extract = Extractor(args.features, args.inception if args.features == "inception" else encoder_file, device)
         sha256["features"] = extract.weights
-        lock = Lock(folder) if parallel.FIRST and folder.is_dir() else None
         claim(folder, args, sha256)
         lock = lock or (Lock(folder) if parallel.FIRST else None)           # noqa: F841: held until this function ends
         if parallel.FIRST:
@@ -409,6 +411,8 @@ def main():
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)      # what caching took is another matter
     train_epochs(trainer, samples, hashes["val"], vae_file, folder, header, signals)
+    if parallel.FIRST:
+        save_text(folder / "README.md", model_card(folder))         # once more: a run may have been killed after its last commit
     print(f"{folder}: complete after {trainer.step} steps; best {samples.score} {trainer.best:.4f}; peak memory "
           f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch.png' if references else 'PATCH.png'} --cfg 1.3")
 
@@ -459,7 +463,7 @@ def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals
 
 
 class Signals:
-    """SIGINT and SIGTERM end the program with 130 or 143: at once or, while `deferred`, at `leave`; a second one always at once."""
+    """SIGINT and SIGTERM end the program with 130 or 143: at once or, while `deferred`, at `leave`; a second Ctrl-C always at once."""
 
     def __init__(self):
         self.received, self.deferred = 0, False
@@ -467,9 +471,9 @@ class Signals:
             signal.signal(kind, self.handle)
 
     def handle(self, kind, frame):
-        if self.received:
+        if self.received and kind == signal.SIGINT:         # of SIGTERM schedulers and torchrun send several
             os._exit(128 + kind)
-        self.received = kind
+        self.received = self.received or kind
         if not self.deferred:
             self.leave()
 

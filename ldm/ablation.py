@@ -7,11 +7,10 @@
 All other arguments go to train.py. Writes OUT/r8-t4-d2-w1024-x10/ and so on, and OUT/table6.csv.
 """
 import math
-import subprocess
 import sys
 from pathlib import Path
 
-from .files import Fail, Parser, number, read_csv, run, save_csv
+from .files import Fail, Parser, call, number, read_csv, run, save_csv
 from .runs import MAY_CHANGE, settings_of
 from .weights import TensorFile
 
@@ -41,10 +40,9 @@ def folder_of(out, row):
 
 def train(out, row, rest):
     """Run train.py for a row; alpha is matched to the rank, as it is by default. Returns its exit code."""
-    program = Path(__file__).resolve().parents[1] / "train.py"
     flags = dict(rank=row["rank"], tokens=row["tokens"], depth=row["depth"], hidden=row["width"], lr_ratio=row["ratio"], val_cfg=CFG)
-    flags = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    return subprocess.run([sys.executable, str(program), *rest, *flags, "--run", str(folder_of(out, row))]).returncode
+    flags = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", value)]
+    return call("train.py", *rest, *flags, "--run", folder_of(out, row))
 
 
 def tabulate(out):

@@ -363,9 +363,8 @@ class Cache:
         """
         with ThreadPoolExecutor() as pool:
             hashes = list(progress(pool.map(file_sha256, paths), "reading images", len(paths), leave=False))
-            todo = list({h: path for h, path in zip(hashes, paths) if h not in self.rows}.items())
+            todo = parallel.agreed(list({h: path for h, path in zip(hashes, paths) if h not in self.rows}.items()))
             shards = parallel.mine([todo[i:i + self.SHARD] for i in range(0, len(todo), self.SHARD)])
-            parallel.wait()                     # all have seen the same ones to be missing, before one of them writes
             if shards:
                 encode, embed = encoders()
                 with progress(total=sum(map(len, shards)), desc="caching", unit="image") as bar:

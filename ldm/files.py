@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -55,6 +56,17 @@ def first_line(problem):
 def _complain(problem):
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(problem).split())}", file=sys.stderr)
     return 2
+
+
+def call(program, *args, **options):
+    """Run one of our programs -> its exit code. Where this process is told to leave, it lets the program leave first."""
+    child = subprocess.Popen([sys.executable, str(Path(__file__).resolve().parents[1] / program), *map(str, args)], **options)
+    try:
+        return child.wait()
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,7 +121,7 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and parallel.WORLD > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', parallel.RANK)}"
     try:
         if torch.device(name).type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("it is none of cuda, mps and cpu")

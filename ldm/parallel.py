@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 FIRST = RANK == 0
-PATIENCE = timedelta(hours=2)       # for the slowest: the first process validates alone
+PATIENCE = timedelta(hours=2)       # with the slowest: the first process prepares alone
 
 
 def start(device):
@@ -25,7 +25,8 @@ def start(device):
             sys.stdout = open(os.devnull, "w")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)
 
 
 def wait():
@@ -42,6 +43,14 @@ def first():
     yield
     if FIRST:
         wait()
+
+
+def agreed(value):
+    """What the first process has found, in every process."""
+    values = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def mine(items):

@@ -7,7 +7,6 @@ Samples are made by sample.py and kept, so that it goes on where it was interrup
 weights are at hand (--inception, or torch.hub's cache), and the encoder's in any case; they are comparable with nothing else.
 """
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from sample import folder_name, name_references, save_image
 
 from . import metrics
 from .data import contact_sheet, fit, list_images, load_rgb, thin, to_images, to_tensor
-from .files import Fail, Parser, number, pick_device, read_csv, run, save_csv, save_text, whole
+from .files import Fail, Parser, call, number, pick_device, read_csv, run, save_csv, save_text, whole
 from .runs import model_card, patches_of, settings_of
 from .vae import SCALE
 from .weights import file_sha256, load_vae, open_sd15
@@ -78,9 +77,8 @@ class Run:
 
     def sample(self, part, cfgs, n=None):
         """Call sample.py, which makes what is missing."""
-        code = subprocess.run([sys.executable, str(Path(__file__).resolve().parents[1] / "sample.py"), "--run", str(self.folder), "--split", part,
-                               "--cfg", *cfgs, "--out", str(self.samples / part), "--device", str(self.device),
-                               *(["--limit", str(n)] if n else [])], stdout=subprocess.DEVNULL).returncode
+        code = call("sample.py", "--quiet", "--run", self.folder, "--split", part, "--cfg", *cfgs, "--out", self.samples / part, "--device", self.device,
+                    *(["--limit", n] if n else []))
         if code:
             sys.exit(code)              # sample.py has said why
 

@@ -69,7 +69,7 @@ def patches_of(part, config, run_folder):
 
 
 def public_name(source):
-    """What an adapter's header says of a source: a hub repository as it is, of a local path its last part only."""
+    """What an adapter's header and the model card say of a source: a hub repository as it is, of a local path its last part only."""
     return Path(source).name if Path(source).exists() else source
 
 
@@ -142,12 +142,12 @@ def model_card(folder):
     folder = Path(folder)
     config, split, log = read_json(folder / "config.json"), read_json(folder / "split.json"), read_csv(folder / "log.csv")
     args, environment = config["args"], config["environment"]
-    toy = args["sd15"] in BUILT_IN
     column = next((name for name in log[0] if name.startswith("fid") and any(row[name] for row in log)), "val_loss")
     best = min((row for row in log if row[column]), key=lambda row: float(row[column]))
     what = {"fid": f"FID (Inception, resize pytorch-fid, guidance {args['val_cfg']:g}, 30 steps)", "val_loss": "noise prediction loss",
             "fid_encoder": f"Fréchet distance of the encoder's features (no FID: comparable with nothing else; guidance {args['val_cfg']:g}, 30 steps)"}[column]
-    n = min(len(split["val"]), *(args[key] for key in ("limit", "val_samples") if args[key] is not None and column != "val_loss"), 10 ** 9)
+    sampled = None if column == "val_loss" else args["val_samples"]
+    n = len(thin(thin(split["val"], args["limit"]), sampled))
     counts = "\n".join(f"| {part} | {split['cases'][part]} | {sum(classes.values())} | {', '.join(f'{k} {v}' for k, v in classes.items())} |"
                        for part, classes in split["patches"].items())
     names = dict(base=public_name(args["sd15"]), encoder=public_name(args["uni2h"]))
@@ -186,12 +186,12 @@ Research only: no diagnosis may rest on an image that was made up. An adapter ca
 ## Training
 
 {args['epochs']} epochs, batch {args['batch']}, learning rates {args['lr']:g} (LoRA) and {args['lr'] * args['lr_ratio']:g} (projector), seed {args['seed']}; {log[-1]['minutes']} minutes.
-Command: `{shlex.join(['python', Path(config['command'][0]).name, *config['command'][1:]])}`
+Command: `{shlex.join(['python', *map(public_name, config['command'])])}`
 Environment: {', '.join(f'{k} {v}' for k, v in environment.items() if v)}
 Weights (sha256 of the tensors): {', '.join(f'{k} {v[:16]}' for k, v in config['sha256'].items())}
 
 ## Licence
 
-{"The toy base is part of the program (MIT)." if toy else "Stable Diffusion 1.5 is under CreativeML Open RAIL-M, whose use restrictions carry over to this file. UNI2-h is CC BY-NC-ND 4.0 and gated: non-commercial research only, under its terms."}
+{"The toy base is part of the program (MIT)." if args["sd15"] in BUILT_IN else "Stable Diffusion 1.5 is under CreativeML Open RAIL-M, whose use restrictions carry over to this file. UNI2-h is CC BY-NC-ND 4.0 and gated: non-commercial research only, under its terms."}
 The terms of the training images apply as well.
 """ + (f"\n{report.read_text(encoding='utf-8')}".replace("\n#", "\n##").replace("](", "](report/") if report.is_file() else "")

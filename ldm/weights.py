@@ -5,6 +5,7 @@ named `query` (the official float32 file), and one CompVis file (`model.diffusio
 """
 import hashlib
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -274,7 +275,7 @@ def hub_file(repository, candidates, sha256=None, gated=""):
     *others, name = candidates
     try:
         size = get_hf_file_metadata(hf_hub_url(repository, name)).size
-        print(f"downloading {name} of {repository} ({(size or 0) / 1e9:.2f} GB) to {HF_HUB_CACHE}", flush=True)
+        print(f"downloading {name} of {repository} ({(size or 0) / 1e9:.2f} GB) to {HF_HUB_CACHE}", file=sys.stderr, flush=True)
         for attempt in range(3, 0, -1):
             try:
                 path = Path(hf_hub_download(repository, name))

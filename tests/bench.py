@@ -10,6 +10,7 @@ is of the rate of a large matrix multiplication that is measured first.
 """
 import argparse
 import gc
+import os
 import platform
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -46,48 +48,53 @@ RECIPE = SimpleNamespace(lr=5e-5, lr_ratio=10.0, seed=0, cfg_drop=0.1, epochs=12
 def measure(candidates, args):
     """{name: build}, build() -> step() -> {name: (median seconds, peak bytes)}; those that run out of memory are None.
 
-    Under a cap each candidate has it for itself: what the others hold meanwhile is added to it.
+    Under a cap each candidate has it for itself: what the others hold meanwhile is added to it. On a GPU every timed step comes after
+    one that is not, which fills the allocator's pool.
     """
-    cuda, steps, result = args.device.type == "cuda", {}, {}
+    cuda, own, steps, figures = args.device.type == "cuda", {}, {}, {}
     total = torch.cuda.get_device_properties(args.device).total_memory if cuda else 0
+    torch._dynamo.reset()           # whose limit of recompilations counts those of earlier candidates
 
-    def now():
+    def held():
         gc.collect()
-        return torch.cuda.memory_allocated(args.device) if cuda else 0
-
-    def turn(name):
-        step, own = steps[name]
-        others = now() - own
         if cuda:
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (args.cap + others) / total), args.device)
-            torch.cuda.reset_peak_memory_stats(args.device)
-        start = time.perf_counter()
-        step()
-        if cuda:
-            torch.cuda.synchronize(args.device)
-        return time.perf_counter() - start, (torch.cuda.max_memory_allocated(args.device) - others if cuda else 0)
+        return torch.cuda.memory_reserved(args.device) if cuda else 0
+
+    def turn(name, times=1):
+        """-> (seconds, peak), or None where the memory did not do; then the candidate is out."""
+        try:
+            others = held() - own[name]
+            if cuda:
+                torch.cuda.set_per_process_memory_fraction(min(1.0, (args.cap + others) / total), args.device)
+                torch.cuda.reset_peak_memory_stats(args.device)
+                steps[name]()
+                torch.cuda.synchronize(args.device)
+            start = time.perf_counter()
+            for _ in range(times):
+                steps[name]()
+            if cuda:
+                torch.cuda.synchronize(args.device)
+            figures.setdefault(name, []).append(((time.perf_counter() - start) / times, torch.cuda.max_memory_allocated(args.device) - others if cuda else 0))
+        except torch.OutOfMemoryError:
+            del steps[name]
 
     for name, build in candidates.items():
-        before = now()
+        before, own[name] = held(), 0
         try:
-            step = build()
-            steps[name] = step, now() - before
-            for _ in range(2):              # compilation, optimizer state, the allocator
-                turn(name)
-            steps[name] = step, now() - before
+            steps[name] = build()
         except torch.OutOfMemoryError:
-            steps.pop(name, None)
-            result[name] = None
-    figures = {name: [] for name in steps}
+            continue
+        own[name] = held() - before
+        turn(name, times=2)         # compilation, and the optimizer's state, which is its own as well
+        own[name] = held() - before
+        figures.pop(name, None)
     for _ in range(args.repeats):
-        for name in steps:
-            figures[name].append(turn(name))
-    for name, runs in figures.items():
-        result[name] = statistics.median(t for t, _ in runs), max(peak for _, peak in runs)
+        for name in list(steps):
+            turn(name)
     if cuda:
         torch.cuda.set_per_process_memory_fraction(1.0, args.device)
-    return {name: result[name] for name in candidates}
+    return {name: (statistics.median(t for t, _ in figures[name]), max(peak for _, peak in figures[name])) if name in steps else None for name in candidates}
 
 
 def matmul_rate(args):
@@ -173,6 +180,7 @@ def train(args):
     def peer(checkpointing=False, channels_last=False, compiled=False):
         from diffusers import DDPMScheduler
         from peft import LoraConfig
+        functorch_config.activation_memory_budget = 1.0         # ours is not Diffusers' default
         unet = diffusers_unet(args, state, dtype)
         unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
         lora = [p for p in unet.parameters() if p.requires_grad]
@@ -288,19 +296,22 @@ def distance(args):
     state = {name: file.get(name) for name in file.names}
     state |= {name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in state if name.endswith("running_mean")}
     pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: state | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
-    theirs, kept = pytorch_fid.inception.InceptionV3([3]).to(args.device), {}
+    features = {}
     with tempfile.TemporaryDirectory() as folder:
         files = patches(args, folder)
 
         def ours():
-            kept["ours"] = fid.Extractor("inception", args.inception, args.device)(files)
+            features["ours"] = fid.Extractor("inception", args.inception, args.device)(files)
 
         def peer():
-            kept["pytorch-fid"] = get_activations(files, theirs, 50, device=args.device, num_workers=2)
+            theirs = pytorch_fid.inception.InceptionV3([3]).to(args.device)         # both load their network, as their programs do
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                features["pytorch-fid"] = get_activations(files, theirs, 50, device=args.device, num_workers=min(os.cpu_count(), 8))
         result = measure({"ours": lambda: ours, "pytorch-fid": lambda: peer}, args)
     report(args, f"Inception's features, {len(files)} images of {args.size} px", "ours", result, len(files))
-    print(f"largest difference of a feature: {np.abs(kept['ours'] - kept['pytorch-fid']).max():.1e}")
-    x, y, values = kept["ours"], kept["ours"][::-1] * 0.9 + 0.05 * np.random.default_rng(0).random(kept["ours"].shape), {}
+    print(f"largest difference of a feature: {np.abs(features['ours'] - features['pytorch-fid']).max():.1e}")
+    x, values = features["ours"], {}
+    y = 0.9 * x[::-1] + 0.05 * np.random.default_rng(0).random(x.shape)
 
     def of(name, f):
         def step():
@@ -329,6 +340,7 @@ else:
     def ready():
         return (UNet2DConditionModel.from_pretrained({folder!r}, subfolder="unet", torch_dtype=dtype).to(device),
                 AutoencoderKL.from_pretrained({folder!r}, subfolder="vae").to(device))
+torch.zeros(1, device=device)       # the device's own start is not the loader's
 before, start = peak(), time.perf_counter()
 networks = ready()
 total = sum(float(p.sum()) for n in networks for p in n.parameters())           # a mapped page counts when it is read
@@ -358,37 +370,44 @@ def loading(args):
 
 
 def caching(args):
-    """Latents of each image and its mirror image, and embeddings: Cache.fill, beside Diffusers' VAE and timm, image by image."""
+    """Latents of each image and its mirror image, and embeddings: Cache.fill, beside Diffusers' VAE and timm in batches of four."""
     from diffusers import AutoencoderKL
     from torchvision import transforms
-    torch.manual_seed(0)
     small = args.width != {}
     channels = (32, 64, 128, 128) if small else (128, 256, 512, 512)
-    encoder = (build_encoder(192, 2) if small else build_encoder()).to(args.device).eval().requires_grad_(False)
-    vae = VAE(channels).to(args.device).requires_grad_(False)
-    theirs = AutoencoderKL(sample_size=512, block_out_channels=channels, layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-                           up_block_types=("UpDecoderBlock2D",) * 4).to(args.device).requires_grad_(False)
-    theirs.load_state_dict(vae.state_dict())
     view = transforms.Compose([transforms.Resize(224), transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     pixels = transforms.Compose([transforms.Resize(args.size), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+
+    def encoder():
+        torch.manual_seed(0)
+        return (build_encoder(192, 2) if small else build_encoder()).to(args.device).eval().requires_grad_(False)
+
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:
         files, count = patches(args, folder), iter(range(10 ** 6))
 
-        @torch.no_grad()
-        def encode(x):
-            return [part.cpu() for part in vae.encode(x.to(args.device))]
-
         def ours():
-            Cache(f"{out}/{next(count)}", "vae", "encoder", args.size).fill(files, lambda: (encode, partial(embed, encoder)), args.size)
+            vae, network = VAE(channels).to(args.device).requires_grad_(False), encoder()
 
-        @torch.no_grad()
+            @torch.no_grad()
+            def encode(x):
+                return [part.cpu() for part in vae.encode(x.to(args.device))]
+            return lambda: Cache(f"{out}/{next(count)}", "vae", "encoder", args.size).fill(files, lambda: (encode, partial(embed, network)), args.size)
+
         def peer():
-            for path in files:
-                image = load_rgb(path)
-                x = pixels(image).to(args.device)
-                posterior = theirs.encode(torch.stack([x, x.flip(-1)])).latent_dist
-                torch.save((posterior.mean.cpu(), posterior.logvar.cpu(), encoder(view(image)[None].to(args.device)).cpu()), f"{out}/peer.pt")
-        report(args, f"caching {len(files)} images of {args.size} px", "ours", measure({"ours": lambda: ours, "Diffusers and timm": lambda: peer}, args), len(files))
+            vae = AutoencoderKL(sample_size=512, block_out_channels=channels, layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
+                                up_block_types=("UpDecoderBlock2D",) * 4).to(args.device).requires_grad_(False)
+            network = encoder()
+
+            @torch.no_grad()
+            def step():
+                for i in range(0, len(files), 4):
+                    images = [load_rgb(path) for path in files[i:i + 4]]
+                    x = torch.stack([pixels(image) for image in images]).to(args.device)
+                    posterior = vae.encode(torch.cat([x, x.flip(-1)])).latent_dist
+                    e = network(torch.stack([view(image) for image in images]).to(args.device))
+                    torch.save((posterior.mean.cpu(), posterior.logvar.cpu(), e.cpu()), f"{out}/peer.pt")
+            return step
+        report(args, f"caching {len(files)} images of {args.size} px", "ours", measure({"ours": ours, "Diffusers and timm": peer}, args), len(files))
 
 
 # ---- what is kept for the backward pass ----------------------------------------------------------------------------

@@ -282,6 +282,14 @@ def test_a_lora_that_is_not_of_this_attention_is_refused(change, words, adapter,
         load_lora(tmp_path / "x.safetensors", fresh_unet(diffusers_networks))
 
 
+def test_a_lora_of_another_method_is_refused(adapter, diffusers_networks, tmp_path):
+    export(adapter[0], "diffusers", tmp_path / "d.safetensors")
+    settings = {"unet.r": 4, "unet.lora_alpha": 2, "unet.use_rslora": True}
+    save_file(load_file(tmp_path / "d.safetensors"), tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    with pytest.raises(Fail, match="use_rslora"):
+        load_lora(tmp_path / "x.safetensors", fresh_unet(diffusers_networks))
+
+
 def test_the_readmes_diffusers_pipeline_makes_our_image(trained, base, uni2h, dataset, tmp_path, monkeypatch):
     """The block of the README as it stands, but for the names of the checkpoints and the size of the image."""
     import numpy as np

@@ -90,5 +90,6 @@ def compare(whole, broken):
     for row, other in zip(a, b, strict=True):
         for key in row.keys() - {"images_per_second", "minutes", "peak_memory_gb"}:
             assert row[key] == other[key], key
+    assert (broken / "README.md").is_file()
     for path in (whole / "fake").rglob("*.png"):
         assert path.read_bytes() == (broken / path.relative_to(whole)).read_bytes()

@@ -3,7 +3,6 @@ import pytest
 import torch
 import torch._functorch.config as functorch_config
 from bench import kept_for_backward
-from conftest import ROOT       # noqa: F401: puts the program on the path
 
 from ldm.unet import UNet
 from lora import inject, lora_parameters

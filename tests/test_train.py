@@ -620,9 +620,9 @@ class Hub:
 def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch, tmp_path, capsys):
     from ldm.weights import hub_file
     Hub(monkeypatch, tmp_path, {"a32": b"1234", "a16": b"12"}, cached=["a32"])
-    assert hub_file("x/y", ["a32", "a16"]) == tmp_path / "a32" and capsys.readouterr().out == ""
+    assert hub_file("x/y", ["a32", "a16"]) == tmp_path / "a32" and capsys.readouterr().err == ""
     Hub(monkeypatch, tmp_path, {"a32": b"1234", "a16": b"12"})
-    assert hub_file("x/y", ["a32", "a16"]).read_bytes() == b"12" and "downloading a16 of x/y" in capsys.readouterr().out
+    assert hub_file("x/y", ["a32", "a16"]).read_bytes() == b"12" and "downloading a16 of x/y" in capsys.readouterr().err
     Hub(monkeypatch, tmp_path, {"a32": b"1234"})
     assert hub_file("x/y", ["a32", "a16"]).read_bytes() == b"1234"
     with pytest.raises(train.Fail, match="sha256.*removed"):
