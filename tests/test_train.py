@@ -149,6 +149,7 @@ def test_training_moves_lora_projector_and_null_embedding_and_nothing_else():
     assert {id(p) for p in t.unet.parameters() if p.requires_grad} == {id(p) for p in lora_parameters(t.unet).values()}
 
 
+@pytest.mark.slow
 def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, monkeypatch):
     """On one fixed draw of noise and timesteps. (The frozen network is random here: drawn anew at every step, noise can be
     predicted only as far as such a network goes, and the loss falls by half.)"""
