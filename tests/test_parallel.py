@@ -76,6 +76,7 @@ def test_two_processes_sample_the_images_of_one_and_measure_the_same_distance(ru
     assert texts[0] == texts[1] and "FID" in texts[0]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_which_goes_on_later(small, tmp_path):
     arguments = [*small, "--epochs", 400, "--val-samples", 0, "--run", "runs/x"]
     job = torchrun(2, "train.py", *arguments, cwd=tmp_path)

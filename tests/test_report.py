@@ -99,6 +99,7 @@ def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
     assert values == dict(rank=[4, 8, 16], tokens=[1, 2, 4, 8], depth=[2, 3], width=[512, 1024, 2048], ratio=[1, 5, 10, 20])
 
 
+@pytest.mark.slow
 def test_a_row_of_the_ablation_is_trained_once_and_tabulated(small, tmp_path):
     arguments = small[:small.index("--rank")] + ["--batch", 4, "--epochs", 1, "--val-samples", 2]
     for row in (2, 10):

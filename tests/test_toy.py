@@ -179,6 +179,7 @@ def test_flags_beat_the_toys_table_and_other_bases_have_the_papers(monkeypatch):
     assert (args.epochs, args.size, args.lr, args.hidden, args.sd15) == (12, 512, 5e-5, 1024, train.SD15)
 
 
+@pytest.mark.slow
 def test_the_program_that_made_the_base_makes_one(tmp_path):
     """Two steps of each part: it runs, and what it writes loads. (A good one takes an hour and a half.)"""
     import subprocess

@@ -256,6 +256,7 @@ def test_the_cache_is_used_again_and_repeating_the_command_goes_on(trained, smal
     assert shards == {p: p.stat().st_mtime_ns for p in (cwd / "runs/cache").rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_had_been(small, tmp_path):
     """SIGTERM in training commits and exits with 143; SIGKILL loses at most what was not committed."""
     arguments = [*small, "--epochs", 6, "--val-samples", 0]
@@ -284,7 +285,8 @@ def test_two_processes_share_a_cache_and_not_a_run(small, tmp_path):
     """The first is stopped in its tracks while two others come: one for the same run, one for another."""
     def start(run):
         return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, small), "--epochs", "1", "--val-samples", "0", "--run", run],
-                                cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                                cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})      # more threads than cores would wait for each other
     first = start("runs/a")
     while not (tmp_path / "runs/a/config.json").exists() and first.poll() is None:
         time.sleep(0.01)
@@ -298,6 +300,7 @@ def test_two_processes_share_a_cache_and_not_a_run(small, tmp_path):
     assert all(torch.equal(a[n], b[n]) for n in a) and len(list((tmp_path / "runs/cache").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_sampler_that_is_asked_to_stop_leaves_whole_images_and_goes_on(trained, tmp_path):
     command = [sys.executable, str(ROOT / "sample.py"), "--run", str(trained), "--split", "train", "--limit", "8", "--batch", "1", "--steps", "9", "--out", "out"]
     running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
