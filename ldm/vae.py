@@ -103,4 +103,4 @@ class SpatialAttention(Attention):
     def forward(self, x):
         h = self.group_norm(x).flatten(2).transpose(1, 2)   # (B, L, C)
         h = super().forward(h, h)
-        return h.transpose(1, 2).reshape(x.shape) + x
+        return x + h.transpose(1, 2).reshape(x.shape)       # x first: a sum has the strides of its first term
