@@ -96,7 +96,18 @@ class Conv(nn.Module):
         self.bn = FrozenBatchNorm(c_out, eps=1e-3)
 
     def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+def fold_batch_norms(network):
+    """Multiply each normalisation into the convolution before it: the same to rounding, and a seventh less work on the CPU."""
+    for m in network.modules():
+        if isinstance(m, Conv):
+            scale = m.bn.weight / (m.bn.running_var + m.bn.eps).sqrt()
+            m.conv.weight = nn.Parameter(m.conv.weight * scale[:, None, None, None], requires_grad=False)
+            m.conv.bias = nn.Parameter(m.bn.bias - m.bn.running_mean * scale, requires_grad=False)
+            m.bn = nn.Identity()
+    return network
 
 
 class Mixed(nn.Module):
@@ -366,7 +377,7 @@ class Extractor:
         if self.kind == "encoder":
             network = load_encoder(self.file, self.device)
         else:
-            network = load(Inception, self.file, self.device, hint=HINT).to(memory_format=torch.channels_last)
+            network = fold_batch_norms(load(Inception, self.file, self.device, hint=HINT)).to(memory_format=torch.channels_last)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):        # convolutions in full float32, as on the CPU
             return extract_features(images, network, self.resizer, self.device, self.batch)
 
