@@ -4,6 +4,7 @@ Stable Diffusion 1.5 is met in three layouts: a Diffusers folder with the VAE's 
 named `query` (the official float32 file), and one CompVis file (`model.diffusion_model.*`, `first_stage_model.*`).
 """
 import hashlib
+import math
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -53,11 +54,22 @@ class TensorFile:
             raise Fail(f"{self.path} is not a whole safetensors file ({first_line(problem)}); download it again") from None
 
     def get(self, name):
-        """One tensor, mapped from the file: opened afresh each time, so that it is unmapped when it is no longer used."""
-        if self._pickled is not None:
-            return self._pickled[self.names[name]]
-        with self._open() as f:
-            return f.get_tensor(self.names[name])
+        """One tensor, mapped from the file."""
+        [(_, tensor)] = self.read([name])
+        return tensor
+
+    def read(self, names):
+        """(name, tensor) of each in turn, mapped. The file is opened anew every 128 MB, so that what is no longer used is unmapped."""
+        f, size = None, math.inf
+        for name in names:
+            if self._pickled is not None:
+                tensor = self._pickled[self.names[name]]
+            else:
+                if size > 2 ** 27:
+                    f, size = self._open(), 0
+                tensor = f.get_tensor(self.names[name])
+                size += tensor.nbytes
+            yield name, tensor
 
     def fingerprint(self):
         """sha256 over our names and the tensors' bytes: the same for every layout that holds the same network."""
@@ -124,11 +136,10 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise Fail(f"{file.path}: {len(names)} tensors {what}: {', '.join(names[:3])}{more}. {hint}")
     state = {}
-    for name, shape in wanted.items():
-        tensor = file.get(name)
+    for name, tensor in file.read(wanted):
         if not tensor.dtype.is_floating_point:
             raise Fail(f"{file.path}: {name} is {tensor.dtype}, not floating point (a quantised file?). {hint}")
-        state[name] = tensor.reshape(shape).to(device, dtype)   # CompVis keeps the VAE's attention as 1x1 convolutions
+        state[name] = tensor.reshape(wanted[name]).to(device, dtype)   # CompVis keeps the VAE's attention as 1x1 convolutions
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 

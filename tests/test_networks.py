@@ -1,12 +1,12 @@
 """The U-Net and the VAE equal Diffusers', from every layout in which Stable Diffusion 1.5 is met."""
-import subprocess
+import runpy
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.unet import UNet
+from ldm.unet import FEW, Conv, UNet
 from ldm.vae import VAE, draw_latent
 from ldm.weights import load_unet, load_vae, open_sd15
 
@@ -23,6 +23,27 @@ def test_full_size_names_and_shapes_equal_diffusers(build, tensors, parameters):
                                                 down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.state_dict().items()}
     assert len(ours) == tensors and sum(t.numel() for t in ours.values()) == parameters
+
+
+@pytest.mark.parametrize("settings", [dict(padding=1), dict(padding=1, stride=2), dict(stride=2)])
+def test_a_convolution_of_few_positions_is_one(settings):
+    conv = Conv(6, 5, 3, **settings).double()
+    x = torch.randn(2, 6, 8, 7, dtype=torch.float64, requires_grad=True)
+    assert x[:, 0].numel() <= FEW
+    outputs = conv(x), torch.nn.Conv2d.forward(conv, x)
+    gradients = [torch.autograd.grad(y.square().sum(), [x, *conv.parameters()]) for y in outputs]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_no_convolution_meets_strides_for_which_its_weights_would_be_copied():
+    unet, vae, met = UNet((32, 64), layers=1), VAE((32, 64), layers=1), []
+    for m in (*unet.modules(), *vae.modules()):
+        if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3):
+            m.register_forward_pre_hook(lambda m, inputs: met.append(inputs[0].is_contiguous()))
+    unet(torch.randn(2, 4, 32, 32), torch.tensor([1, 2]), torch.randn(2, 4, 768))
+    vae.decode(vae.encode(torch.randn(2, 3, 32, 32))[0])
+    assert len(met) > 40 and all(met)
 
 
 def test_unet_equals_diffusers_in_float64(diffusers_networks):
@@ -105,9 +126,10 @@ def layouts(shared, tmp_path_factory):
     """One network of random weights in the three layouts, written by the maker of checkpoints."""
     maker, folder = shared("tools/make_sd15.py"), tmp_path_factory.mktemp("layouts")
     paths = {"diffusers": folder / "new", "diffusers-old": folder / "old", "compvis": folder / "one.safetensors"}
-    makers = [subprocess.Popen([sys.executable, maker, path, "--layout", layout, "--width", "32"], stdout=subprocess.DEVNULL)
-              for layout, path in paths.items()]
-    assert [maker.wait() for maker in makers] == [0, 0, 0]
+    with pytest.MonkeyPatch.context() as patch:
+        for layout, path in paths.items():
+            patch.setattr(sys, "argv", [str(maker), str(path), "--layout", layout, "--width", "32"])
+            runpy.run_path(str(maker), run_name="__main__")
     return paths
 
 

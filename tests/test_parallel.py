@@ -62,6 +62,7 @@ def test_two_processes_cache_every_image_once(runs):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.slow
 def test_two_processes_sample_the_images_of_one_and_measure_the_same_distance(runs, tmp_path):
     run = runs[0] / "runs/x"
     arguments = ["--run", run, "--split", "val", "--limit", 3, "--steps", 3, "--batch", 2, "--cfg", 1, 1.3]

@@ -156,7 +156,7 @@ def test_the_readmes_three_lines_work_on_what_they_leave_behind(tmp_path):
     result = process("fid.py", "real/", "fake/", **how)
     assert float(result.stdout.split("FID ")[1].split()[0]) > 0 and "not Inception's" in result.stdout
     before = {p: p.stat().st_mtime_ns for folder in ("toy-tissue", "cache") for p in (tmp_path / "runs" / folder).rglob("*.*")}
-    again = process("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 4, "--val-samples", 8, **how)
+    again = program("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 4, "--val-samples", 8, cwd=tmp_path)
     assert "goes on after step 4 of 4" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in before} == before
 

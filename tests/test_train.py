@@ -281,6 +281,7 @@ def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_ha
     assert all(torch.equal(t, expected[n]) for n, t in load_file(tmp_path / "runs/broken/adapter.safetensors").items())
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache_and_not_a_run(small, tmp_path):
     """The first is stopped in its tracks while two others come: one for the same run, one for another."""
     def start(run):
