@@ -18,7 +18,7 @@ from torch import nn
 
 from ldm.files import Fail, Parser, first_line, run, save_tensors, save_text
 from ldm.unet import Attention
-from ldm.weights import TensorFile
+from ldm.weights import TensorFile, licence
 from projector import Projector
 
 
@@ -107,8 +107,6 @@ def fold(unet):
 # ---- adapter.safetensors: LoRA, projector and null embedding, with all that is needed to rebuild them -----------------
 
 FORMAT = "uni2h-sd15-lora-1"
-LICENCE = ("Trained from Stable Diffusion 1.5 (CreativeML Open RAIL-M, whose use restrictions carry over) on embeddings of "
-           "UNI2-h (CC BY-NC-ND 4.0, non-commercial) and on your images: their terms apply to this file.")
 
 
 def adapter_tensors(unet, projector):
@@ -127,7 +125,7 @@ def save_adapter(path, unet, projector, header):
     peft = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
     shape = {"rank": str(rank), "alpha": str(alpha)} | {name: str(value) for name, value in projector.shape.items()}
     save_tensors(path, adapter_tensors(unet, projector), {
-        "format": FORMAT, "licence": LICENCE, "lora_adapter_metadata": json.dumps(peft), **shape, **header})
+        "format": FORMAT, "licence": licence(header.get("base"), header.get("encoder")), "lora_adapter_metadata": json.dumps(peft), **shape, **header})
 
 
 def open_adapter(path):
@@ -279,6 +277,10 @@ def main():
     args = parser.parse_args()
     out = args.out or args.file.with_name(f"{args.file.stem}-{args.export}" + ("" if args.export == "peft" else ".safetensors"))
     out = out / "adapter_model.safetensors" if args.export == "peft" else out
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise Fail(f"--out {out}: it must be the name of a .safetensors file")
+    if out.exists() and TensorFile(out).header.get("format") == FORMAT or out.resolve() == args.file.resolve():
+        raise Fail(f"--out {out} is an adapter, and what is written holds its LoRA alone; pass another --out")
     export(args.file, args.export, out)
     print(f"{out}: the LoRA alone; what the projector makes of an embedding takes the place of the prompt (README)")
 

@@ -181,8 +181,8 @@ def main():
     for folder, n in ((out / "real", len(references)), *((folder, len(references) * args.n) for folder in folder_of.values())):
         if others := len(list_images(folder)) - n:
             print(f"note: {folder} holds {others} more images, of earlier calls")
-    print(f"{len(jobs)} images in {out}; contact sheet {out / f'sheet-{first.name}.png'}. To compare: "
-          f"python fid.py {out / 'real'} {first} --per-class")
+    compare = f" To compare: python fid.py {out / 'real'} {first} --per-class" if len(references) > 1 else ""
+    print(f"{len(jobs)} image{'s' * (len(jobs) > 1)} in {out}; contact sheet {out / f'sheet-{first.name}.png'}.{compare}")
 
 
 def folder_name(w):

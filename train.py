@@ -4,6 +4,8 @@
     python train.py --data chaoyang/ --rank 4 --tokens 4        # the paper's best configuration
     python train.py --resume runs/chaoyang-512px-r4-t4          # go on with a run; to repeat its command does the same
 
+Without --data, or with --sd15 toy, a small base of ours has other defaults than those below: ldm/toy/__init__.py, SETTINGS.
+
 Writes runs/NAME: README.md (a model card), config.json, split.json, log.csv with the validation FID of every epoch (Table 4),
 grids/ and the newest validation samples (real/, fake/), adapter.safetensors (the last), adapter-best.safetensors (lowest FID)
 and state.safetensors (to go on from). What is computed once per image is kept in cache/ beside the run.

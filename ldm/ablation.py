@@ -68,7 +68,7 @@ def tabulate(out):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--row", type=number(int, 1, len(ROWS)), metavar="N", help=f"only this row of the table in this file, 1 to {len(ROWS)}")
+    parser.add_argument("--row", type=number(int, 1, len(ROWS)), metavar="N", help="only this row of the table in ldm/ablation.py, 1 (the baseline) to 12")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args, rest = parser.parse_known_args()
     rest += ["--quiet"] * args.quiet

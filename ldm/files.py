@@ -124,10 +124,11 @@ def pick_device(name="auto"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', parallel.RANK)}"
     try:
         if torch.device(name).type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("it is none of cuda, mps and cpu")
+            raise RuntimeError
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as problem:
-        raise Fail(f"--device {name} cannot be used here: {first_line(problem)}") from None
+        why = first_line(problem) if name.partition(":")[0] in ("cuda", "mps", "cpu") else "it is none of cuda, mps and cpu"
+        raise Fail(f"--device {name} cannot be used here: {why}") from None
 
 
 def progress(*args, **kwargs):

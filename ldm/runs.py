@@ -11,7 +11,7 @@ from pathlib import Path
 from . import parallel, toy
 from .data import make_split, read_dataset, read_split, thin
 from .files import Fail, read_csv, read_json, save_text
-from .weights import BUILT_IN
+from .weights import BUILT_IN, licence
 
 try:
     import fcntl
@@ -40,6 +40,8 @@ def find(paths, run=None):
         if all(path.exists() for path in inside):
             print(f"using {', '.join(map(str, inside))}", file=sys.stderr)
             return inside
+        if any(path.exists() for path in inside):
+            raise Fail(f"{next(path for path, there in zip(paths, inside) if not there.exists())} is neither here nor in {run}")
     return paths
 
 
@@ -117,7 +119,8 @@ def claim(folder, args, sha256):
     for was, now, keys in ((there["args"], settings, same), (there["sha256"], sha256, sha256)):
         for key in sorted(keys):
             if was.get(key) != now[key]:    # of the images nothing is known before they are cached
-                raise Fail(f"{folder} is a run with {key} {was.get(key)}, not {now[key]}; pass another --run for a new one")
+                a, b = ("none" if x is None else x for x in (was.get(key), now[key]))
+                raise Fail(f"{folder} is a run with {key.replace('_', '-')} {a}, not {b}; pass another --run for a new one")
 
 
 def environment():
@@ -151,11 +154,12 @@ def model_card(folder):
     counts = "\n".join(f"| {part} | {split['cases'][part]} | {sum(classes.values())} | {', '.join(f'{k} {v}' for k, v in classes.items())} |"
                        for part, classes in split["patches"].items())
     names = dict(base=public_name(args["sd15"]), encoder=public_name(args["uni2h"]))
+    terms = "-and-".join(name for source, name in ((args["sd15"], "openrail-m"), (args["uni2h"], "cc-by-nc-nd-4.0")) if source not in BUILT_IN)
+    terms = f"license: other\nlicense_name: {terms}" if terms else "license: mit"
     report = folder / "report" / "report.md"
     return f"""---
 base_model: {names['base']}
-license: other
-license_name: openrail-m-and-cc-by-nc-nd-4.0
+{terms}
 pipeline_tag: image-to-image
 tags: [lora, stable-diffusion, histopathology, synthetic-data]
 ---
@@ -170,7 +174,7 @@ condition of `{names['base']}`, through a projector and LoRA (Kuzmin and Berezsk
 
 ## Use
 
-    python sample.py --adapter adapter-best.safetensors --ref patch.png --cfg 1.3
+    python sample.py --run THIS_FOLDER --ref patch.png --cfg 1.3        # in the program's folder
 
 Research only: no diagnosis may rest on an image that was made up. An adapter can reproduce its training patches; look at
 `python -m ldm.report` (memorisation) before you pass it on.
@@ -185,13 +189,12 @@ Research only: no diagnosis may rest on an image that was made up. An adapter ca
 
 ## Training
 
-{args['epochs']} epochs, batch {args['batch']}, learning rates {args['lr']:g} (LoRA) and {args['lr'] * args['lr_ratio']:g} (projector), seed {args['seed']}; {log[-1]['minutes']} minutes.
+{log[-1]['step']} steps ({log[-1]['epoch']} of {args['epochs']} epochs begun), batch {args['batch']}, learning rates {args['lr']:g} (LoRA) and {args['lr'] * args['lr_ratio']:g} (projector), seed {args['seed']}; {log[-1]['minutes']} minutes.
 Command: `{shlex.join(['python', *map(public_name, config['command'])])}`
 Environment: {', '.join(f'{k} {v}' for k, v in environment.items() if v)}
 Weights (sha256 of the tensors): {', '.join(f'{k} {v[:16]}' for k, v in config['sha256'].items())}
 
 ## Licence
 
-{"The toy base is part of the program (MIT)." if args["sd15"] in BUILT_IN else "Stable Diffusion 1.5 is under CreativeML Open RAIL-M, whose use restrictions carry over to this file. UNI2-h is CC BY-NC-ND 4.0 and gated: non-commercial research only, under its terms."}
-The terms of the training images apply as well.
+{licence(names['base'], names['encoder'])}
 """ + (f"\n{report.read_text(encoding='utf-8')}".replace("\n#", "\n##").replace("](", "](report/") if report.is_file() else "")

@@ -27,6 +27,13 @@ SD15_SHA256 = {     # of the files of that repository
 }
 
 
+def licence(base, encoder):
+    """What an adapter's header and its model card say of the terms that it stands under."""
+    base = "the toy base (MIT)" if base in BUILT_IN else "Stable Diffusion 1.5 (CreativeML Open RAIL-M, whose use restrictions carry over)"
+    encoder = "the toy encoder (MIT)" if encoder in BUILT_IN else "UNI2-h (CC BY-NC-ND 4.0, gated: non-commercial research only)"
+    return f"Trained from {base} on embeddings of {encoder} and on your images: their terms apply."
+
+
 class TensorFile:
     """The tensors of a safetensors file or of a pickled state dict, under our names; memory-mapped, read when asked for.
 

@@ -467,7 +467,7 @@ WORK = dict(train=train, sample=sampling, fid=distance, load=loading, cache=cach
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", nargs="*", choices=[*WORK, []], help="default: all")
+    parser.add_argument("work", nargs="*", metavar="WORK", help=f"{', '.join(WORK)} (default: all)")
     parser.add_argument("--full", action="store_true", default=None, help="Stable Diffusion 1.5's widths (default on a GPU)")
     parser.add_argument("--size", type=int, help="pixels (default: 512 on a GPU, 256 on the CPU)")
     parser.add_argument("--batch", type=int, help="images (default: 16 on a GPU, 2 on the CPU)")
@@ -478,6 +478,8 @@ def main():
     parser.add_argument("--inception", metavar="FILE")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
+    if unknown := set(args.work) - set(WORK):
+        parser.error(f"{min(unknown)}: there are {', '.join(WORK)}")
     args.device = pick_device(args.device)
     cuda = args.device.type == "cuda"
     args.width = {} if (cuda if args.full is None else args.full) else NARROW

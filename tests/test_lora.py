@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from ldm.data import load_rgb
 from ldm.files import Fail
 from ldm.unet import UNet
+from ldm.weights import licence
 from lora import (adapter_tensors, export, fold, inject, load_adapter, load_lora, lora_layers, lora_parameters, merge, open_adapter,
                   save_adapter, unmerge)
 from projector import Projector
@@ -315,3 +316,19 @@ def test_the_readmes_diffusers_pipeline_makes_our_image(trained, base, uni2h, da
     assert ours.shape == theirs.shape == (64, 64, 3) and ours.std() > 5
     print(f"largest difference of a pixel: {abs(ours - theirs).max()} of 255, of {(ours != theirs).mean():.1%} of them")
     assert abs(ours - theirs).max() <= 1
+
+
+@pytest.mark.parametrize("name, words", [("adapter.safetensors", "LoRA alone"), ("other.safetensors", "LoRA alone"), ("folder", "name of a .safetensors"), ("a.bak", "name of a .safetensors")])
+def test_an_export_replaces_no_adapter(adapter, name, words, tmp_path):
+    path, _ = adapter
+    (path.parent / "other.safetensors").write_bytes(path.read_bytes())
+    (path.parent / "folder").mkdir(exist_ok=True)
+    before = path.read_bytes()
+    result = program("lora.py", path, "--export", "kohya", "--out", path.parent / name, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and words in result.stderr
+    assert path.read_bytes() == (path.parent / "other.safetensors").read_bytes() == before
+
+
+def test_an_adapters_terms_are_those_of_its_parents():
+    assert "MIT" in licence("toy", "toy") and "RAIL" not in licence("toy", "toy") and "NC" not in licence("toy", "toy")
+    assert "NC-ND" in licence("toy", "MahmoodLab/UNI2-h") and "RAIL" in licence(None, None)

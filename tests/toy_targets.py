@@ -110,12 +110,12 @@ def main():
             run = out / f"runs/{variant.replace(' ', '-')}-{seed}"
             program("train.py", "--rank", 4, "--tokens", 4, "--seed", seed, "--run", run, *VARIANTS[variant], *args.train, cwd=out)
             guidances = ["1.3", "7.5"] if variant == "both" else ["1.3"]
-            program("sample.py", "--run", run, "--ref", sets["references"], "--seed", 1000 * seed, "--cfg", *guidances, "--out", run / "s", cwd=out)
+            program("sample.py", "--adapter", run / "adapter.safetensors", "--ref", sets["references"], "--seed", 1000 * seed, "--cfg", *guidances, "--out", run / "s", cwd=out)
             for w in guidances:
                 score(f"seed {seed}, {variant}, w = {w}", run / f"s/cfg{w}")
         run = out / f"runs/before-{seed}"
         program("train.py", "--seed", seed, "--run", run, "--max-steps", 1, "--lr", 0, "--rank", 4, "--val-samples", 0, cwd=out)
-        program("sample.py", "--run", run, "--ref", sets["references"], "--seed", 1000 * seed, "--out", run / "s", cwd=out)
+        program("sample.py", "--adapter", run / "adapter.safetensors", "--ref", sets["references"], "--seed", 1000 * seed, "--out", run / "s", cwd=out)
         score(f"seed {seed}, before adaptation", run / "s/cfg1.3")
 
 
