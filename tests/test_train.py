@@ -498,7 +498,9 @@ def test_paths_that_are_not_there_are_looked_for_in_the_newest_run_all_or_none(t
         (tmp_path / "runs" / name / "adapter.safetensors").touch()
         os.utime(tmp_path / "runs" / name / "adapter.safetensors", (1e9 - age, 1e9 - age))
     assert find(["real"]) == [Path("runs/new/real")] and find(["real"], "runs/old") == [Path("runs/old/real")]
-    assert find(["real", "fake"]) == [Path("real"), Path("fake")]
+    with pytest.raises(train.Fail, match="fake is neither here nor in runs/new"):
+        find(["real", "fake"])
+    assert find(["one", "two"]) == [Path("one"), Path("two")]
     (tmp_path / "runs/new/fake").mkdir()
     assert find(["real/", "fake/"]) == [Path("runs/new/real"), Path("runs/new/fake")]
     (tmp_path / "real").mkdir()
