@@ -25,7 +25,7 @@ from torch import nn
 
 from ldm import parallel
 from ldm.data import ahead, list_images, load_rgb
-from ldm.files import Fail, Parser, first_line, number, pick_device, progress, run, save_text, whole
+from ldm.files import Fail, Parser, first_line, number, pick_device, progress, run, same_everywhere, save_text, whole
 from ldm.runs import find, settings_of
 from ldm.weights import TensorFile, load
 from projector import load_encoder, open_encoder, preprocess
@@ -331,6 +331,8 @@ def load_set(path, resize, weights):
         if data["mu"].ndim != 1 or data["sigma"].shape != 2 * data["mu"].shape:
             raise ValueError(f"mu has the shape {data['mu'].shape}, sigma {data['sigma'].shape}")
         n = int(data["n"]) if "n" in data else None
+        if n is not None and n < 2:
+            raise ValueError(f"they are of {n} images, and at least 2 are needed")
         features = data["features"] if n and "features" in data and "names" in data else None
         if features is not None and (features.shape != (n, len(data["mu"])) or data["names"].shape != (n,)):
             raise ValueError(f"features have the shape {features.shape}, n is {n}")
@@ -444,7 +446,7 @@ def main():
 
     encoder = encoder_of(args.real)
     if args.features is None:
-        args.features = "encoder" if encoder == "toy" and not inception_at_hand(args.inception) else "inception"
+        args.features = parallel.agreed("encoder" if encoder == "toy" and not inception_at_hand(args.inception) else "inception")
     if args.features == "encoder":
         if encoder is None:
             raise Fail(f"--features encoder: {args.real} lies in no run of train.py, so that its encoder is not known")
@@ -453,6 +455,7 @@ def main():
     with parallel.first():          # which downloads what is missing
         extract = Extractor(args.features, open_encoder(encoder) if args.features == "encoder" else args.inception, device, args.resize, args.batch)
     resize, weights = extract.resize, extract.weights
+    same_everywhere("weights or images", [weights, [len(images_of(path)) for path in (args.real, *args.fake) if path.suffix != ".npz"]])
 
     def read(path):
         return read_set(path, extract, resize, weights)

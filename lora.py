@@ -129,10 +129,15 @@ def save_adapter(path, unet, projector, header):
 
 
 def open_adapter(path):
-    """An adapter file -> TensorFile whose `.header` holds what `save_adapter` was given, and `rank`, `tokens` and so on."""
+    """An adapter file -> TensorFile whose `.header` holds what train.py knew of it, and `rank`, `tokens` and so on."""
     file = TensorFile(path)
     if file.header.get("format") != FORMAT:
         raise Fail(f"{path} is not an adapter written by train.py")
+    if missing := {"base", "base_sha256", "vae_sha256", "encoder", "encoder_sha256"} - file.header.keys():
+        raise Fail(f"{path}: its header lacks {min(missing)}; write it again with train.py")
+    for key in ("resolution", "step"):
+        if not file.header.get(key, "").isdecimal():
+            raise Fail(f"{path}: its header has the {key} {file.header.get(key)!r}, which is no number; write it again with train.py")
     return file
 
 

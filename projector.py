@@ -16,7 +16,7 @@ from torch import nn
 
 from ldm.data import fit
 from ldm.files import Fail
-from ldm.weights import BUILT_IN, TensorFile, hub_file, load
+from ldm.weights import BUILT_IN, TensorFile, hub_files, is_hub_name, load
 
 
 class Projector(nn.Module):
@@ -60,11 +60,11 @@ class Projector(nn.Module):
 UNI2H = "MahmoodLab/UNI2-h"
 GATED = (f"UNI2-h is gated: ask for access on https://huggingface.co/{UNI2H} with an institutional e-mail address, then log in "
          "with `hf auth login` or set HF_TOKEN; or pass --uni2h with the folder or file that you have")
-_FILES = ("model.safetensors", "pytorch_model.bin")
+_FILES = ["model.safetensors", "pytorch_model.bin"]
 
 
 def open_encoder(source=UNI2H):
-    """A folder with pytorch_model.bin or model.safetensors, such a file, the hub's name or "toy" -> TensorFile."""
+    """A folder with pytorch_model.bin or model.safetensors, such a file, a Hugging Face repository or "toy" -> TensorFile."""
     path = BUILT_IN.get(source, Path(source).expanduser())
     if path.is_dir():
         found = [path / name for name in _FILES if (path / name).is_file()]
@@ -72,9 +72,9 @@ def open_encoder(source=UNI2H):
             raise Fail(f"{path} holds neither {' nor '.join(_FILES)}; pass the folder or file of UNI2-h's weights")
         path = found[0]
     elif not path.is_file():
-        if str(source) != UNI2H:
+        if not is_hub_name(source):
             raise Fail(f"--uni2h {source}: no such folder or file; pass UNI2-h's weights, or leave it out for the hub's {UNI2H}")
-        path = hub_file(UNI2H, _FILES, gated=GATED)
+        path = hub_files(source, _FILES[::-1], gated=GATED if source == UNI2H else "")[0]
     return TensorFile(path)
 
 

@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm import parallel
 from ldm.data import contact_sheet, fit, list_images, load_rgb, thin, to_images
-from ldm.files import Fail, Parser, frozen_dtype, number, pick_device, progress, read_json, run, safe_name, save_text, whole
+from ldm.files import Fail, Parser, frozen_dtype, number, pick_device, progress, read_json, run, safe_name, same_everywhere, save_text, whole
 from ldm.runs import find, newest_run, patches_of, settings_of
 from ldm.schedule import ddpm_step, timesteps
 from ldm.weights import file_sha256, load_unet, load_vae, open_sd15
@@ -56,6 +57,15 @@ def sample(e, projector, unet, w, steps, seeds, latent):
     return z                                                                    # 7: `decode` turns z_0 into images
 
 
+def latent_shape(unet, vae, size):
+    """(4, h, w) of images with this side in pixels."""
+    multiple = vae.factor * 2 ** (len(unet.down_blocks) - 1)
+    if size < multiple or size % multiple:
+        raise Fail(f"a size of {size} px must be a multiple of {multiple} for this base; the nearest is "
+                   f"{max(1, round(size / multiple)) * multiple}")
+    return unet.latent, size // vae.factor, size // vae.factor
+
+
 def guide(eps_null, eps_c, w):
     """ε̃ = ε_θ(z_t, t, c_∅) + w (ε_θ(z_t, t, c) - ε_θ(z_t, t, c_∅))   (eq. 5)."""
     return eps_null + w * (eps_c - eps_null)
@@ -90,6 +100,15 @@ def make_images(jobs, e, unet, projector, vae, steps, latent, batch, fill=False)
                        for (path, r, w, seed), image in zip(part, images)]
             bar.update(len(part))
     parallel.wait()
+
+
+def is_ours(path, reference):
+    """Whether a file is a PNG that `save_image` wrote for this reference."""
+    try:
+        with Image.open(path) as image:
+            return image.format == "PNG" and image.text.get("reference") == reference
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 def save_image(path, image, **text):
@@ -137,7 +156,7 @@ def main():
     size = int(header["resolution"])
     found, chosen = find_references(args, config, adapter.path.parent)
     with parallel.first():          # which downloads what is missing
-        unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"])
+        unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"], (header["base_sha256"], header["vae_sha256"]))
         encoder_file = open_encoder(args.uni2h or config.get("uni2h") or header["encoder"])
     base = refuse_others(adapter, unet_file, vae_file, encoder_file, args.other_base)
     part = f"-{args.split}" if args.split else ""
@@ -147,6 +166,7 @@ def main():
     if there and {key: there.get(key) for key in settings} != settings:
         raise Fail(f"{out} holds samples of another adapter, base, size or number of steps; pass another --out")
     references, known = name_references(found, there.get("references", {}))
+    same_everywhere("weights or references", [settings, known])
     place = {r: i for i, r in enumerate(references) if i in chosen}
     references = {r: references[r] for r in place}
     jobs = [(r, w, args.seed + i * args.n + k) for w in dict.fromkeys(args.cfg) for r, i in place.items() for k in range(args.n)]
@@ -163,10 +183,9 @@ def main():
             save_text(out / "samples.json", json.dumps(settings | {"references": known}, indent=1, ensure_ascii=False) + "\n")
         unet, projector = load_model(unet_file, adapter, device)
         vae = load_vae(vae_file, device)
-        latent = (unet.latent, size // vae.factor, size // vae.factor)
         worth = device.type == "cuda" and len(todo) >= COMPILE_FROM and not args.no_compile
         make_images([(path_of[job], *job) for job in todo], e, torch.compile(unet, dynamic=False) if worth else unet, projector, vae,
-                    args.steps, latent, args.batch, fill=worth)
+                    args.steps, latent_shape(unet, vae, size), args.batch, fill=worth)
     if not parallel.FIRST:
         return
     for r in references:

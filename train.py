@@ -26,9 +26,9 @@ import torch._functorch.config as functorch_config
 
 from fid import Extractor, frechet_distance_of_features, inception_at_hand
 from ldm import parallel, toy
-from ldm.data import Cache, contact_sheet, describe_split, fit, list_images, load_rgb, read_dataset, thin
-from ldm.files import Fail, Parser, first_line, frozen_dtype, number, pick_device, progress, run, safe_name, save_csv, save_tensors, save_text
-from ldm.runs import Lock, claim, model_card, public_name, settings_of, split_of_run
+from ldm.data import Cache, contact_sheet, describe_split, fit, load_rgb, read_dataset, thin
+from ldm.files import Fail, Parser, first_line, frozen_dtype, number, pick_device, progress, run, safe_name, same_everywhere, save_csv, save_tensors, save_text
+from ldm.runs import Lock, base_of, claim, model_card, public_name, settings_of, split_of_run
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import write_dataset
 from ldm.unet import UNet
@@ -36,7 +36,7 @@ from ldm.vae import draw_latent
 from ldm.weights import BUILT_IN, SD15, TensorFile, load_unet, load_vae, open_sd15
 from lora import inject, lora_parameters, save_adapter
 from projector import UNI2H, Projector, embed, load_encoder, open_encoder
-from sample import make_images, name_references, save_image
+from sample import is_ours, latent_shape, make_images, name_references, save_image
 
 DROPOUT = 0.05                                      # of the projector's hidden units
 BETAS = (0.9, 0.999)
@@ -222,14 +222,16 @@ class Trainer:
         try:
             self.step, self.best = int(file.header["step"]), float(file.header["best"])
             self.losses, self.history = json.loads(file.header["losses"]), json.loads(file.header["history"])
-        except (KeyError, ValueError) as problem:
+            state = {}
+            for i, (name, p) in enumerate(self.named.items()):
+                p.copy_(file.get(name).view_as(p))
+                if f"{name}/exp_avg" in file.names:
+                    state[i] = {"step": torch.tensor(float(self.step))} | {
+                        key: file.get(f"{name}/{key}").view_as(p).clone() for key in ("exp_avg", "exp_avg_sq")}
+            if not all(isinstance(row["step"], int) and isinstance(row["minutes"], float) for row in self.history):
+                raise ValueError("its log has no steps")
+        except (KeyError, ValueError, TypeError, RuntimeError) as problem:
             raise Fail(f"{path} is damaged ({first_line(problem)}); restore it, or pass another --run") from None
-        state = {}
-        for i, (name, p) in enumerate(self.named.items()):
-            p.copy_(file.get(name))
-            if f"{name}/exp_avg" in file.names:
-                state[i] = {"step": torch.tensor(float(self.step))} | {
-                    key: file.get(f"{name}/{key}").clone() for key in ("exp_avg", "exp_avg_sq")}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
@@ -240,17 +242,21 @@ class ValidationSamples:
     """
 
     def __init__(self, folder, references, hashes, extract, size, anew):
-        """references: {title: path}. hashes: of the same images, in the cache. anew: write real/ though it is there."""
+        """references: {title: path}. hashes: of the same images, in the cache. anew: write real/ though it is there, and remove from
+        real/ and fake/ what an earlier choice of images left there; whatever else lies there stays.
+        """
         self.folder, self.hashes, self.extract = folder, hashes, extract
         self.column = "fid" if extract.kind == "inception" else "fid_encoder"
         self.real, self.fake = ({title: folder / part / f"{title}.png" for title in references} for part in ("real", "fake"))
         if parallel.FIRST:
             for title, path in references.items():
                 if anew or not self.real[title].exists():
-                    save_image(self.real[title], fit(load_rgb(path), size))
-            for path in list_images(folder / "real") if (folder / "real").is_dir() else []:         # of an earlier choice
-                if path not in self.real.values():
-                    path.unlink()
+                    save_image(self.real[title], fit(load_rgb(path), size), reference=title)
+            for part in (folder / "real", folder / "fake") if anew else ():
+                for path in part.glob("*/*.png"):
+                    title = path.relative_to(part).with_suffix("").as_posix()
+                    if title not in references and path.resolve() == part.resolve() / f"{title}.png" and is_ours(path, title):
+                        path.unlink()
             if references:
                 save_image(folder / "patch.png", load_rgb(next(iter(self.real.values()))))
         parallel.wait()
@@ -338,7 +344,7 @@ def parse_args():
             continue
         value, may_be_folder = getattr(args, name), name in ("data", "sd15", "uni2h")
         path = Path(value or "-").expanduser()
-        named = may_be_folder and value in BUILT_IN
+        named = name in ("sd15", "uni2h") and value in BUILT_IN
         if not named and (path.is_file() or (path.is_dir() and may_be_folder)):
             setattr(args, name, str(path.resolve()))
     if args.run is None:
@@ -357,11 +363,12 @@ def main():
     parallel.start(device)
     if parallel.WORLD > args.batch:
         raise Fail(f"--batch {args.batch} gives {parallel.WORLD} processes less than an image each; start fewer")
+    args.features = parallel.agreed(args.features)
     with parallel.first():
         if args.data != toy.DATA:       # a wrong folder is found before gigabytes are downloaded
             data, patches = Path(args.data), read_dataset(args.data)
         # what can be wrong with the arguments is found here, on the meta device, before anything is computed or written
-        unet_file, vae_file = open_sd15(args.sd15)
+        unet_file, vae_file = open_sd15(args.sd15, base_of(folder))
         encoder_file = open_encoder(args.uni2h)
         latent = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), args.size)
         if args.data == toy.DATA:
@@ -381,6 +388,7 @@ def main():
         lock = lock or (Lock(folder) if parallel.FIRST else None)           # noqa: F841: held until this function ends
         if parallel.FIRST:
             save_text(folder / "split.json", describe_split(split, patches))
+    same_everywhere("weights", sha256)
     cases = len({p.case for p in patches})
     print(f"{len(patches)} patches of {cases} cases in {len({p.label for p in patches})} classes: "
           + ", ".join(f"{part} {len(ns)}" for part, ns in split.items())
@@ -482,15 +490,6 @@ class Signals:
     def leave(self):
         if self.received:
             sys.exit(128 + self.received)
-
-
-def latent_shape(unet, vae, size):
-    """(4, h, w) of an image with this side."""
-    multiple = vae.factor * 2 ** (len(unet.down_blocks) - 1)
-    if size % multiple:
-        raise Fail(f"--size {size} must be a multiple of {multiple} for this base; the nearest is "
-                   f"{max(1, round(size / multiple)) * multiple}")
-    return unet.latent, size // vae.factor, size // vae.factor
 
 
 def load_encoders(vae_file, encoder_file, device):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from .files import Fail, Parser, call, number, read_csv, run, save_csv
-from .runs import MAY_CHANGE, settings_of
+from .runs import MAY_CHANGE, best_epoch, settings_of
 from .weights import TensorFile
 
 # The first row is the baseline; each of the others changes one factor (Table 3). Last, what the paper reports (Table 6).
@@ -56,8 +56,7 @@ def tabulate(out):
                 if settings[key] != common.setdefault(key, settings[key]):
                     raise Fail(f"{folder} was trained with {key} {settings[key]}, other rows with {common[key]}: they cannot be compared; "
                                "remove it, and train the row again")
-            column = next((name for name in log[0] if name.startswith("fid") and any(r[name] for r in log)), "val_loss")
-            best = min((r for r in log if r[column]), key=lambda r: float(r[column]))
+            column, best = best_epoch(log)
             shapes = TensorFile(folder / "adapter.safetensors").shapes.values()
             table.append({name: row[name] for name in ("rank", "tokens", "depth", "width", "ratio")} | {
                 "best_epoch": int(best["epoch"]), column: round(float(best[column]), 4), "parameters": sum(map(math.prod, shapes)),

@@ -291,6 +291,8 @@ def read_split(path, patches):
     try:
         split = json.loads(Path(path).read_text(encoding="utf-8"))
         split = {part: split[part] for part in PROPORTIONS}
+        if not all(isinstance(part, list) for part in split.values()):
+            raise ValueError("one of these is no list")
         names = [name for part in split.values() for name in part]
         strangers = set(names) - {p.name for p in patches}
     except FileNotFoundError:
@@ -308,8 +310,10 @@ def describe_split(split, patches):
     """The split as the text of its file: counts by part and class first, so that a person can review it, then the names."""
     by_name = {p.name: p for p in patches}
     counts = {part: dict(sorted(Counter(by_name[n].label for n in names).items())) for part, names in split.items()}
-    cases = {part: len({by_name[n].case for n in names}) for part, names in split.items()}
-    return json.dumps({"patches": counts, "cases": cases, **split}, indent=1, ensure_ascii=False) + "\n"
+    cases = {part: {by_name[n].case for n in names} for part, names in split.items()}
+    shared = sum(n > 1 for n in Counter(case for part in cases.values() for case in part).values())
+    return json.dumps({"patches": counts, "cases": {part: len(found) for part, found in cases.items()}, "cases_in_several_parts": shared,
+                       **split}, indent=1, ensure_ascii=False) + "\n"
 
 
 def thin(items, n):
@@ -373,6 +377,8 @@ class Cache:
             if todo and parallel.WORLD > 1:
                 parallel.wait()
                 self._read_all()
+        if lost := [path for h, path in zip(hashes, paths) if h not in self.rows]:
+            raise Fail(f"{lost[0]} is not in the cache {self.folder} of this process: all processes must see the same images and cache")
         return hashes
 
     def _write(self, shard, images, encode, embed, size, bar):

@@ -8,13 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from . import parallel
@@ -29,6 +28,9 @@ class Fail(Exception):
 
 def run(main):
     """Call main() as a program: no traceback for what the user can mend, 130 for Ctrl-C, 143 for SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")        # a console that has no α shows another sign for it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))       # an exception, so that files are cleaned up
     try:
         main()
@@ -37,7 +39,8 @@ def run(main):
     except OSError as problem:              # disk full, read-only folder, no permission: the message names the file
         sys.exit(_complain(f"{problem.strerror or problem}: {problem.filename or 'no file named'}"))
     except (MemoryError, RuntimeError) as problem:
-        if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(problem):    # torch on the CPU
+        if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or any(
+                sign in str(problem) for sign in ("DefaultCPUAllocator", "out of memory")):      # torch on the CPU, on Apple's GPUs
             sys.exit(_complain(f"out of memory; try a smaller --batch or --size ({first_line(problem)})"))
         if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
             sys.exit(_complain(f"torch.compile cannot compile here; pass --no-compile ({first_line(problem)})"))
@@ -118,9 +121,12 @@ def number(kind, low, high=float("inf"), open_low=False):
 
 def pick_device(name="auto"):
     """'auto' (CUDA, then Apple's MPS, then the CPU) or a name of torch's -> torch.device; under torchrun a GPU for each process."""
+    several = parallel.WORLD > 1
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and parallel.WORLD > 1:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not several else "cpu"
+    if several and name == "mps":
+        raise Fail("--device mps is for one process: start the program without torchrun, or pass --device cpu")
+    if several and name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', parallel.RANK)}"
     try:
         if torch.device(name).type not in ("cuda", "mps", "cpu"):
@@ -129,6 +135,12 @@ def pick_device(name="auto"):
     except (RuntimeError, AssertionError) as problem:
         why = first_line(problem) if name.partition(":")[0] in ("cuda", "mps", "cpu") else "it is none of cuda, mps and cpu"
         raise Fail(f"--device {name} cannot be used here: {why}") from None
+
+
+def same_everywhere(what, value):
+    """Fail where this process has found something else than the first one: another file under the same path of another node."""
+    if parallel.agreed(value) != value:
+        raise Fail(f"process {parallel.RANK} of {parallel.WORLD} finds other {what} than the first one does; all must see the same files")
 
 
 def progress(*args, **kwargs):
@@ -149,32 +161,23 @@ def whole(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    temporary = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
-        yield Path(temporary)
+        yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as problem:
+        temporary.unlink(missing_ok=True)
+        if isinstance(problem, OSError):
+            problem.filename = problem.filename or path         # a full disk names no file
         raise
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_tensors(path, tensors, header):
     """Write {name: tensor} with a header of strings as one safetensors file, whole or not at all."""
-    with whole(path) as temporary:
-        try:
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata=header)
-        except SafetensorError as problem:      # what the library makes of a full disk
-            raise Fail(f"cannot write {path} ({first_line(problem)}); what was there before is kept") from None
+    with whole(path) as temporary:      # not by the library's `save_file`, whose files their owner alone can read
+        temporary.write_bytes(save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata=header))
 
 
 def save_text(path, text):

@@ -21,7 +21,7 @@ from sample import folder_name, name_references, save_image
 from . import metrics
 from .data import contact_sheet, fit, list_images, load_rgb, thin, to_images, to_tensor
 from .files import Fail, Parser, call, number, pick_device, read_csv, run, save_csv, save_text, whole
-from .runs import model_card, patches_of, settings_of
+from .runs import base_of, model_card, patches_of, settings_of
 from .vae import SCALE
 from .weights import file_sha256, load_vae, open_sd15
 
@@ -84,7 +84,7 @@ class Run:
 
     def reconstructed(self, part):
         """The images of a part through the VAE and back -> PIL images."""
-        vae, images = load_vae(open_sd15(self.settings["sd15"])[1], self.device), []
+        vae, images = load_vae(open_sd15(self.settings["sd15"], base_of(self.folder))[1], self.device), []
         paths = self.real(part)
         with torch.no_grad():
             for i in range(0, len(paths), 4):

@@ -11,7 +11,7 @@ from pathlib import Path
 from . import parallel, toy
 from .data import make_split, read_dataset, read_split, thin
 from .files import Fail, read_csv, read_json, save_text
-from .weights import BUILT_IN, licence
+from .weights import BUILT_IN, is_hub_name, licence
 
 try:
     import fcntl
@@ -23,6 +23,12 @@ def settings_of(folder):
     """The arguments of the run of train.py in a folder, or None."""
     settings = read_json(Path(folder) / "config.json").get("args")
     return settings if isinstance(settings, dict) else None
+
+
+def base_of(folder):
+    """The fingerprints of the U-Net and the VAE of a run, for `open_sd15`; None where there is none yet."""
+    sha256 = read_json(Path(folder) / "config.json").get("sha256")
+    return [sha256.get(part) if isinstance(sha256, dict) else None for part in ("base", "vae")]
 
 
 def newest_run():
@@ -71,8 +77,13 @@ def patches_of(part, config, run_folder):
 
 
 def public_name(source):
-    """What an adapter's header and the model card say of a source: a hub repository as it is, of a local path its last part only."""
-    return Path(source).name if Path(source).exists() else source
+    """What an adapter's header and the model card say of a source: a hub repository as it is, of a path only its last part.
+
+    The same of an argument --name=source.
+    """
+    flag, equals, value = source.partition("=") if source.startswith("--") else ("", "", source)
+    repository = is_hub_name(value) and not Path(value).exists()
+    return flag + equals + (value if repository else Path(value).name or value)
 
 
 MAY_CHANGE = {"run", "data", "sd15", "uni2h", "device", "no_compile", "inception", "parameters", "quiet"}      # of a run that goes on
@@ -140,13 +151,18 @@ def environment():
     return found
 
 
+def best_epoch(log):
+    """The rows of a log.csv -> (column that chose the best adapter, FID where images were sampled, and the row with its lowest value)."""
+    column = next((name for name in log[0] if name.startswith("fid") and any(row[name] for row in log)), "val_loss")
+    return column, min((row for row in log if row[column]), key=lambda row: float(row[column]))
+
+
 def model_card(folder):
     """The text for a run of train.py that has finished an epoch."""
     folder = Path(folder)
     config, split, log = read_json(folder / "config.json"), read_json(folder / "split.json"), read_csv(folder / "log.csv")
     args, environment = config["args"], config["environment"]
-    column = next((name for name in log[0] if name.startswith("fid") and any(row[name] for row in log)), "val_loss")
-    best = min((row for row in log if row[column]), key=lambda row: float(row[column]))
+    column, best = best_epoch(log)
     what = {"fid": f"FID (Inception, resize pytorch-fid, guidance {args['val_cfg']:g}, 30 steps)", "val_loss": "noise prediction loss",
             "fid_encoder": f"Fréchet distance of the encoder's features (no FID: comparable with nothing else; guidance {args['val_cfg']:g}, 30 steps)"}[column]
     sampled = None if column == "val_loss" else args["val_samples"]
@@ -156,6 +172,16 @@ def model_card(folder):
     names = dict(base=public_name(args["sd15"]), encoder=public_name(args["uni2h"]))
     terms = "-and-".join(name for source, name in ((args["sd15"], "openrail-m"), (args["uni2h"], "cc-by-nc-nd-4.0")) if source not in BUILT_IN)
     terms = f"license: other\nlicense_name: {terms}" if terms else "license: mit"
+    adapters = f"`adapter.safetensors`: LoRA of rank {args['rank']} (α {args['alpha']:g}) on Q, K, V and O, projector to {args['tokens']} tokens, null embedding"
+    if (folder / "adapter-best.safetensors").exists():      # none before the first samples
+        adapters += f"""; the last.
+- `adapter-best.safetensors`: the same with the lowest {what}
+  on {n} validation patches: **{float(best[column]):.4g}**, epoch {best['epoch']} of {args['epochs']}"""
+    how = {"paper": "pooled, then split by case", "official": "the dataset's own test part, the validation part taken from the rest by case"}.get(
+        args["split"], f"split as in `{Path(args['split']).name}`")
+    shared = f"cases in more than one part: {split.get('cases_in_several_parts', 'not counted')}"
+    if sum(split["cases"].values()) == sum(sum(classes.values()) for classes in split["patches"].values()):
+        shared = "nothing tells which patches are of one case"
     report = folder / "report" / "report.md"
     return f"""---
 base_model: {names['base']}
@@ -168,9 +194,7 @@ tags: [lora, stable-diffusion, histopathology, synthetic-data]
 Patches with the morphology of a reference patch: embeddings of the pathology encoder `{names['encoder']}` take the place of the text
 condition of `{names['base']}`, through a projector and LoRA (Kuzmin and Berezsky 2026, https://doi.org/10.15587/2706-5448.2026.355663).
 
-- `adapter-best.safetensors`: LoRA of rank {args['rank']} (α {args['alpha']:g}) on Q, K, V and O, projector to {args['tokens']} tokens, null embedding;
-  the lowest {what} on {n} validation patches: **{float(best[column]):.4g}**, epoch {best['epoch']} of {args['epochs']}.
-- `adapter.safetensors`: the last.
+- {adapters}.
 
 ## Use
 
@@ -181,7 +205,7 @@ Research only: no diagnosis may rest on an image that was made up. An adapter ca
 
 ## Data
 
-`{Path(args['data']).name}`, {args['size']} px, split by case:
+`{Path(args['data']).name}`, {args['size']} px; {how}; {shared}.
 
 | part | cases | patches | classes |
 |---|---|---|---|

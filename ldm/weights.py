@@ -153,19 +153,23 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
 
 # ---- Stable Diffusion 1.5 ------------------------------------------------------------------------------------------
 
-def open_sd15(source):
-    """A Diffusers folder, a CompVis .safetensors file, a Hugging Face repository or "toy" -> (U-Net, VAE) as TensorFiles."""
+def open_sd15(source, sha256=(None, None)):
+    """A Diffusers folder, a CompVis .safetensors file, a Hugging Face repository or "toy" -> (U-Net, VAE) as TensorFiles.
+
+    sha256: fingerprints of the two that a run or an adapter names; where float32 and float16 are both there, the one with it is taken.
+    """
     path = BUILT_IN.get(source, Path(source).expanduser())
+    parts = [("unet", str, sha256[0]), ("vae", _vae_attention_name, sha256[1])]
     if path.is_file():
         files = [TensorFile(path, _compvis_unet_name), TensorFile(path, _compvis_vae_name)]
         if not files[0].names:
             raise Fail(f"{path} holds no `model.diffusion_model.*` tensors: pass the whole Stable Diffusion 1.5 file, "
                        "or the folder that holds unet/ and vae/")
     elif path.is_dir() or source in BUILT_IN:
-        files = [TensorFile(_find(path, part), rename) for part, rename in (("unet", str), ("vae", _vae_attention_name))]
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        files = [TensorFile(hub_file(str(source), _candidates(part), SD15_SHA256 if source == SD15 else {}), rename)
-                 for part, rename in (("unet", str), ("vae", _vae_attention_name))]
+        files = [_choose(_find(path, part), rename, wanted) for part, rename, wanted in parts]
+    elif is_hub_name(source):
+        files = [_choose(hub_files(source, _candidates(part)[::-1], SD15_SHA256 if source == SD15 else {}), rename, wanted)
+                 for part, rename, wanted in parts]
     else:
         raise Fail(f"--sd15 {source}: no such folder or file; pass a Diffusers folder, a CompVis .safetensors file, or a "
                    f"Hugging Face repository such as {SD15}")
@@ -217,10 +221,15 @@ def _candidates(part):
     return [f"{part}/diffusion_pytorch_model.safetensors", f"{part}/diffusion_pytorch_model.fp16.safetensors"]
 
 
+def _choose(paths, rename, sha256):
+    """Of the files of one network in several precisions the one with this fingerprint, else the first."""
+    files = [TensorFile(path, rename) for path in paths]
+    return next((file for file in files[1:] if sha256 and file.fingerprint() == sha256), files[0])
+
+
 def _find(folder, part):
-    for name in _candidates(part):
-        if (folder / name).is_file():
-            return folder / name
+    if found := [folder / name for name in _candidates(part) if (folder / name).is_file()]:
+        return found
     how = (f"make it with `python -m ldm.toy.base {folder}` (an hour and a half on 2 cores), or pass --data and --sd15"
            if folder in BUILT_IN.values() else "pass the folder that contains unet/ and vae/")
     raise Fail(f"{folder} holds neither {' nor '.join(_candidates(part))}; {how}")
@@ -278,19 +287,22 @@ def _compvis_vae_name(name):
 
 # ---- the Hugging Face hub ------------------------------------------------------------------------------------------
 
-def hub_file(repository, candidates, sha256=None, gated=""):
-    """The first of the candidate files of a repository: from the hub's cache, or else downloaded after saying so.
+def is_hub_name(source):
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None
 
-    Of those that the repository has the last one is downloaded (of SD1.5: float16, half as large, and finer than the
+
+def hub_files(repository, candidates, sha256=None, gated=""):
+    """Those of the candidate files of a repository that are in the hub's cache; where none is, one is downloaded after saying so.
+
+    Of those that the repository has the first one is downloaded (of SD1.5: float16, half as large, and finer than the
     bfloat16 that it is used in). sha256: {file: hash} to check a download against. gated: how to get access.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-    for name in candidates:
-        if isinstance(path := try_to_load_from_cache(repository, name), str):
-            return Path(path)
-    *others, name = candidates
+    if cached := [Path(path) for name in candidates if isinstance(path := try_to_load_from_cache(repository, name), str)]:
+        return cached
+    name, *others = candidates
     try:
         size = get_hf_file_metadata(hf_hub_url(repository, name)).size
         print(f"downloading {name} of {repository} ({(size or 0) / 1e9:.2f} GB) to {HF_HUB_CACHE}", file=sys.stderr, flush=True)
@@ -303,7 +315,7 @@ def hub_file(repository, candidates, sha256=None, gated=""):
                     raise
     except Exception as problem:            # the hub's client has a dozen kinds, and several libraries beneath it
         if others and isinstance(problem, EntryNotFoundError):
-            return hub_file(repository, others, sha256, gated)
+            return hub_files(repository, others, sha256, gated)
         kind = type(problem).__name__
         raise Fail(f"cannot get {name} of {repository} ({kind}: {first_line(problem)}). "
                    f"{gated or 'Check the name and the connection, or download it elsewhere and pass the local path.'}") from None
@@ -311,7 +323,7 @@ def hub_file(repository, candidates, sha256=None, gated=""):
     if expected and expected != (found := file_sha256(path)):
         path.resolve().unlink()
         raise Fail(f"the download of {name} has sha256 {found[:12]}..., not {expected[:12]}...; it was removed, try again")
-    return path
+    return [path]
 
 
 def file_sha256(path):

@@ -94,6 +94,10 @@ def uni2h(tmp_path_factory):
     return folder
 
 
+# What train.py writes into an adapter's header.
+HEADER = dict(base="x", base_sha256="b", vae_sha256="v", encoder="y", encoder_sha256="e", resolution="64", step="7", seed="0")
+
+
 def texture(seed, size=72):
     """A smooth pink and violet pattern, unlike every other seed's."""
     rng = np.random.default_rng(seed)

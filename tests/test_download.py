@@ -72,10 +72,10 @@ HUB = """
 import json, sys
 sys.path.insert(0, {root!r})
 from ldm.files import Fail
-from ldm.weights import hub_file
+from ldm.weights import hub_files
 for name, sha256, gated in {cases!r}:
     try:
-        result = hub_file("o/" + name, ["file.bin"], {{"file.bin": sha256}}, gated).read_bytes()
+        result = hub_files("o/" + name, ["file.bin"], {{"file.bin": sha256}}, gated)[0].read_bytes()
         print("RESULT", json.dumps([name, sha256, len(result)]))
     except Fail as problem:
         print("RESULT", json.dumps([name, sha256, str(problem)]))

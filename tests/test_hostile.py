@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 import fid
-from conftest import texture
+from conftest import HEADER, program, texture
+from test_train import trainer
 from ldm.data import load_rgb, read_dataset, read_split
 from ldm.files import Fail
 from ldm.unet import UNet
 from lora import inject, load_adapter, open_adapter, read_lora, save_adapter
 from projector import Projector, open_encoder
 
+few = settings(max_examples=max(8, int(os.environ.get("MORPH_EXAMPLES", 0)) // 30), deadline=None, suppress_health_check=list(HealthCheck))
 many = settings(max_examples=int(os.environ.get("MORPH_EXAMPLES", 60)), deadline=None, suppress_health_check=list(HealthCheck))
 ended = Counter()
 
@@ -64,12 +66,13 @@ CHANNELS = (32, 32)
 def adapter(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
-    save_adapter(path, inject(UNet(CHANNELS, context=8), 2), Projector(d_e=6, d_h=8, n_c=2, d_c=8), {"base": "x", "step": "1", "resolution": "64"})
+    save_adapter(path, inject(UNet(CHANNELS, context=8), 2), Projector(d_e=6, d_h=8, n_c=2, d_c=8), HEADER)
     return path
 
 
 def read_as_adapter(path):
     file = open_adapter(path)
+    assert int(file.header["resolution"]) >= 0 <= int(file.header["step"]) and HEADER.keys() - {"seed"} <= file.header.keys()
     with torch.device("meta"):
         unet = UNet(CHANNELS, context=8)
     load_adapter(file, unet)
@@ -96,19 +99,62 @@ def edit_header(data, edit):
 @given(st.data())
 def test_an_adapter_with_an_edited_header(adapter, tmp_path_factory, data):
     """Absurd sizes, overlapping or backward offsets, other dtypes and shapes, and any JSON in the place of a value of ours."""
-    def edit(header):
-        name = data.draw(st.sampled_from(sorted(header)))
-        if name == "__metadata__":
-            header[name][data.draw(st.sampled_from(sorted(header[name])))] = data.draw(st.text(max_size=8) | st.integers(-10 ** 15, 10 ** 15).map(str))
-        else:
-            key = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", None]))
-            value = data.draw(dict(dtype=st.sampled_from(["F64", "F32", "I8", "BOOL", "BF16", "F8_E4M3", "X"]), shape=st.lists(st.integers(0, 2 ** 62), max_size=4),
-                                   data_offsets=st.lists(st.integers(0, 2 ** 62), min_size=2, max_size=2)).get(key, json_values))
-            header[name] = value if key is None else header[name] | {key: value}
     path = tmp_path_factory.getbasetemp() / "edited.safetensors"
-    path.write_bytes(edit_header(adapter.read_bytes(), edit))
+    path.write_bytes(edit_header(adapter.read_bytes(), lambda header: edit_anything(header, data)))
     for read in (read_as_adapter, read_lora):
         attempt("adapter, header", lambda: read(path))
+
+
+def edit_anything(header, data):
+    name = data.draw(st.sampled_from(sorted(header)) | st.just("__metadata__"))
+    if name == "__metadata__":
+        key, value = data.draw(st.sampled_from(sorted(header[name]))), data.draw(st.none() | st.text(max_size=8) | st.integers(-10 ** 15, 10 ** 15).map(str))
+        header[name] = {k: v for k, v in (header[name] | {key: value}).items() if v is not None}
+    else:
+        key = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", None]))
+        value = data.draw(dict(dtype=st.sampled_from(["F64", "F32", "I8", "BOOL", "BF16", "F8_E4M3", "X"]), shape=st.lists(st.integers(0, 2 ** 62), max_size=4),
+                               data_offsets=st.lists(st.integers(0, 2 ** 62), min_size=2, max_size=2)).get(key, json_values))
+        header[name] = value if key is None else header[name] | {key: value}
+
+
+@few
+@given(st.data())
+def test_sample_py_with_an_adapter_of_anything(trained, dataset, tmp_path_factory, data):
+    """The whole program, as a user calls it: an image, or one line and the exit code 2."""
+    folder = tmp_path_factory.mktemp("program")
+    text = (trained / "adapter.safetensors").read_bytes()
+    if data.draw(st.booleans()):
+        text = edit_header(text, lambda header: edit_anything(header, data))
+    else:
+        text = mutate(text, data.draw(mutations["changes"]), data.draw(mutations["cut"]))
+    (folder / "adapter.safetensors").write_bytes(text)
+    config = json.loads((trained / "config.json").read_text())
+    result = program("sample.py", "--adapter", folder / "adapter.safetensors", "--ref", sorted((dataset / "test").iterdir())[0], "--steps", 1,
+                     "--sd15", config["args"]["sd15"], "--uni2h", config["args"]["uni2h"], cwd=folder, check=False)
+    assert result.returncode in (0, 2)
+    assert result.returncode == 0 or len([line for line in result.stderr.splitlines() if line.startswith("sample.py: ")]) == 1
+    ended["sample.py, adapter", "read" if result.returncode == 0 else "refused"] += 1
+
+
+@few
+@given(st.data())
+def test_the_state_of_a_run_with_anything_in_it(state, tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "state.safetensors"
+    if data.draw(st.booleans()):
+        path.write_bytes(edit_header(state[1], lambda header: edit_anything(header, data)))
+    else:
+        path.write_bytes(mutate(state[1], data.draw(mutations["changes"]), data.draw(mutations["cut"])))
+    attempt("state", lambda: state[0].restore(path))
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory):
+    """A Trainer after two steps, with a row in its log, and the bytes of its state."""
+    folder, t = tmp_path_factory.mktemp("state"), trainer(n=6)
+    t.train_step(), t.train_step()
+    t.history = [{"epoch": 1, "step": 2, "minutes": 0.1}]
+    t.commit(folder, HEADER)
+    return t, (folder / "state.safetensors").read_bytes()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's count of memory")
@@ -180,7 +226,11 @@ def test_a_split_file_with_anything_in_it(listed, tmp_path_factory, value, chang
     for text in (json.dumps(value).encode(), json.dumps({"train": names[:4], "val": value, "test": names[4:]}).encode(),
                  mutate(json.dumps({"train": names[:4], "val": names[4:8], "test": names[8:]}).encode(), changes, cut)):
         path.write_bytes(text)
-        attempt("split.json", lambda: read_split(path, patches))
+        attempt("split.json", lambda: check_split(read_split(path, patches)))
+
+
+def check_split(split):
+    assert list(split) == ["train", "val", "test"] and all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in split.values())
 
 
 def test_a_list_of_ten_million_entries_is_refused_by_its_size(tmp_path):
@@ -221,6 +271,27 @@ def test_statistics_with_changed_bytes(tmp_path_factory, changes, cut):
     fid.save_set(path, fid.ImageSet.of_features(x, [f"a/{i}" for i in range(5)]), "pytorch-fid", "w")
     path.write_bytes(mutate(path.read_bytes(), changes, cut))
     attempt("statistics", lambda: fid.load_set(path, "pytorch-fid", "w"))
+
+
+@many
+@given(st.data())
+def test_statistics_with_anything_in_them(tmp_path_factory, data):
+    """What is read can be compared, by class as well."""
+    path, x = tmp_path_factory.getbasetemp() / "edited.npz", np.random.default_rng(0).normal(size=(5, 4))
+    good = fid.ImageSet.of_features(x, [f"a/{i}" for i in range(5)])
+    fid.save_set(path, good, "pytorch-fid", "w")
+    with np.load(path) as f:
+        arrays = dict(f)
+    numbers = st.lists(st.floats() | st.integers(-5, 2 ** 62), max_size=6).map(np.array) | st.integers(-3, 2 ** 62).map(np.array)
+    for key in data.draw(st.lists(st.sampled_from(sorted(arrays)), min_size=1, max_size=2)):
+        arrays[key] = data.draw(numbers | st.text(max_size=5).map(np.array) | st.just(arrays[key][..., None]) | st.just(arrays[key][:1] if arrays[key].ndim else arrays[key]))
+    np.savez(path, **arrays)
+
+    def read():
+        other = fid.load_set(path, "pytorch-fid", "w")
+        assert np.isfinite(fid.compare(good, other)["fid"])
+        fid.compare_classes(good, other)
+    attempt("statistics, edited", read)
 
 
 def test_a_name_in_another_alphabet_is_read(tmp_path):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, program
+from conftest import HEADER, ROOT, program
 from safetensors.torch import load_file, save_file
 
 from ldm.data import load_rgb
@@ -141,7 +141,7 @@ def adapter(unet, tmp_path):
     torch.manual_seed(2)
     projector = Projector(d_e=24, d_h=32, n_c=2, depth=3, token_norm=True)
     path = tmp_path / "adapter.safetensors"
-    save_adapter(path, randomise(inject(unet, 4, alpha=2)), projector, {"base": "x", "step": "7"})
+    save_adapter(path, randomise(inject(unet, 4, alpha=2)), projector, HEADER)
     return path, projector
 
 

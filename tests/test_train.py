@@ -18,9 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from ldm.runs import claim, find, settings_of
+from ldm.data import Patch, describe_split
+from ldm.runs import base_of, claim, find, model_card, settings_of
 from ldm.schedule import alpha_bar
 from ldm.unet import UNet
+from ldm.weights import open_sd15
 from lora import inject, lora_parameters
 from projector import Projector
 from train import Trainer, batch_of_step, draw, draw_validation, generator, learning_rate_factor, noise_prediction_loss
@@ -154,7 +156,7 @@ def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, m
     """On one fixed draw of noise and timesteps. (The frozen network is random here: drawn anew at every step, noise can be
     predicted only as far as such a network goes, and the loss falls by half.)"""
     from ldm.data import Cache, read_dataset
-    from ldm.weights import load_unet, open_sd15
+    from ldm.weights import load_unet
     from projector import open_encoder
     root, (unet_file, vae_file), encoder_file = shared("data/ebhi-colon"), open_sd15(str(base)), open_encoder(uni2h)
     names = [p.name for p in read_dataset(root)][::200][:8]
@@ -242,8 +244,47 @@ def test_a_run_leaves_what_the_readme_says(trained):
     card = (trained / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["license"] == "other" and "CC BY-NC-ND" in card and "Open RAIL-M" in card
     assert f"**{min(distances):.4g}**, epoch {best_epoch} of 2" in card and f"python {' '.join(['train.py', '--data'])}" in card
+    assert "pooled, then split by case; cases in more than one part: 0." in card
     assert config["environment"]["torch"] in card and len(config["environment"]["git"] or "0" * 40) >= 40
     assert not [p for p in trained.rglob(".*")]                                           # no temporary files
+
+
+def test_a_model_card_says_no_more_than_is_known(trained, tmp_path):
+    """Of an official split with a case in two parts, before the first samples; and of patches of which each may be a case."""
+    import shutil
+    copy = shutil.copytree(trained, tmp_path / "x")
+    (copy / "adapter-best.safetensors").unlink()
+    config, split = (json.loads((copy / name).read_text()) for name in ("config.json", "split.json"))
+    config["args"] |= dict(split="official", data="/gone/home/patches")
+    config["command"] = ["train.py", "--data=/gone/home/patches", "--uni2h", "/gone/home/uni2h"]
+    split = {part: split[part] for part in ("train", "val", "test")}
+    patches = [Patch(name, "a", name.split("_")[0]) for names in split.values() for name in names]
+    shared = split | {"test": split["test"] + split["train"][:1]}
+    for how, described in (("cases in more than one part: 1.", describe_split(shared, patches)),
+                           ("nothing tells which patches are of one case", describe_split(split, [Patch(p.name, "a", p.name) for p in patches]))):
+        (copy / "config.json").write_text(json.dumps(config))
+        (copy / "split.json").write_text(described)
+        card = model_card(copy)
+        assert how in card and "the dataset's own test part" in card and "adapter-best" not in card and "/gone" not in card
+
+
+def test_both_precisions_may_be_there_and_each_run_goes_on_with_its_own(base, small, dataset, tmp_path):
+    """The run begins where float16 is alone; then float32 comes, which is preferred in a folder."""
+    from safetensors.torch import save_file
+    files = {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
+    for path in files.values():
+        (tmp_path / "sd" / path).parent.mkdir(parents=True)
+        save_file({n: t.half() for n, t in load_file(base / path).items()}, (tmp_path / "sd" / path).with_suffix(".fp16.safetensors"))
+    arguments = [*small[:2], "--sd15", tmp_path / "sd", *small[4:], "--max-steps", 1, "--val-samples", 0, "--run", "runs/x"]
+    program("train.py", *arguments, cwd=tmp_path)
+    for path in files.values():
+        (tmp_path / "sd" / path).write_bytes((base / path).read_bytes())
+    assert "goes on after step 1 of 1" in program("train.py", *arguments, cwd=tmp_path).stdout
+    program("sample.py", "--run", "runs/x", "--ref", next((dataset / "test").iterdir()), "--steps", 1, cwd=tmp_path)
+    assert len(list((tmp_path / "runs/cache").iterdir())) == 1              # one key: the VAE is the same
+    first = [file.path.name for file in open_sd15(str(tmp_path / "sd"))]
+    named = [file.path.name for file in open_sd15(str(tmp_path / "sd"), base_of(tmp_path / "runs/x"))]
+    assert first == ["diffusion_pytorch_model.safetensors"] * 2 and named == ["diffusion_pytorch_model.fp16.safetensors"] * 2
 
 
 def test_the_cache_is_used_again_and_repeating_the_command_goes_on(trained, small):
@@ -519,17 +560,6 @@ def test_two_references_of_one_name_are_two_references(tmp_path):
     assert first == {"patch": paths[0]} and second == {"patch-2": paths[1]} and both == {"patch-2": paths[1], "patch": paths[0]}
 
 
-def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
-    """The limit of the system on a file's size stands in for a full disk."""
-    code = ("import resource, sys, torch; sys.path.insert(0, sys.argv[1]); from ldm.files import run, save_tensors;"
-            "save_tensors('x.safetensors', {'a': torch.ones(3)}, {});"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
-            "run(lambda: save_tensors('x.safetensors', {'a': torch.ones(9999)}, {}))")
-    result = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and "x.safetensors" in result.stderr and "Traceback" not in result.stderr
-    assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [1, 1, 1] and len(list(tmp_path.iterdir())) == 1
-
-
 def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path):
     import shutil
 
@@ -597,7 +627,7 @@ def flatten_proj_in(tensors):
     (edited(lambda t: t.update({"conv_in.bias": t["conv_in.bias"][:5].clone()})), "wrong shape: conv_in.bias (5,) instead of (32,)"),
     (edited(lambda t: t.update({"conv_in.bias": t["conv_in.bias"].int()})), "not floating point")])
 def test_a_checkpoint_that_is_none_is_refused_by_name(change, words, base, tmp_path):
-    from ldm.weights import load_unet, open_sd15
+    from ldm.weights import load_unet
     with pytest.raises(train.Fail) as problem:
         load_unet(open_sd15(str(damage(base, tmp_path / "sd", change)))[0])
     assert words in str(problem.value) and "\n" not in str(problem.value)
@@ -625,18 +655,33 @@ class Hub:
 
 
 def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch, tmp_path, capsys):
-    from ldm.weights import hub_file
+    from ldm.weights import hub_files
+    names = ["a16", "a32"]
     Hub(monkeypatch, tmp_path, {"a32": b"1234", "a16": b"12"}, cached=["a32"])
-    assert hub_file("x/y", ["a32", "a16"]) == tmp_path / "a32" and capsys.readouterr().err == ""
+    assert hub_files("x/y", names) == [tmp_path / "a32"] and capsys.readouterr().err == ""
     Hub(monkeypatch, tmp_path, {"a32": b"1234", "a16": b"12"})
-    assert hub_file("x/y", ["a32", "a16"]).read_bytes() == b"12" and "downloading a16 of x/y" in capsys.readouterr().err
+    assert [path.read_bytes() for path in hub_files("x/y", names)] == [b"12"] and "downloading a16 of x/y" in capsys.readouterr().err
     Hub(monkeypatch, tmp_path, {"a32": b"1234"})
-    assert hub_file("x/y", ["a32", "a16"]).read_bytes() == b"1234"
+    assert [path.read_bytes() for path in hub_files("x/y", names)] == [b"1234"]
     with pytest.raises(train.Fail, match="sha256.*removed"):
-        hub_file("x/y", ["a32"], {"a32": "0" * 64})
+        hub_files("x/y", ["a32"], {"a32": "0" * 64})
     assert not (tmp_path / "a32").exists()
     with pytest.raises(train.Fail, match="cannot get b of x/y.*ask for access"):
-        hub_file("x/y", ["b"], gated="ask for access")
+        hub_files("x/y", ["b"], gated="ask for access")
+
+
+def test_of_two_precisions_in_the_hubs_cache_the_one_that_is_named_is_taken_else_the_one_that_is_downloaded(monkeypatch, base, tmp_path):
+    from safetensors.torch import save_file
+    names = []
+    for part in ("unet", "vae"):
+        names += [f"{part}/diffusion_pytorch_model{kind}.safetensors" for kind in ("", ".fp16")]
+        (tmp_path / part).mkdir()
+        (tmp_path / names[-2]).write_bytes((base / names[-2]).read_bytes())
+        save_file({n: t.half() for n, t in load_file(base / names[-2]).items()}, tmp_path / names[-1])
+    Hub(monkeypatch, tmp_path, {}, cached=names)
+    assert [file.path for file in open_sd15("x/y")] == [tmp_path / name for name in names[1::2]]
+    wanted = [file.fingerprint() for file in open_sd15(str(base))]
+    assert [file.path for file in open_sd15("x/y", wanted)] == [tmp_path / name for name in names[::2]]
 
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
