@@ -9,8 +9,6 @@ The number depends on the resizer: --resize pytorch-fid, clean (clean-fid) or tf
 """
 import json
 import sys
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -187,8 +185,8 @@ def open_inception(path=None):
             try:
                 torch.hub.download_url_to_file(URL, str(path), hash_prefix=path.stem[-8:], progress=sys.stderr.isatty())
             except (OSError, RuntimeError) as problem:      # URLError is an OSError; a wrong hash is a RuntimeError
-                raise Fail(f"cannot get the Inception weights ({first_line(problem)}); download that file elsewhere and pass --inception FILE") \
-                    from None
+                raise Fail(f"cannot get the Inception weights ({first_line(problem)}); download that file elsewhere and pass "
+                           "--inception FILE") from None
     return TensorFile(path, lambda name: None if name.startswith("fc.") or name.endswith("num_batches_tracked") else name)
 
 
@@ -305,11 +303,11 @@ def images_of(folder):
     return files
 
 
-def read_set(path, extract, resize, weights):
-    """A folder of images, or an .npz of statistics, -> ImageSet."""
+def read_set(path, extract):
+    """A folder of images, or an .npz of statistics made with the Extractor's weights and resizer, -> ImageSet."""
     path = Path(path)
     if path.suffix == ".npz":
-        return load_set(path, resize, weights)
+        return load_set(path, extract.resize, extract.weights)
     files = images_of(path)
     return ImageSet.of_features(extract(files), [f.relative_to(path).as_posix() for f in files])
 
@@ -326,8 +324,8 @@ def load_set(path, resize, weights):
         with np.load(path, allow_pickle=False) as f:
             data = {key: f[key] for key in ("mu", "sigma", "n", "features", "names", "resize", "weights") if key in f}
         data |= {key: data[key].astype(np.float64) for key in ("mu", "sigma", "features") if key in data}
-        if not all(np.isfinite(data[key]).all() for key in ("mu", "sigma", "features") if key in data):
-            raise ValueError("a number in it is not finite")
+        if not all((np.abs(data[key]) < 1e12).all() for key in ("mu", "sigma", "features") if key in data):
+            raise ValueError("a number in it is not finite, or larger than any feature")
         if data["mu"].ndim != 1 or data["sigma"].shape != 2 * data["mu"].shape:
             raise ValueError(f"mu has the shape {data['mu'].shape}, sigma {data['sigma'].shape}")
         n = int(data["n"]) if "n" in data else None
@@ -338,7 +336,7 @@ def load_set(path, resize, weights):
             raise ValueError(f"features have the shape {features.shape}, n is {n}")
     except FileNotFoundError:
         raise Fail(f"{path}: no such file") from None
-    except (ValueError, KeyError, OSError, EOFError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error) as problem:
+    except Exception as problem:            # whatever numpy, zipfile and zlib make of foreign bytes
         raise Fail(f"{path} holds no statistics of features ({first_line(problem)}); make them with --save") from None
     for key, mine in (("resize", resize), ("weights", weights)):
         if key in data and str(data[key]) != mine:
@@ -418,11 +416,13 @@ def main():
     parser.add_argument("--resize", choices=RESIZERS, default="pytorch-fid", help="whose number to reproduce")
     parser.add_argument("--kid-subset", type=number(int, 2), default=1000, metavar="N",
                         help="images per subset of KID, at most those that there are")
-    parser.add_argument("--inception", metavar="FILE", help="pytorch-fid's weights, .pth or .safetensors (default: torch.hub's cache)")
+    parser.add_argument("--inception", metavar="FILE",
+                        help="pytorch-fid's weights, .pth or .safetensors (default: torch.hub's cache)")
     parser.add_argument("--features", choices=("inception", "encoder"),
-                        help="encoder: those of the run that REAL lies in (default: inception; of a toy run without its weights, encoder)")
+                        help="encoder: of the run that REAL lies in (default: inception; of a toy run without weights, encoder)")
     parser.add_argument("--save", metavar="FILE", help="write the statistics of REAL to this .npz file")
-    parser.add_argument("--json", metavar="FILE", help="write the results to this .json file; - prints them, and all else to stderr")
+    parser.add_argument("--json", metavar="FILE",
+                        help="write the results to this .json file; - prints them, and all else to stderr")
     parser.add_argument("--batch", type=number(int, 1), default=32, help="images at a time")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
@@ -440,10 +440,8 @@ def main():
     if args.json not in (None, "-") and Path(args.json).suffix != ".json":
         raise Fail(f"--json {args.json}: the name must end in .json, or be -")
     say = partial(print, file=sys.stderr if args.json == "-" and parallel.FIRST else sys.stdout)
-    for path in (args.real, *args.fake):        # before any weights are asked for
-        if path.suffix != ".npz" or not path.is_file():
-            images_of(path)
-
+    # before any weights are asked for
+    numbers = [len(images_of(path)) for path in (args.real, *args.fake) if path.suffix != ".npz" or not path.is_file()]
     encoder = encoder_of(args.real)
     if args.features is None:
         args.features = parallel.agreed("encoder" if encoder == "toy" and not inception_at_hand(args.inception) else "inception")
@@ -453,19 +451,16 @@ def main():
         if args.resize != "pytorch-fid":
             raise Fail(f"--resize {args.resize} is for Inception's features; the encoder has a resizer of its own")
     with parallel.first():          # which downloads what is missing
-        extract = Extractor(args.features, open_encoder(encoder) if args.features == "encoder" else args.inception, device, args.resize, args.batch)
+        source = open_encoder(encoder) if args.features == "encoder" else args.inception
+        extract = Extractor(args.features, source, device, args.resize, args.batch)
     resize, weights = extract.resize, extract.weights
-    same_everywhere("weights or images", [weights, [len(images_of(path)) for path in (args.real, *args.fake) if path.suffix != ".npz"]])
-
-    def read(path):
-        return read_set(path, extract, resize, weights)
-
-    real = read(args.real)
+    same_everywhere("weights or images", [weights, numbers])
+    real = read_set(args.real, extract)
     if args.save and parallel.FIRST:
         save_set(args.save, real, resize, weights)
     results = []
     for path in args.fake:
-        fake = read(path)
+        fake = read_set(path, extract)
         if not parallel.FIRST:          # has given its share of the features
             continue
         result = dict(real=str(args.real), fake=str(path), features=args.features, resize=resize, weights=weights)

@@ -58,6 +58,15 @@ class LoRALinear(nn.Module):
             self.weight, self.frozen = self.frozen, None
 
 
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def targets(unet):
+    """{name: linear layer} of Q, K, V and O of every attention, in the order of the network."""
+    attentions = {name: m for name, m in unet.named_modules() if isinstance(m, Attention)}
+    return {f"{name}.{target}": m.get_submodule(target) for name, m in attentions.items() for target in TARGETS}
+
+
 def inject(unet, rank, alpha=None):
     """Wrap to_q, to_k, to_v and to_out.0 of every attention in a LoRALinear; α = r if not given. Changes `unet`.
 
@@ -65,11 +74,8 @@ def inject(unet, rank, alpha=None):
     """
     if rank < 1:
         raise Fail(f"LoRA's rank must be 1 or more, not {rank}")
-    alpha = float(rank) if alpha is None else alpha
-    for attention in [m for m in unet.modules() if isinstance(m, Attention)]:
-        for name in ("to_q", "to_k", "to_v"):
-            setattr(attention, name, LoRALinear(getattr(attention, name), rank, alpha))
-        attention.to_out[0] = LoRALinear(attention.to_out[0], rank, alpha)
+    for name, linear in targets(unet).items():
+        unet.set_submodule(name, LoRALinear(linear, rank, float(rank) if alpha is None else alpha))
     return unet
 
 
@@ -99,8 +105,7 @@ def fold(unet):
         layer.merge()
         linear = nn.Linear(*reversed(layer.weight.shape), bias=layer.bias is not None, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
-        parent, _, child = name.rpartition(".")
-        setattr(unet.get_submodule(parent), child, linear)
+        unet.set_submodule(name, linear)
     return unet
 
 
@@ -122,10 +127,11 @@ def save_adapter(path, unet, projector, header):
     """Write the adapter with `header` ({str: str}) and the shape of its parts; the file appears whole or not at all."""
     layers = list(lora_layers(unet).values())
     rank, alpha = layers[0].A.shape[0], layers[0].scale * layers[0].A.shape[0]
-    peft = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+    peft = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": TARGETS}
     shape = {"rank": str(rank), "alpha": str(alpha)} | {name: str(value) for name, value in projector.shape.items()}
     save_tensors(path, adapter_tensors(unet, projector), {
-        "format": FORMAT, "licence": licence(header.get("base"), header.get("encoder")), "lora_adapter_metadata": json.dumps(peft), **shape, **header})
+        "format": FORMAT, "licence": licence(header.get("base"), header.get("encoder")),
+        "lora_adapter_metadata": json.dumps(peft), **shape, **header})
 
 
 def open_adapter(path):
@@ -137,7 +143,7 @@ def open_adapter(path):
         raise Fail(f"{path}: its header lacks {min(missing)}; write it again with train.py")
     for key in ("resolution", "step"):
         if not file.header.get(key, "").isdecimal():
-            raise Fail(f"{path}: its header has the {key} {file.header.get(key)!r}, which is no number; write it again with train.py")
+            raise Fail(f"{path}: the {key} in its header is {file.header.get(key)!r}, no number; write it again with train.py")
     return file
 
 
@@ -146,7 +152,8 @@ def load_projector(file):
     try:
         with torch.device("meta"):          # whatever sizes a header names take no memory, unless the tensors have them
             projector = Projector.from_header(file.header)
-        projector.load_state_dict({name: file.get(f"lora_projector.{name}") for name in projector.state_dict()}, assign=True)
+        names = [name for name in file.names if name.startswith("lora_projector.")]
+        projector.load_state_dict({name.removeprefix("lora_projector."): file.get(name).float() for name in names}, assign=True)
     except (KeyError, ValueError, RuntimeError) as problem:
         raise Fail(f"{file.path}: its projector is damaged ({first_line(problem)}); write it again with train.py") from None
     return projector.requires_grad_(False)
@@ -159,32 +166,18 @@ def load_adapter(file, unet):
     for the caller to ask of the header's `base_sha256`.
     """
     projector = load_projector(file)
-    try:
-        rank, alpha = int(file.header["rank"]), float(file.header["alpha"])
-        if {shape[:1] for name, shape in file.shapes.items() if name.endswith("lora_A.weight")} != {(rank,)}:
-            raise ValueError(f"the tensors have another rank than {rank}")
-        inject(unet, rank, alpha)
-    except (KeyError, ValueError) as problem:
-        raise Fail(f"{file.path}: its header is damaged ({first_line(problem)}); write it again with train.py") from None
-    wanted = adapter_tensors(unet, projector)
-    wrong = [n for n in wanted.keys() | file.shapes.keys()
-             if n not in wanted or file.shapes.get(n) != tuple(wanted[n].shape)]
-    if wrong:
-        raise Fail(f"{file.path} was trained on another base, {file.header.get('base', 'not named')}: {len(wrong)} tensors "
-                   f"do not fit, such as {min(wrong)}; pass that base with --sd15")
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(file.get(name))
-    unet.requires_grad_(False)
+    load_lora(file.path, unet)
     return projector.to(next(unet.parameters()).device)
 
 
 # ---- the same LoRA in other programs' files ---------------------------------------------------------------------------
 
-_PEFT = re.compile(r"(?:unet\.|base_model\.model\.)?((?:down_blocks|up_blocks|mid_block)\.\S+\.attn[12]\.(?:to_[qkv]|to_out\.0))\."
-                   r"(lora_A|lora_B|lora\.down|lora\.up)\.(?:default\.)?weight")
-_KOHYA = re.compile(r"lora_unet_(down_blocks|up_blocks|mid_block)(?:_(\d+))?_attentions_(\d+)_transformer_blocks_(\d+)_(attn[12])_"
-                    r"(to_[qkv]|to_out_0)\.(lora_down\.weight|lora_up\.weight|alpha)")
+_PEFT = re.compile(
+    r"(?:unet\.|base_model\.model\.)?((?:down_blocks|up_blocks|mid_block)\.\S+\.attn[12]\.(?:to_[qkv]|to_out\.0))\."
+    r"(lora_A|lora_B|lora\.down|lora\.up)\.(?:default\.)?weight")
+_KOHYA = re.compile(
+    r"lora_unet_(down_blocks|up_blocks|mid_block)(?:_(\d+))?_attentions_(\d+)_transformer_blocks_(\d+)_(attn[12])_"
+    r"(to_[qkv]|to_out_0)\.(lora_down\.weight|lora_up\.weight|alpha)")
 
 
 def _place(name):
@@ -201,14 +194,14 @@ def _place(name):
 def read_lora(path):
     """A LoRA of SD1.5's attention by train.py, Diffusers, PEFT or kohya -> {layer: {"A": (r, d_in), "B": (d_out, r), "alpha"}}.
 
-    α is in kohya's tensors, in the header or, with PEFT, in adapter_config.json beside the file; else it is r, as there. A tensor
-    of any other kind (of a convolution, of the text encoder) is an error: without it the LoRA would be another one.
+    α is in kohya's tensors, in the header or, with PEFT, in adapter_config.json beside the file; else it is r, as there. A
+    tensor of any other kind (of a convolution, of the text encoder) is an error: without it the LoRA would be another one.
     """
     file, layers = TensorFile(path), {}
     names = [name for name in file.names if not name.startswith("lora_projector.")]
     if strangers := [name for name in names if _place(name) is None]:
-        raise Fail(f"{path} holds more than LoRA on the attention of a U-Net, such as {min(strangers)}; train it on to_q, to_k, to_v and "
-                   "to_out.0 alone")
+        raise Fail(f"{path} holds more than LoRA on the attention of a U-Net, such as {min(strangers)}; train it on to_q, to_k, "
+                   "to_v and to_out.0 alone")
     for name in names:
         layer, part = _place(name)
         layers.setdefault(layer, {})[part] = file.get(name)
@@ -216,15 +209,16 @@ def read_lora(path):
         raise Fail(f"{path} holds no LoRA")
     try:
         config = Path(path).with_name("adapter_config.json")
-        settings = json.loads(file.header.get("lora_adapter_metadata") or (config.read_text(encoding="utf-8") if config.is_file() else "{}"))
+        beside = config.read_text(encoding="utf-8") if config.is_file() else "{}"
+        settings = json.loads(file.header.get("lora_adapter_metadata") or beside)
         settings = {key.removeprefix("unet."): value for key, value in settings.items()}
         if odd := [key for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if settings.get(key)]:
             raise Fail(f"{path} was trained with {odd[0]}, which is another method than W + (α/r) B A with one rank")
         alpha = settings.get("lora_alpha")
         for layer in layers.values():
             layer["alpha"] = float(layer.get("alpha", len(layer["A"]) if alpha is None else alpha))
-            if not layer["B"].shape[1] == len(layer["A"]):
-                raise ValueError("A and B have different ranks")
+            if layer["B"].shape[1] != len(layer["A"]) or not math.isfinite(layer["alpha"]):
+                raise ValueError("A and B have different ranks, or α is not finite")
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as problem:
         raise Fail(f"{path} is no whole LoRA file ({first_line(problem)}); write it again") from None
     return layers
@@ -232,22 +226,22 @@ def read_lora(path):
 
 def load_lora(path, unet):
     """Inject a LoRA that `read_lora` reads into `unet`, which must have the very layers; frozen, in float32."""
-    found = read_lora(path)
-    ranks = {len(layer["A"]) for layer in found.values()} or {0}
+    found, linears = read_lora(path), targets(unet)
+    ranks = {len(layer["A"]) for layer in found.values()}
     if len(ranks) > 1:
         raise Fail(f"{path} has layers of different ranks: {sorted(ranks)}")
-    layers = lora_layers(inject(unet, *ranks))
-    fits = {name: (layer.A.shape, layer.B.shape) for name, layer in layers.items()}
+    fits = {name: ((*ranks, linear.in_features), (linear.out_features, *ranks)) for name, linear in linears.items()}
     wrong = [n for n in fits.keys() | found.keys() if n not in found or fits.get(n) != (found[n]["A"].shape, found[n]["B"].shape)]
     if wrong:
-        raise Fail(f"{path} does not fit this U-Net: {len(wrong)} layers of its attention are missing or of another shape, such as {min(wrong)}")
+        base = TensorFile(path).header.get("base", "no name is in the file")
+        raise Fail(f"{path} does not fit this base: {len(wrong)} layers of its attention are missing or of another shape, such "
+                   f"as {min(wrong)}; pass the one that it was trained on ({base}) with --sd15")
     with torch.no_grad():
-        for name, layer in layers.items():
+        for name, layer in lora_layers(inject(unet, *ranks)).items():
             layer.A.copy_(found[name]["A"])
             layer.B.copy_(found[name]["B"])
             layer.scale = found[name]["alpha"] / len(layer.A)
-    unet.requires_grad_(False)
-    return unet
+    return unet.requires_grad_(False)
 
 
 def export(path, form, out):
@@ -256,29 +250,34 @@ def export(path, form, out):
     rank, alpha = len(next(iter(found.values()))["A"]), next(iter(found.values()))["alpha"]
     if form != "kohya" and any((len(layer["A"]), layer["alpha"]) != (rank, alpha) for layer in found.values()):
         raise Fail(f"{path} has layers of different rank or α, which a {form} file of ours does not express; export it to kohya")
-    config = {"r": rank, "lora_alpha": alpha, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+    config = {"r": rank, "lora_alpha": alpha, "target_modules": TARGETS}
     tensors, notes = {}, {"licence": header.get("licence", "")}
     if form == "kohya":
-        notes |= {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha), "ss_base_model_version": "sd_v1"}
+        notes |= {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha),
+                  "ss_base_model_version": "sd_v1"}
     elif form == "diffusers":
         notes["lora_adapter_metadata"] = json.dumps({f"unet.{k}": v for k, v in config.items()})
     for name, layer in found.items():
         if form == "kohya":
             name = "lora_unet_" + name.replace(".", "_")
-            tensors |= {f"{name}.lora_down.weight": layer["A"], f"{name}.lora_up.weight": layer["B"], f"{name}.alpha": torch.tensor(layer["alpha"])}
+            tensors |= {f"{name}.lora_down.weight": layer["A"], f"{name}.lora_up.weight": layer["B"],
+                        f"{name}.alpha": torch.tensor(layer["alpha"])}
         else:
             prefix = "unet." if form == "diffusers" else "base_model.model."
             tensors |= {f"{prefix}{name}.lora_{x}.weight": layer[x] for x in "AB"}
     if form == "peft":
-        save_text(out.with_name("adapter_config.json"), json.dumps({"peft_type": "LORA", "bias": "none"} | config, indent=1) + "\n")
+        config = {"peft_type": "LORA", "bias": "none"} | config
+        save_text(out.with_name("adapter_config.json"), json.dumps(config, indent=1) + "\n")
     save_tensors(out, tensors, notes)
 
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("file", type=Path, metavar="FILE", help="an adapter of train.py, or a LoRA file of Diffusers, PEFT or kohya")
+    parser.add_argument("file", type=Path, metavar="FILE",
+                        help="an adapter of train.py, or a LoRA file of Diffusers, PEFT or kohya")
     parser.add_argument("--export", choices=("kohya", "diffusers", "peft"), required=True, help="whose names to write")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: FILE with -kohya and so on in its name; peft: a folder of that name")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="default: FILE with -kohya and so on in its name; peft: a folder of that name")
     args = parser.parse_args()
     out = args.out or args.file.with_name(f"{args.file.stem}-{args.export}" + ("" if args.export == "peft" else ".safetensors"))
     out = out / "adapter_model.safetensors" if args.export == "peft" else out

@@ -12,6 +12,7 @@ import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -19,7 +20,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm import parallel
 from ldm.data import contact_sheet, fit, list_images, load_rgb, thin, to_images
-from ldm.files import Fail, Parser, frozen_dtype, number, pick_device, progress, read_json, run, safe_name, same_everywhere, save_text, whole
+from ldm.files import (Fail, Parser, frozen_dtype, number, pick_device, progress, read_json, run, safe_name, same_everywhere,
+                       save_text, whole)
 from ldm.runs import find, newest_run, patches_of, settings_of
 from ldm.schedule import ddpm_step, timesteps
 from ldm.weights import file_sha256, load_unet, load_vae, open_sd15
@@ -52,7 +54,8 @@ def sample(e, projector, unet, w, steps, seeds, latent):
         if w == 1:
             eps = unet(z, t_batch, c)
         else:
-            eps = guide(*unet(z.repeat(2, 1, 1, 1), t_batch.repeat(2), both).chunk(2), w)   # 5, both in one batch
+            eps_null, eps_c = unet(z.repeat(2, 1, 1, 1), t_batch.repeat(2), both).chunk(2)
+            eps = guide(eps_null, eps_c, w)                                     # 5
         z = ddpm_step(z, eps, noise(), t, previous)                             # 6
     return z                                                                    # 7: `decode` turns z_0 into images
 
@@ -78,27 +81,36 @@ def decode(vae, z0):
     return [image for part in z0.split(4) for image in to_images(vae.decode(part.to(device)))]
 
 
+class Job(NamedTuple):
+    """An image to make: its file, the name of its reference, guidance and seed."""
+    path: Path
+    reference: str
+    w: float
+    seed: int
+
+
 def make_images(jobs, e, unet, projector, vae, steps, latent, batch, fill=False):
-    """Sample and write an image for each of the jobs [(path, reference, w, seed)], e[reference] its embedding.
+    """Sample and write an image for each of the jobs; e[reference]: embedding (d_e,) of a reference.
 
     Batches have one guidance each; where fill, as many images each, for a compiled U-Net. Several processes share the batches
     as they are: in another one an image may round differently. PNGs are written while the next batch is made.
     """
-    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job[2])]
+    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.w)]
     parts = parallel.mine([group[i:i + batch] for group in groups for i in range(0, len(group), batch)])
     with progress(total=sum(map(len, parts)), desc="sampling", unit="image", leave=False) as bar, ThreadPoolExecutor(1) as writer:
         written = []
-        for part in [*parts, []]:
-            images = []
-            if part:
-                filled = (part * batch)[:batch] if fill else part
-                z0 = sample(torch.stack([e[r] for _, r, _, _ in filled]), projector, unet, part[0][2], steps, [seed for *_, seed in filled], latent)
-                images = decode(vae, z0[:len(part)])
+        for part in parts:
+            filled = (part * batch)[:batch] if fill else part
+            z0 = sample(torch.stack([e[job.reference] for job in filled]), projector, unet, part[0].w, steps,
+                        [job.seed for job in filled], latent)
+            images = decode(vae, z0[:len(part)])
             for future in written:
                 future.result()         # raises what went wrong
-            written = [writer.submit(save_image, path, image, reference=r, cfg=w, seed=seed, steps=steps)
-                       for (path, r, w, seed), image in zip(part, images)]
+            written = [writer.submit(save_image, job.path, image, reference=job.reference, cfg=job.w, seed=job.seed, steps=steps)
+                       for job, image in zip(part, images)]
             bar.update(len(part))
+        for future in written:
+            future.result()
     parallel.wait()
 
 
@@ -125,24 +137,30 @@ def save_image(path, image, **text):
 def main():
     parser = Parser(__doc__, prints_results=False)
     what = parser.add_argument_group("what to sample")
-    what.add_argument("--ref", nargs="+", metavar="PATH", help="reference patches: images, or folders of images; also looked for in the run")
+    what.add_argument("--ref", nargs="+", metavar="PATH", 
+                      help="reference patches: images, or folders of images; also looked for in the run")
     what.add_argument("--split", choices=("train", "val", "test"), help="or every patch of this part of the run's split")
     what.add_argument("--label", nargs="+", metavar="CLASS", help="of --split, only patches of these classes")
     what.add_argument("--limit", type=number(int, 1), metavar="N", help="of --split, at most N patches, spread evenly over them")
-    what.add_argument("--cfg", nargs="+", type=number(float, 0), default=[1.3], metavar="W", help="guidance scales (default: 1.3)")
+    what.add_argument("--cfg", nargs="+", type=number(float, 0), default=[1.3], metavar="W",
+                      help="guidance scales (default: 1.3)")
     what.add_argument("--n", type=number(int, 1), default=1, help="samples per reference")
     what.add_argument("--steps", type=number(int, 1, 999), default=30, help="denoising steps")
-    what.add_argument("--seed", type=number(int, 0, 2 ** 62), default=0, help="image i uses seed + i, in the order of references; of --split, of the whole part")
+    what.add_argument("--seed", type=number(int, 0, 2 ** 62), default=0,
+                      help="image i uses seed + i, in the order of references; of --split, of the whole part")
     model = parser.add_argument_group("with which model")
-    model.add_argument("--run", metavar="DIR", help="a run of train.py (default: the newest under runs/); its best adapter is used")
+    model.add_argument("--run", metavar="DIR",
+                       help="a run of train.py (default: the newest under runs/); its best adapter is used")
     model.add_argument("--adapter", metavar="FILE", help="or an adapter file")
     model.add_argument("--sd15", metavar="PATH", help="Stable Diffusion 1.5 (default: the one trained with)")
     model.add_argument("--uni2h", metavar="PATH", help="UNI2-h (default: the one trained with)")
     model.add_argument("--other-base", action="store_true", help="accept a base other than the adapter's, say a float16 copy")
     how = parser.add_argument_group("how")
     how.add_argument("--batch", type=number(int, 1), default=16, help="images at a time; changes them by rounding at most")
-    how.add_argument("--out", metavar="DIR", help="default: samples/stepN[-SPLIT] beside the adapter, N the step it was trained to")
-    how.add_argument("--no-compile", action="store_true", help=f"do not torch.compile the U-Net (it is done on CUDA, from {COMPILE_FROM} images on)")
+    how.add_argument("--out", metavar="DIR",
+                     help="default: samples/stepN[-SPLIT] beside the adapter, N the step it was trained to")
+    how.add_argument("--no-compile", action="store_true",
+                     help=f"do not torch.compile the U-Net (it is done on CUDA, from {COMPILE_FROM} images on)")
     how.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
     if bool(args.ref) == bool(args.split):
@@ -156,7 +174,8 @@ def main():
     size = int(header["resolution"])
     found, chosen = find_references(args, config, adapter.path.parent)
     with parallel.first():          # which downloads what is missing
-        unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"], (header["base_sha256"], header["vae_sha256"]))
+        unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"],
+                                        (header["base_sha256"], header["vae_sha256"]))
         encoder_file = open_encoder(args.uni2h or config.get("uni2h") or header["encoder"])
     base = refuse_others(adapter, unet_file, vae_file, encoder_file, args.other_base)
     part = f"-{args.split}" if args.split else ""
@@ -169,23 +188,23 @@ def main():
     same_everywhere("weights or references", [settings, known])
     place = {r: i for i, r in enumerate(references) if i in chosen}
     references = {r: references[r] for r in place}
-    jobs = [(r, w, args.seed + i * args.n + k) for w in dict.fromkeys(args.cfg) for r, i in place.items() for k in range(args.n)]
     folder_of = {w: out / folder_name(w) for w in args.cfg}
-    path_of = {(r, w, seed): folder_of[w] / f"{r}_seed{seed}_{folder_of[w].name}.png" for r, w, seed in jobs}
+    jobs = [Job(folder / f"{r}_seed{seed}_{folder.name}.png", r, w, seed) for w, folder in folder_of.items()
+            for r, i in place.items() for seed in range(args.seed + i * args.n, args.seed + (i + 1) * args.n)]
     real = {r: out / "real" / f"{r}.png" for r in references}
-    todo = [job for job in jobs if not path_of[job].exists()]
+    todo = [job for job in jobs if not job.path.exists()]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already")
     if todo:
         # all references are read before anything is written, so that a bad one is found first
-        e = embed_all(encoder_file, {r: references[r] for r, _, _ in todo}, args.batch, device)
+        e = embed_all(encoder_file, {job.reference: references[job.reference] for job in todo}, args.batch, device)
         if parallel.FIRST:
             save_text(out / "samples.json", json.dumps(settings | {"references": known}, indent=1, ensure_ascii=False) + "\n")
         unet, projector = load_model(unet_file, adapter, device)
         vae = load_vae(vae_file, device)
         worth = device.type == "cuda" and len(todo) >= COMPILE_FROM and not args.no_compile
-        make_images([(path_of[job], *job) for job in todo], e, torch.compile(unet, dynamic=False) if worth else unet, projector, vae,
-                    args.steps, latent_shape(unet, vae, size), args.batch, fill=worth)
+        network = torch.compile(unet, dynamic=False) if worth else unet
+        make_images(todo, e, network, projector, vae, args.steps, latent_shape(unet, vae, size), args.batch, fill=worth)
     if not parallel.FIRST:
         return
     for r in references:
@@ -193,7 +212,7 @@ def main():
             save_image(real[r], fit(load_rgb(references[r]), size))
     for w, folder in folder_of.items():
         shown = list(references)[::max(1, len(references) // 32)][:32]      # and of each reference seven samples at most
-        rows = [(real[r], *[path_of[job] for job in jobs if job[:2] == (r, w)][:7]) for r in shown]
+        rows = [(real[r], *[job.path for job in jobs if (job.reference, job.w) == (r, w)][:7]) for r in shown]
         sheet = contact_sheet([[load_rgb(path) for path in row] for row in rows])
         save_image(out / f"sheet-{folder.name}.png", sheet)
     first = folder_of[args.cfg[0]]
@@ -224,7 +243,7 @@ def find_adapter(run_folder, path):
 
 
 def find_references(args, config, run_folder):
-    """--ref or --split -> [(name of the reference, with its class's folder, path)] in order, and the places of those to sample."""
+    """--ref or --split -> [(name of the reference, with its class's folder, path)], and the places of those to sample."""
     if args.split:
         found = patches_of(args.split, config, run_folder)
         labels = {patch.label for patch, _ in found}

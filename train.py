@@ -27,7 +27,8 @@ import torch._functorch.config as functorch_config
 from fid import Extractor, frechet_distance_of_features, inception_at_hand
 from ldm import parallel, toy
 from ldm.data import Cache, contact_sheet, describe_split, fit, load_rgb, read_dataset, thin
-from ldm.files import Fail, Parser, first_line, frozen_dtype, number, pick_device, progress, run, safe_name, same_everywhere, save_csv, save_tensors, save_text
+from ldm.files import (Fail, Parser, first_line, frozen_dtype, number, pick_device, progress, run, safe_name, same_everywhere,
+                       save_csv, save_tensors, save_text)
 from ldm.runs import Lock, base_of, claim, model_card, public_name, settings_of, split_of_run
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import write_dataset
@@ -36,7 +37,7 @@ from ldm.vae import draw_latent
 from ldm.weights import BUILT_IN, SD15, TensorFile, load_unet, load_vae, open_sd15
 from lora import inject, lora_parameters, save_adapter
 from projector import UNI2H, Projector, embed, load_encoder, open_encoder
-from sample import is_ours, latent_shape, make_images, name_references, save_image
+from sample import Job, is_ours, latent_shape, make_images, name_references, save_image
 
 DROPOUT = 0.05                                      # of the projector's hidden units
 BETAS = (0.9, 0.999)
@@ -63,17 +64,18 @@ def draw(g, batch, latent, p, hidden):
     """All that one step draws, for a whole batch. latent: (4, h, w); p: of CFG dropout; hidden: (depth-1, d_h)."""
     return SimpleNamespace(
         mirrored=torch.rand(batch, generator=g) < 0.5,
-        posterior=torch.randn(batch, *latent, generator=g),     # the paper does not say whether E(x) is the mean or a draw;
-        noise=torch.randn(batch, *latent, generator=g),         # Diffusers' training scripts draw
-        t=torch.randint(0, T, (batch,), generator=g),           # the paper's {1, ..., T}, counted from 0
-        m=torch.rand(batch, 1, generator=g) < p,
+        posterior=torch.randn(batch, *latent, generator=g),     # E(x) is a draw, as in Diffusers' scripts; the paper does not say
+        noise=torch.randn(batch, *latent, generator=g),         # 5: ε
+        t=torch.randint(0, T, (batch,), generator=g),           # 5: the paper's {1, ..., T}, counted from 0
+        m=torch.rand(batch, 1, generator=g) < p,                # 7
         keep=(torch.rand(hidden[0], batch, hidden[1], generator=g) >= DROPOUT) / (1 - DROPOUT))
 
 
 def part_of(draws, indices):
     """The draws of some images of a batch."""
     indices = list(indices)
-    return SimpleNamespace(**{k: v if v is None else v[:, indices] if k == "keep" else v[indices] for k, v in vars(draws).items()})
+    return SimpleNamespace(**{
+        k: v if v is None else v[:, indices] if k == "keep" else v[indices] for k, v in vars(draws).items()})
 
 
 def draw_validation(n, latent):
@@ -100,11 +102,11 @@ def batch_of_step(seed, step, batch, n):
 def noise_prediction_loss(unet, projector, mean, logvar, e, r):
     """Lines 4 to 10 of Algorithm 1 -> ‖ε - ε_θ(z_t, t, c)‖² of each image, as a mean over its latent, (B,).
 
-    mean, logvar (B, 4, h, w) and e (B, d_e): what the frozen encoders say of the images x. r: what `draw` drew.
+    mean, logvar (B, 4, h, w) and e (B, d_e): what the frozen encoders say of the images x. r: what `draw` drew, lines 5 and 7.
     """
     z0 = draw_latent(mean, logvar, r.posterior)                     # 4: encode to latent space
-    z_t = add_noise(z0, r.noise, r.t)                               # 5, 6: forward diffusion (eq. 1)
-    e = torch.where(r.m, projector.null, e)                         # 7, 8: replace with the null embedding
+    z_t = add_noise(z0, r.noise, r.t)                               # 6: forward diffusion (eq. 1)
+    e = torch.where(r.m, projector.null, e)                         # 8: replace with the null embedding
     c = projector(e, r.keep)                                        # 9: project to cross-attention space (eqs. 3, 4)
     return (r.noise - unet(z_t, r.t, c)).square().mean((1, 2, 3))   # 10: noise prediction loss (eq. 2)
 
@@ -208,7 +210,8 @@ class Trainer:
         moments = {f"{name}/{key}": self.optimizer.state[p][key] for name, p in self.named.items()
                    if p in self.optimizer.state for key in ("exp_avg", "exp_avg_sq")}
         save_tensors(folder / "state.safetensors", {**self.named, **moments}, {
-            "step": str(self.step), "best": repr(self.best), "losses": json.dumps(self.losses), "history": json.dumps(self.history)})
+            "step": str(self.step), "best": repr(self.best), "losses": json.dumps(self.losses),
+            "history": json.dumps(self.history)})
         self.save_log(folder)
 
     def save_log(self, folder):
@@ -242,8 +245,8 @@ class ValidationSamples:
     """
 
     def __init__(self, folder, references, hashes, extract, size, anew):
-        """references: {title: path}. hashes: of the same images, in the cache. anew: write real/ though it is there, and remove from
-        real/ and fake/ what an earlier choice of images left there; whatever else lies there stays.
+        """references: {title: path}. hashes: of the same images, in the cache. anew: write real/ though it is there, and remove
+        from real/ and fake/ what an earlier choice of images left there; whatever else lies there stays.
         """
         self.folder, self.hashes, self.extract = folder, hashes, extract
         self.column = "fid" if extract.kind == "inception" else "fid_encoder"
@@ -264,17 +267,18 @@ class ValidationSamples:
         self.score = self.column if len(references) > 1 else "val_loss"         # the log's column whose lowest value is the best
 
     def draw(self, trainer, vae_file, epoch):
-        """Sample with the weights as they are, image i with seed i; save samples and grid -> the distance, or None of one image."""
+        """Sample with the weights as they are, image i with seed i; save samples and grid -> the distance; of one image None."""
         n, fake = len(self.hashes), list(self.fake.values())
         if not n:
             return None
         e = dict(zip(self.fake, trainer.cache.gather(self.hashes, [False] * n)[2]))
-        jobs = [(path, title, trainer.args.val_cfg, i) for i, (title, path) in enumerate(self.fake.items())]
-        make_images(jobs, e, trainer.network, trainer.projector, load_vae(vae_file, trainer.device), VALIDATION_STEPS, trainer.latent,
-                    trainer.share, fill=trainer.compiled)
+        jobs = [Job(path, title, trainer.args.val_cfg, i) for i, (title, path) in enumerate(self.fake.items())]
+        make_images(jobs, e, trainer.network, trainer.projector, load_vae(vae_file, trainer.device), VALIDATION_STEPS,
+                    trainer.latent, trainer.share, fill=trainer.compiled)
         if parallel.FIRST:
             pairs = thin(list(zip(self.real.values(), fake)), GRID)
-            save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", contact_sheet([[load_rgb(path) for path in pair] for pair in pairs]))
+            grid = contact_sheet([[load_rgb(path) for path in pair] for pair in pairs])
+            save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", grid)
         return frechet_distance_of_features(self.features, self.extract(fake)) if n > 1 else None
 
 
@@ -284,8 +288,9 @@ def parse_args():
     parser = Parser(__doc__, prints_results=False)
     data = parser.add_argument_group("data and weights")
     data.add_argument("--data", metavar="DIR",
-                      help="train.json and test.json as in Chaoyang, a folder per class, or images (default: toy tissue on the toy base)")
-    data.add_argument("--split", default="paper", metavar="HOW", help="paper (pooled, by case, 5398:387:375), official, or a file")
+                      help="train.json and test.json as in Chaoyang, a folder per class, or images (default: toy tissue)")
+    data.add_argument("--split", default="paper", metavar="HOW",
+                      help="paper (pooled, by case, 5398:387:375), official, or a file")
     data.add_argument("--sd15", metavar="PATH", help=f"Diffusers folder, CompVis file, hub repository, or toy (default: {SD15})")
     data.add_argument("--uni2h", default=UNI2H, metavar="PATH", help="folder or file of the weights, hub repository, or toy")
     data.add_argument("--size", type=number(int, 8), default=512, help="side of the images in pixels")
@@ -306,10 +311,13 @@ def parse_args():
     train.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps, the schedule shortened to them")
     train.add_argument("--seed", type=number(int, 0, 2 ** 63), default=0, help="of all that is random, but for the split")
     valid = parser.add_argument_group("validation")
-    valid.add_argument("--val-samples", type=number(int, 0), metavar="N", help="validation images that are sampled for FID and grid (default: all)")
-    valid.add_argument("--val-every", type=number(int, 1), default=1, metavar="K", help="sample at every Kth epoch, and at the last")
+    valid.add_argument("--val-samples", type=number(int, 0), metavar="N",
+                       help="validation images that are sampled for FID and grid (default: all)")
+    valid.add_argument("--val-every", type=number(int, 1), default=1, metavar="K",
+                       help="sample at every Kth epoch, and at the last")
     valid.add_argument("--val-cfg", type=number(float, 0), default=1.5, metavar="W", help="their guidance")
-    valid.add_argument("--features", choices=("inception", "encoder"), help="of the FID (default: inception, but encoder where its weights are not at hand)")
+    valid.add_argument("--features", choices=("inception", "encoder"),
+                       help="of the FID (default: inception, but encoder where its weights are not at hand)")
     valid.add_argument("--inception", metavar="FILE", help="pytorch-fid's weights (default: torch.hub's cache)")
     where = parser.add_argument_group("run")
     where.add_argument("--run", metavar="DIR", help="folder of the run (default: under runs/, named by its settings)")
@@ -373,7 +381,8 @@ def main():
         latent = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), args.size)
         if args.data == toy.DATA:
             print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop, to see the method work.\n"
-                  "For the real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)", flush=True)
+                  "For the real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)",
+                  flush=True)
             data = write_dataset(folder.parent / toy.DATA, **toy.TISSUE)
             patches = read_dataset(data)
         lock = Lock(folder) if parallel.FIRST and folder.is_dir() else None
@@ -424,37 +433,24 @@ def main():
     if parallel.FIRST:
         save_text(folder / "README.md", model_card(folder))         # once more: a run may have been killed after its last commit
     print(f"{folder}: complete after {trainer.step} steps; best {samples.score} {trainer.best:.4f}; peak memory "
-          f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch.png' if references else 'PATCH.png'} --cfg 1.3")
+          f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch' if references else 'PATCH'}.png --cfg 1.3")
 
 
 def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals):
-    """Steps to the end; after each epoch validation, a row of the log and a commit. Leaves with 128 + signal, after a whole step."""
+    """Steps to the end; after each epoch `end_epoch`. Leaves with 128 + signal, after a whole step that is committed."""
     args, device = trainer.args, trainer.device
     with progress(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
         signals.deferred = True
         clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
         while True:
             if trainer.epoch_is_due():
-                speed = (trainer.step - step_then) * args.batch / max(time.perf_counter() - clock, 1e-9) or None
-                signals.deferred = False                # all is committed: to leave while validating or drawing loses nothing
-                signals.leave()
-                row = dict(epoch=math.ceil(trainer.step / trainer.steps_per_epoch), step=trainer.step,
-                           train_loss=sum(trainer.losses) / len(trainer.losses), val_loss=trainer.validation_loss(val_hashes),
-                           **dict(zip(("lr_lora", "lr_projector"), trainer.learning_rates(trainer.step - 1))),
-                           images_per_second=speed and round(speed, 2), peak_memory_gb=round(peak_memory(device), 2))
-                due = row["epoch"] % args.val_every == 0 or trainer.step == trainer.total
-                row[samples.column] = samples.draw(trainer, vae_file, row["epoch"]) if due else None
-                signals.deferred = True
-                score = row[samples.score]
-                if best := score is not None and score < trainer.best:
-                    trainer.best = score
-                spent = trainer.history[-1]["minutes"] if trainer.history else 0
-                row["minutes"] = round(spent + (time.perf_counter() - clock) / 60, 2)
-                trainer.history, trainer.losses = trainer.history + [row], []
-                trainer.commit(folder, header, best)
+                best = trainer.best
+                row = end_epoch(trainer, samples, val_hashes, vae_file, signals, trainer.step - step_then, clock)
+                trainer.commit(folder, header, trainer.best < best)
                 if parallel.FIRST:
                     save_text(folder / "README.md", model_card(folder))
-                bar.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None))
+                words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None]
+                bar.write(" ".join(words))
                 clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
             if trainer.step == trainer.total:
                 break
@@ -472,8 +468,32 @@ def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals
                 sys.exit(128 + stop)
 
 
+def end_epoch(trainer, samples, val_hashes, vae_file, signals, steps, clock):
+    """Validation loss and samples with the weights as they are; adds a row to the history -> the row. Not committed yet.
+
+    steps: how many were taken since `clock`. Where the row's score is the lowest so far it becomes `trainer.best`.
+    """
+    args, seconds = trainer.args, max(time.perf_counter() - clock, 1e-9)
+    signals.deferred = False                # all is committed: to leave while validating or drawing loses nothing
+    signals.leave()
+    row = dict(epoch=math.ceil(trainer.step / trainer.steps_per_epoch), step=trainer.step,
+               train_loss=sum(trainer.losses) / len(trainer.losses), val_loss=trainer.validation_loss(val_hashes),
+               **dict(zip(("lr_lora", "lr_projector"), trainer.learning_rates(trainer.step - 1))),
+               images_per_second=round(steps * args.batch / seconds, 2) or None,
+               peak_memory_gb=round(peak_memory(trainer.device), 2))
+    due = row["epoch"] % args.val_every == 0 or trainer.step == trainer.total
+    row[samples.column] = samples.draw(trainer, vae_file, row["epoch"]) if due else None
+    signals.deferred = True
+    if row[samples.score] is not None:
+        trainer.best = min(trainer.best, row[samples.score])
+    spent = trainer.history[-1]["minutes"] if trainer.history else 0.0
+    row["minutes"] = round(spent + (time.perf_counter() - clock) / 60, 2)
+    trainer.history, trainer.losses = trainer.history + [row], []
+    return row
+
+
 class Signals:
-    """SIGINT and SIGTERM end the program with 130 or 143: at once or, while `deferred`, at `leave`; a second Ctrl-C always at once."""
+    """SIGINT and SIGTERM end the program with 130 or 143: at once or, while `deferred`, at `leave`; a second Ctrl-C at once."""
 
     def __init__(self):
         self.received, self.deferred = 0, False

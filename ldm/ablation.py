@@ -40,13 +40,17 @@ def folder_of(out, row):
 
 def train(out, row, rest):
     """Run train.py for a row; alpha is matched to the rank, as it is by default. Returns its exit code."""
-    flags = dict(rank=row["rank"], tokens=row["tokens"], depth=row["depth"], hidden=row["width"], lr_ratio=row["ratio"], val_cfg=CFG)
+    flags = dict(rank=row["rank"], tokens=row["tokens"], depth=row["depth"], hidden=row["width"], lr_ratio=row["ratio"],
+                 val_cfg=CFG)
     flags = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", value)]
     return call("train.py", *rest, *flags, "--run", folder_of(out, row))
 
 
 def tabulate(out):
-    """The finished rows, sorted by the lowest FID of their epochs -> [{column of Table 6: value}]. Fails if they cannot be compared."""
+    """The finished rows, sorted by the lowest FID of their epochs -> [{column of Table 6: value}].
+
+    Fails where they cannot be compared.
+    """
     table, common = [], {}
     for row in ROWS:
         folder = folder_of(out, row)
@@ -54,20 +58,21 @@ def tabulate(out):
         if log and settings and (int(log[-1]["epoch"]) == settings["epochs"] or int(log[-1]["step"]) == settings["max_steps"]):
             for key in settings.keys() - {*FACTORS, *MAY_CHANGE}:
                 if settings[key] != common.setdefault(key, settings[key]):
-                    raise Fail(f"{folder} was trained with {key} {settings[key]}, other rows with {common[key]}: they cannot be compared; "
-                               "remove it, and train the row again")
+                    raise Fail(f"{folder} was trained with {key} {settings[key]}, other rows with {common[key]}: they cannot be "
+                               "compared; remove it, and train the row again")
             column, best = best_epoch(log)
             shapes = TensorFile(folder / "adapter.safetensors").shapes.values()
             table.append({name: row[name] for name in ("rank", "tokens", "depth", "width", "ratio")} | {
-                "best_epoch": int(best["epoch"]), column: round(float(best[column]), 4), "parameters": sum(map(math.prod, shapes)),
-                "minutes": log[-1]["minutes"], "paper_epoch": row["paper_epoch"], "paper_fid": row["paper_fid"]})
+                "best_epoch": int(best["epoch"]), column: round(float(best[column]), 4),
+                "parameters": sum(map(math.prod, shapes)), "minutes": log[-1]["minutes"], "paper_epoch": row["paper_epoch"], "paper_fid": row["paper_fid"]})
     return sorted(table, key=lambda r: next(value for name, value in r.items() if name.startswith(("fid", "val_loss"))))
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--row", type=number(int, 1, len(ROWS)), metavar="N", help="only this row of the table in ldm/ablation.py, 1 (the baseline) to 12")
+    parser.add_argument("--row", type=number(int, 1, len(ROWS)), metavar="N",
+                        help="only this row of the table in ldm/ablation.py, 1 (the baseline) to 12")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args, rest = parser.parse_known_args()
     rest += ["--quiet"] * args.quiet

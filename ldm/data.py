@@ -166,8 +166,8 @@ def read_dataset(root):
     else:
         names = [_text(path.relative_to(root).as_posix(), root) for path in list_images(root)]
         if names and all("/" in n and n.split("/")[0].lower() in PARTS for n in names):
-            raise Fail(f"{root} has a folder per part ({names[0].split('/')[0]}/...), not one per class: pass one of these folders, "
-                       "or put the classes on top; --split FILE keeps a split of yours")
+            raise Fail(f"{root} has a folder per part ({names[0].split('/')[0]}/...), not one per class: pass one of these "
+                       "folders, or put the classes on top; --split FILE keeps a split of yours")
         patches = [Patch(name, _folder_class(name), _case(name)) for name in names]
     repeated = [name for name, n in Counter(p.name for p in patches).items() if n > 1]
     if repeated:
@@ -312,8 +312,9 @@ def describe_split(split, patches):
     counts = {part: dict(sorted(Counter(by_name[n].label for n in names).items())) for part, names in split.items()}
     cases = {part: {by_name[n].case for n in names} for part, names in split.items()}
     shared = sum(n > 1 for n in Counter(case for part in cases.values() for case in part).values())
-    return json.dumps({"patches": counts, "cases": {part: len(found) for part, found in cases.items()}, "cases_in_several_parts": shared,
-                       **split}, indent=1, ensure_ascii=False) + "\n"
+    numbers = {part: len(found) for part, found in cases.items()}
+    text = {"patches": counts, "cases": numbers, "cases_in_several_parts": shared, **split}
+    return json.dumps(text, indent=1, ensure_ascii=False) + "\n"
 
 
 def thin(items, n):
@@ -378,7 +379,7 @@ class Cache:
                 parallel.wait()
                 self._read_all()
         if lost := [path for h, path in zip(hashes, paths) if h not in self.rows]:
-            raise Fail(f"{lost[0]} is not in the cache {self.folder} of this process: all processes must see the same images and cache")
+            raise Fail(f"{lost[0]} is not in the cache {self.folder} of this process; all must see the same images and cache")
         return hashes
 
     def _write(self, shard, images, encode, embed, size, bar):

@@ -39,13 +39,14 @@ def run(main):
     except OSError as problem:              # disk full, read-only folder, no permission: the message names the file
         sys.exit(_complain(f"{problem.strerror or problem}: {problem.filename or 'no file named'}"))
     except (MemoryError, RuntimeError) as problem:
-        if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or any(
-                sign in str(problem) for sign in ("DefaultCPUAllocator", "out of memory")):      # torch on the CPU, on Apple's GPUs
+        memory = "DefaultCPUAllocator" in str(problem) or "out of memory" in str(problem)      # torch on the CPU, on Apple's GPUs
+        if memory or isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
             sys.exit(_complain(f"out of memory; try a smaller --batch or --size ({first_line(problem)})"))
         if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
             sys.exit(_complain(f"torch.compile cannot compile here; pass --no-compile ({first_line(problem)})"))
         if parallel.WORLD > 1 and (isinstance(problem, torch.distributed.DistError) or "gloo" in str(problem)):
-            sys.exit(_complain("another process has ended, and so this one does; what it said is above. Mend that, and repeat the command to go on"))
+            sys.exit(_complain("another process has ended, and so this one does; what it said is above. Mend that, and repeat "
+                               "the command to go on"))
         raise
     except KeyboardInterrupt:
         sys.exit(130)
@@ -120,7 +121,7 @@ def number(kind, low, high=float("inf"), open_low=False):
 
 
 def pick_device(name="auto"):
-    """'auto' (CUDA, then Apple's MPS, then the CPU) or a name of torch's -> torch.device; under torchrun a GPU for each process."""
+    """'auto' (CUDA, then Apple's MPS, then the CPU) or a name of torch's -> torch.device; under torchrun a GPU each."""
     several = parallel.WORLD > 1
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not several else "cpu"
@@ -140,7 +141,8 @@ def pick_device(name="auto"):
 def same_everywhere(what, value):
     """Fail where this process has found something else than the first one: another file under the same path of another node."""
     if parallel.agreed(value) != value:
-        raise Fail(f"process {parallel.RANK} of {parallel.WORLD} finds other {what} than the first one does; all must see the same files")
+        raise Fail(f"process {parallel.RANK} of {parallel.WORLD} finds other {what} than the first one does; all must see the "
+                   "same files")
 
 
 def progress(*args, **kwargs):

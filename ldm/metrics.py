@@ -35,7 +35,8 @@ def nearest(x, train):
 
 def bootstrap_interval(distance, x, y, repeats=200, level=0.95, seed=0):
     """Interval of distance(x, y) over the choice of the images -> (low, high). Row i of y was made from row i of x, and pairs are
-    resampled: apart, they would spread more than they do. (Patches of one case are no independent choice: it is too narrow for that.)
+    resampled: apart, they would spread more than they do. (Patches of one case are no independent choice: it is too narrow for
+    that.)
 
     A Fréchet distance is quoted as it comes at its n, with the bias of so few images. Resampled sets, which hold images twice,
     have that bias a second time: so only the spread is taken from them, about their own mean, and put around the estimate.
@@ -62,7 +63,8 @@ def fit_linear(x, labels, penalty=1.0):
         log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
         slope = weight[:, None] * (np.exp(log_p) - target)
         gradient = np.hstack([slope.sum(0)[:, None], slope.T @ z + penalty / len(z) * w[:, 1:]])
-        return -(weight * log_p[np.arange(len(z)), y]).sum() + penalty / (2 * len(z)) * np.square(w[:, 1:]).sum(), gradient.ravel()
+        value = -(weight * log_p[np.arange(len(z)), y]).sum() + penalty / (2 * len(z)) * np.square(w[:, 1:]).sum()
+        return value, gradient.ravel()
 
     found = scipy.optimize.minimize(loss, np.zeros(len(names) * (z.shape[1] + 1)), jac=True, method="L-BFGS-B")
     w = found.x.reshape(len(names), -1)

@@ -38,7 +38,7 @@ class Run:
             raise Fail(f"{folder} is no run of train.py with an adapter; pass one")
         self.folder, self.out, self.cfg, self.device, self.size = folder, folder / "report", f"{cfg:g}", device, settings["size"]
         self.settings, self.limit = settings, limit
-        self.samples = self.out / "samples" / file_sha256(folder / "adapter-best.safetensors")[:8]      # another adapter, another folder
+        self.samples = self.out / "samples" / file_sha256(folder / "adapter-best.safetensors")[:8]      # a folder for each adapter
         self.patches = {}           # part -> [(label, name, path)], named as sample.py does
         for part in PARTS:
             found = patches_of(part, settings, folder)
@@ -77,8 +77,8 @@ class Run:
 
     def sample(self, part, cfgs, n=None):
         """Call sample.py, which makes what is missing."""
-        code = call("sample.py", "--quiet", "--run", self.folder, "--split", part, "--cfg", *cfgs, "--out", self.samples / part, "--device", self.device,
-                    *(["--limit", n] if n else []))
+        code = call("sample.py", "--quiet", "--run", self.folder, "--split", part, "--cfg", *cfgs, "--out", self.samples / part,
+                    "--device", self.device, *(["--limit", n] if n else []))
         if code:
             sys.exit(code)              # sample.py has said why
 
@@ -124,13 +124,13 @@ def sweep(run):
         rows.append(dict(guidance=w, n=len(fake), features=run.first.kind, fid=frechet_distance_of_features(real, fake)))
     plot(run.out / "table5.png", rows, "guidance", ["fid"])
     shown = thin(list(zip(run.real("val"), *(run.fake("val", w) for w in SWEEP))), 6)
-    save_image(run.out / "sweep.png", contact_sheet([[load_rgb(path) for path in column] for column in shown], columns=len(SWEEP) + 1))
+    save_image(run.out / "sweep.png", contact_sheet([[load_rgb(path) for path in row] for row in shown], len(SWEEP) + 1))
     return run.write("table5", rows)
 
 
 def test(run):
-    """Table 7: FID of validation and test part, with a 95 % interval and two floors: real images of the training part at the same n,
-    and the part's own images through the VAE"""
+    """Table 7: FID of validation and test part, with a 95 % interval and two floors: real images of the training part at the
+    same n, and the part's own images through the VAE"""
     rows = []
     for space in run.spaces:
         for part in ("val", "test"):
@@ -152,17 +152,17 @@ def classes(run):
             mine = labels == name
             if mine.sum() > 1:
                 mean, std, subset = kid(real[mine], fake[mine])
-                rows.append({"class": name, "features": space.kind, "n": int(mine.sum()), "kid_x1000": 1000 * mean, "std_x1000": 1000 * std,
-                             "subset": subset})
+                rows.append({"class": name, "features": space.kind, "n": int(mine.sum()), "kid_x1000": 1000 * mean,
+                             "std_x1000": 1000 * std, "subset": subset})
     return run.write("table8", rows)
 
 
 def figure5(run):
     """Figure 5: real | synthetic of each class, from the test part"""
-    labels, tiles = run.labels("test"), []
+    labels, real, fake, tiles = run.labels("test"), run.real("test"), run.fake("test"), []
     for name in np.unique(labels):
         i = np.flatnonzero(labels == name)[0]
-        tiles += [(f"{name}: {what}", load_rgb(files[i])) for what, files in (("real", run.real("test")), ("synthetic", run.fake("test")))]
+        tiles += [(f"{name}: real", load_rgb(real[i])), (f"{name}: synthetic", load_rgb(fake[i]))]
     save_image(run.out / "figure5.png", labelled(4, tiles))
     return []
 
@@ -170,13 +170,14 @@ def figure5(run):
 # ---- what the paper wished for -----------------------------------------------------------------------------------------
 
 def fidelity(run):
-    """Fidelity: cosine of a test sample's embedding with its reference's and with other references'; the share whose nearest class
-    centroid (of real training images) is the reference's class, beside the share of the real images themselves"""
-    e, real, fake, labels = run.encoder, run.features(run.encoder, "real", "test"), run.features(run.encoder, "fake", "test"), run.labels("test")
+    """Fidelity: cosine of a test sample's embedding with its reference's and with other references'; the share whose nearest
+    class centroid (of real training images) is the reference's class, beside the share of the real images themselves"""
+    e, labels, train_labels = run.encoder, run.labels("test"), run.labels("train")
+    real, fake, train = run.features(e, "real", "test"), run.features(e, "fake", "test"), run.features(e, "real", "train")
     own, others = metrics.fidelity(fake, real)
-    train, train_labels = run.features(e, "real", "train"), run.labels("train")
-    share = {what: float((metrics.nearest_centroid(train, train_labels, x) == labels).mean()) for what, x in (("samples", fake), ("real", real))}
-    return run.write("fidelity", [dict(n=len(fake), cosine_own=own, cosine_others=others, consistency=share["samples"], consistency_real=share["real"])])
+    ours, theirs = (float((metrics.nearest_centroid(train, train_labels, x) == labels).mean()) for x in (fake, real))
+    return run.write("fidelity", [dict(n=len(fake), cosine_own=own, cosine_others=others, consistency=ours,
+                                       consistency_real=theirs)])
 
 
 def memorisation(run):
@@ -189,12 +190,12 @@ def memorisation(run):
         for name, what in sets.items():
             index, distance = metrics.nearest(run.features(space, *what), train)
             limit = np.quantile(distance, 0.01) if limit is None else limit
-            rows.append({"space": space.kind, "images": name, "n": len(distance), "median": float(np.median(distance)), "lowest": float(distance.min()),
-                         "closer": float((distance < limit).mean())})
+            rows.append({"space": space.kind, "images": name, "n": len(distance), "median": float(np.median(distance)),
+                         "lowest": float(distance.min()), "closer": float((distance < limit).mean())})
             if (space.kind, name) == ("encoder", "samples of train"):
                 paths, nearest = run.fake("train", None, n), run.real("train")
                 closest = [(paths[i], nearest[index[i]]) for i in distance.argsort()[:10]]
-                save_image(run.out / "closest.png", contact_sheet([[load_rgb(path) for path in pair] for pair in closest], columns=4))
+                save_image(run.out / "closest.png", contact_sheet([[load_rgb(path) for path in pair] for pair in closest], 4))
     return run.write("memorisation", rows)
 
 
@@ -205,7 +206,8 @@ def usefulness(run):
     real, fake = run.features(e, "real", "train", n), run.features(e, "fake", "train", None, n)
     labels, test, truth = run.labels("train", n), run.features(e, "real", "test"), run.labels("test")
     rows = []
-    for name, x, y in (("real", real, labels), ("synthetic", fake, labels), ("both", np.concatenate([real, fake]), np.tile(labels, 2)),
+    for name, x, y in (("real", real, labels), ("synthetic", fake, labels),
+                       ("both", np.concatenate([real, fake]), np.tile(labels, 2)),
                        ("all real", run.features(e, "real", "train"), run.labels("train"))):
         recall = metrics.recalls(truth, metrics.fit_linear(x, y)(test))
         rows.append(dict(train=name, n=len(x), test_n=len(test), balanced_accuracy=float(np.mean(list(recall.values()))),
@@ -267,7 +269,8 @@ def main():
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="parts of the report (default: all)")
     parser.add_argument("--cfg", type=number(float, 0), default=1.3, help="guidance of all but the sweep")
-    parser.add_argument("--limit", type=number(int, 8), default=400, metavar="N", help="training images that are sampled from, for usefulness")
+    parser.add_argument("--limit", type=number(int, 8), default=400, metavar="N",
+                        help="training images that are sampled from, for usefulness")
     parser.add_argument("--inception", metavar="FILE", help="pytorch-fid's weights (default: torch.hub's cache)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
@@ -275,7 +278,8 @@ def main():
     for name in args.only:
         rows = SECTIONS[name](finished)
         part = "\n## " + " ".join(SECTIONS[name].__doc__.split()) + "\n\n" + (as_markdown(rows) + "\n" if rows else "")
-        text += part + "".join(f"\n![{name}]({picture})\n" for picture in PICTURES.get(name, ()) if (finished.out / picture).exists())
+        pictures = [picture for picture in PICTURES.get(name, ()) if (finished.out / picture).exists()]
+        text += part + "".join(f"\n![{name}]({picture})\n" for picture in pictures)
         print(part, flush=True)
         save_text(finished.out / ("report.md" if args.only == list(SECTIONS) else f"report-{'-'.join(args.only)}.md"), text)
     save_text(args.run / "README.md", model_card(args.run))         # which includes the whole report

@@ -52,13 +52,14 @@ def find(paths, run=None):
 
 
 def split_of_run(folder, patches, how, started):
-    """The split of a run: that of its split.json, or a new one as `make_split` makes it, which a split.json there must agree with."""
+    """The split of a run: that of its split.json, or a new one by `make_split`, with which a split.json there must agree."""
     path = folder / "split.json"
     split = make_split(patches, how) if not started else None
     if path.exists():
         there = read_split(path, patches)
         if not started and there != split:
-            raise Fail(f"{path} is there and is not the split that --split {how} asks for; to use it, pass --split {path}, else remove it")
+            raise Fail(f"{path} is there and is not the split that --split {how} asks for; to use it, pass --split {path}, else "
+                       "remove it")
         return there
     if split is None:
         raise Fail(f"{path} of this run is gone; restore it, or pass another --run")
@@ -86,11 +87,15 @@ def public_name(source):
     return flag + equals + (value if repository else Path(value).name or value)
 
 
-MAY_CHANGE = {"run", "data", "sd15", "uni2h", "device", "no_compile", "inception", "parameters", "quiet"}      # of a run that goes on
+# Arguments that may be others when a run goes on.
+MAY_CHANGE = {"run", "data", "sd15", "uni2h", "device", "no_compile", "inception", "parameters", "quiet"}
 
 
 class Lock:
-    """Keeps a folder from other processes while this object lives; fails where one of them has it. (Windows has no flock: no lock.)"""
+    """Keeps a folder from other processes while this object lives; fails where one of them has it.
+
+    Windows has no flock, and so no lock.
+    """
 
     def __init__(self, folder):
         self.handle = os.open(folder, os.O_RDONLY) if fcntl else None
@@ -121,7 +126,8 @@ def claim(folder, args, sha256):
     if not parallel.FIRST:
         return
     if not any(folder.glob("[!.]*.safetensors")):
-        save_text(path, json.dumps(dict(args=settings, sha256=sha256, command=sys.argv, environment=environment()), indent=1) + "\n")
+        config = dict(args=settings, sha256=sha256, command=sys.argv, environment=environment())
+        save_text(path, json.dumps(config, indent=1) + "\n")
         return
     there = read_json(path)
     if not all(isinstance(there.get(key), dict) for key in ("args", "sha256")):
@@ -137,7 +143,8 @@ def claim(folder, args, sha256):
 def environment():
     """What a run was made with: {name: version}; git: the program's commit, with a + where files of it are changed."""
     def git(*command):
-        return subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", Path(__file__).parent, *command]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     found = dict(python=platform.python_version(), platform=platform.platform(), processes=parallel.WORLD)
     for name in ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow"):
         try:
@@ -152,7 +159,7 @@ def environment():
 
 
 def best_epoch(log):
-    """The rows of a log.csv -> (column that chose the best adapter, FID where images were sampled, and the row with its lowest value)."""
+    """The rows of a log.csv -> (the column by which the best adapter is chosen, the row with its lowest value)."""
     column = next((name for name in log[0] if name.startswith("fid") and any(row[name] for row in log)), "val_loss")
     return column, min((row for row in log if row[column]), key=lambda row: float(row[column]))
 
@@ -163,25 +170,30 @@ def model_card(folder):
     config, split, log = read_json(folder / "config.json"), read_json(folder / "split.json"), read_csv(folder / "log.csv")
     args, environment = config["args"], config["environment"]
     column, best = best_epoch(log)
-    what = {"fid": f"FID (Inception, resize pytorch-fid, guidance {args['val_cfg']:g}, 30 steps)", "val_loss": "noise prediction loss",
-            "fid_encoder": f"Fréchet distance of the encoder's features (no FID: comparable with nothing else; guidance {args['val_cfg']:g}, 30 steps)"}[column]
-    sampled = None if column == "val_loss" else args["val_samples"]
-    n = len(thin(thin(split["val"], args["limit"]), sampled))
-    counts = "\n".join(f"| {part} | {split['cases'][part]} | {sum(classes.values())} | {', '.join(f'{k} {v}' for k, v in classes.items())} |"
-                       for part, classes in split["patches"].items())
-    names = dict(base=public_name(args["sd15"]), encoder=public_name(args["uni2h"]))
-    terms = "-and-".join(name for source, name in ((args["sd15"], "openrail-m"), (args["uni2h"], "cc-by-nc-nd-4.0")) if source not in BUILT_IN)
-    terms = f"license: other\nlicense_name: {terms}" if terms else "license: mit"
-    adapters = f"`adapter.safetensors`: LoRA of rank {args['rank']} (α {args['alpha']:g}) on Q, K, V and O, projector to {args['tokens']} tokens, null embedding"
+    sampling = f"guidance {args['val_cfg']:g}, 30 steps"
+    what = {"val_loss": "noise prediction loss", "fid": f"FID (Inception, resize pytorch-fid, {sampling})",
+            "fid_encoder": f"Fréchet distance of the encoder's features (no FID, comparable with nothing else; {sampling})"}
+    n = len(thin(thin(split["val"], args["limit"]), None if column == "val_loss" else args["val_samples"]))
+    adapters = (f"`adapter.safetensors`: LoRA of rank {args['rank']} (α {args['alpha']:g}) on Q, K, V and O, projector to "
+                f"{args['tokens']} tokens, null embedding")
     if (folder / "adapter-best.safetensors").exists():      # none before the first samples
         adapters += f"""; the last.
-- `adapter-best.safetensors`: the same with the lowest {what}
+- `adapter-best.safetensors`: the same with the lowest {what[column]}
   on {n} validation patches: **{float(best[column]):.4g}**, epoch {best['epoch']} of {args['epochs']}"""
-    how = {"paper": "pooled, then split by case", "official": "the dataset's own test part, the validation part taken from the rest by case"}.get(
+    names = dict(base=public_name(args["sd15"]), encoder=public_name(args["uni2h"]))
+    terms = dict(sd15="openrail-m", uni2h="cc-by-nc-nd-4.0")
+    terms = "-and-".join(name for key, name in terms.items() if args[key] not in BUILT_IN)
+    terms = f"license: other\nlicense_name: {terms}" if terms else "license: mit"
+    number = {part: sum(classes.values()) for part, classes in split["patches"].items()}
+    of_class = {part: ", ".join(f"{k} {v}" for k, v in classes.items()) for part, classes in split["patches"].items()}
+    counts = "\n".join(f"| {part} | {split['cases'][part]} | {number[part]} | {of_class[part]} |" for part in number)
+    how = {"paper": "pooled, then split by case",
+           "official": "the dataset's own test part, the validation part taken from the rest by case"}.get(
         args["split"], f"split as in `{Path(args['split']).name}`")
     shared = f"cases in more than one part: {split.get('cases_in_several_parts', 'not counted')}"
-    if sum(split["cases"].values()) == sum(sum(classes.values()) for classes in split["patches"].values()):
+    if sum(split["cases"].values()) == sum(number.values()):
         shared = "nothing tells which patches are of one case"
+    rates = f"{args['lr']:g} (LoRA) and {args['lr'] * args['lr_ratio']:g} (projector)"
     report = folder / "report" / "report.md"
     return f"""---
 base_model: {names['base']}
@@ -191,8 +203,9 @@ tags: [lora, stable-diffusion, histopathology, synthetic-data]
 ---
 # {folder.name}
 
-Patches with the morphology of a reference patch: embeddings of the pathology encoder `{names['encoder']}` take the place of the text
-condition of `{names['base']}`, through a projector and LoRA (Kuzmin and Berezsky 2026, https://doi.org/10.15587/2706-5448.2026.355663).
+Patches with the morphology of a reference patch: embeddings of the pathology encoder `{names['encoder']}` take the place
+of the text condition of `{names['base']}`, through a projector and LoRA (Kuzmin and Berezsky 2026,
+https://doi.org/10.15587/2706-5448.2026.355663).
 
 - {adapters}.
 
@@ -213,7 +226,8 @@ Research only: no diagnosis may rest on an image that was made up. An adapter ca
 
 ## Training
 
-{log[-1]['step']} steps ({log[-1]['epoch']} of {args['epochs']} epochs begun), batch {args['batch']}, learning rates {args['lr']:g} (LoRA) and {args['lr'] * args['lr_ratio']:g} (projector), seed {args['seed']}; {log[-1]['minutes']} minutes.
+{log[-1]['step']} steps ({log[-1]['epoch']} of {args['epochs']} epochs begun), batch {args['batch']}, seed {args['seed']},
+learning rates {rates}; {log[-1]['minutes']} minutes.
 Command: `{shlex.join(['python', *map(public_name, config['command'])])}`
 Environment: {', '.join(f'{k} {v}' for k, v in environment.items() if v)}
 Weights (sha256 of the tensors): {', '.join(f'{k} {v[:16]}' for k, v in config['sha256'].items())}

@@ -29,7 +29,8 @@ SD15_SHA256 = {     # of the files of that repository
 
 def licence(base, encoder):
     """What an adapter's header and its model card say of the terms that it stands under."""
-    base = "the toy base (MIT)" if base in BUILT_IN else "Stable Diffusion 1.5 (CreativeML Open RAIL-M, whose use restrictions carry over)"
+    base = ("the toy base (MIT)" if base in BUILT_IN else
+            "Stable Diffusion 1.5 (CreativeML Open RAIL-M, whose use restrictions carry over)")
     encoder = "the toy encoder (MIT)" if encoder in BUILT_IN else "UNI2-h (CC BY-NC-ND 4.0, gated: non-commercial research only)"
     return f"Trained from {base} on embeddings of {encoder} and on your images: their terms apply."
 
@@ -66,7 +67,10 @@ class TensorFile:
         return tensor
 
     def read(self, names):
-        """(name, tensor) of each in turn, mapped. The file is opened anew every 128 MB, so that what is no longer used is unmapped."""
+        """(name, tensor) of each in turn, mapped.
+
+        The file is opened anew every 128 MB, so that what is no longer used is unmapped.
+        """
         f, size = None, math.inf
         for name in names:
             if self._pickled is not None:
@@ -156,7 +160,7 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
 def open_sd15(source, sha256=(None, None)):
     """A Diffusers folder, a CompVis .safetensors file, a Hugging Face repository or "toy" -> (U-Net, VAE) as TensorFiles.
 
-    sha256: fingerprints of the two that a run or an adapter names; where float32 and float16 are both there, the one with it is taken.
+    sha256: the two fingerprints that a run or an adapter names: where float32 and float16 are both there, theirs is taken.
     """
     path = BUILT_IN.get(source, Path(source).expanduser())
     parts = [("unet", str, sha256[0]), ("vae", _vae_attention_name, sha256[1])]

@@ -1,4 +1,4 @@
-"""Ours beside its peers, on this machine and in this run: `python tests/bench.py` or `... train sample fid load cache kept`.
+"""Ours beside its peers, on this machine and in this run: `python tests/bench.py` or `... train sample first fid load cache kept`.
 
     python tests/bench.py train sample --full --size 256 --batch 1      # Stable Diffusion 1.5's widths; on a GPU that is the default
     python tests/bench.py train --cap 12e9                              # GPU: nothing may allocate more than 12 GB
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch._functorch.config as functorch_config
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,8 +35,9 @@ from ldm.data import Cache, list_images, load_rgb                               
 from ldm.files import frozen_dtype, pick_device                                                 # noqa: E402
 from ldm.unet import UNet                                                                       # noqa: E402
 from ldm.vae import VAE                                                                         # noqa: E402
-from lora import fold, inject                                                  # noqa: E402
-from projector import Projector, build_encoder, embed                                           # noqa: E402
+from ldm.weights import open_sd15                                                               # noqa: E402
+from lora import fold, inject, save_adapter                                                     # noqa: E402
+from projector import Projector, build_encoder, embed, open_encoder                             # noqa: E402
 from sample import sample                                                                       # noqa: E402
 from train import Trainer                                                                       # noqa: E402
 
@@ -369,6 +371,53 @@ def loading(args):
         print(f"| U-Net and VAE ready, {size / 1e9:.2f} GB in {dtype} | {name} | {seconds:.2f} s | {ratio} | RAM grows by {peak / 1e9:.2f} GB = {peak / size:.2f}x | |", flush=True)
 
 
+FIRST = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from ldm.data import load_rgb
+from lora import load_projector, open_adapter
+from projector import embed, load_encoder, open_encoder
+device, dtype = torch.device({device!r}), {dtype}
+unet = UNet2DConditionModel.from_pretrained({folder!r}, subfolder="unet", torch_dtype=dtype).to(device)
+vae = AutoencoderKL.from_pretrained({folder!r}, subfolder="vae").to(device, dtype)
+scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
+pipe = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+pipe.load_lora_weights({adapter!r})
+projector, e = load_projector(open_adapter({adapter!r})), embed(load_encoder(open_encoder({folder!r}), device), [load_rgb({image!r})])
+pipe(prompt_embeds=projector(e).to(device, dtype), negative_prompt_embeds=projector(projector.null).to(device, dtype), guidance_scale=1.3,
+     num_inference_steps={steps}, height={size}, width={size}).images[0].save("peer.png")
+"""
+
+
+def first(args):
+    """From the start of the program to its first image on the disk: sample.py, beside a Diffusers pipeline with our projector.
+
+    Both load U-Net, VAE, encoder and adapter; sample.py checks the first three by their hashes.
+    """
+    from diffusers import AutoencoderKL
+    small, dtype = args.width != {}, frozen_dtype(args.device)
+    channels = (32, 64, 128, 128) if small else (128, 256, 512, 512)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        diffusers_unet(argparse.Namespace(**vars(args) | dict(device=torch.device("cpu"))), networks(args), torch.float32).save_pretrained(f"{folder}/unet")
+        AutoencoderKL(sample_size=512, block_out_channels=channels, layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
+                      up_block_types=("UpDecoderBlock2D",) * 4).save_pretrained(f"{folder}/vae")
+        save_file(build_encoder(*(192, 2) if small else ()).state_dict(), f"{folder}/model.safetensors")
+        files = dict(zip(("base", "vae", "encoder"), (*open_sd15(folder), open_encoder(folder))))
+        header = dict(base=folder, encoder=folder, resolution=args.size, step=1) | {f"{part}_sha256": file.fingerprint() for part, file in files.items()}
+        adapter, [image] = f"{folder}/adapter.safetensors", patches(argparse.Namespace(**vars(args) | dict(images=1)), folder)
+        save_adapter(adapter, inject(UNet(**args.width), 4), Projector(d_e=192 if small else 1536), {key: str(value) for key, value in header.items()})
+        code = FIRST.format(root=str(ROOT), device=str(args.device), dtype=dtype, folder=folder, adapter=adapter, image=str(image), steps=args.steps, size=args.size)
+
+        def ours():
+            out = f"{folder}/{time.perf_counter_ns()}"          # sample.py makes no image twice
+            subprocess.run([sys.executable, ROOT / "sample.py", "--adapter", adapter, "--ref", image, "--steps", str(args.steps), "--out", out,
+                            "--device", str(args.device)], check=True, capture_output=True)
+        candidates = {"ours": lambda: ours, "Diffusers": lambda: lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=folder)}
+        report(args, f"program start to first image, {args.size} px, {args.steps} guided steps", "ours", measure(candidates, args), 1)
+
+
 def caching(args):
     """Latents of each image and its mirror image, and embeddings: Cache.fill, beside Diffusers' VAE and timm in batches of four."""
     from diffusers import AutoencoderKL
@@ -462,7 +511,7 @@ def kept(args):
         print(f"| kept for the backward pass, batch 16, 512 px | budget {budget} | {size / 2 ** 30:.2f} GiB | | | {more / 1e12:.2f} TFLOP a step ({more / flop - 1:+.1%}) |", flush=True)
 
 
-WORK = dict(train=train, sample=sampling, fid=distance, load=loading, cache=caching, kept=kept)
+WORK = dict(train=train, sample=sampling, first=first, fid=distance, load=loading, cache=caching, kept=kept)
 
 
 def main():

@@ -51,7 +51,7 @@ def folders(shared, tmp_path_factory):
 
 
 def ours(folders, network, resize):
-    return [fid.read_set(f, lambda files: fid.extract_features(files, network, fid.RESIZERS[resize], CPU, 8), resize, "w")
+    return [fid.read_set(f, lambda files: fid.extract_features(files, network, fid.RESIZERS[resize], CPU, 8))
             for f in folders]
 
 
@@ -230,4 +230,4 @@ def test_mixed_sizes_upper_case_and_subfolders_are_read_and_classes_counted(tmp_
 def test_a_folder_without_two_images_is_refused(tmp_path):
     texture(0).save(tmp_path / "one.png")
     with pytest.raises(Fail, match="holds 1 images"):
-        fid.read_set(tmp_path, None, "clean", "w")
+        fid.read_set(tmp_path, None)

@@ -1,6 +1,7 @@
 """Several processes under torchrun do what one does: same losses and adapter to rounding, same images, same distance."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,26 @@ def test_a_process_that_dies_ends_the_job_which_goes_on_later(small, tmp_path):
     job.send_signal(signal.SIGTERM)         # what a scheduler sends: all processes leave after the same step
     out, _ = finish(job, code=1)
     assert "found, goes on after step" in out and len(read_csv(log)) > done
+
+
+@pytest.mark.slow
+def test_a_node_with_other_weights_than_the_first_one_says_so(small, base, tmp_path):
+    """Two nodes of one process each, whose --sd15 are two folders: the one is a bias apart."""
+    from safetensors.torch import save_file
+    shutil.copytree(base, tmp_path / "other")
+    file = tmp_path / "other/unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    save_file(tensors | {"conv_in.bias": tensors["conv_in.bias"] + 1}, file)
+    jobs = []
+    for rank, sd15 in enumerate((base, tmp_path / "other")):
+        arguments = [*small[:2], "--sd15", sd15, *small[4:], "--run", "runs/x", "--max-steps", 2]
+        environment = dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29431", OMP_NUM_THREADS="1")
+        jobs.append(subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], cwd=tmp_path, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, text=True, env=os.environ | environment))
+    (_, first), (_, second) = (finish(job, code=2) for job in jobs)
+    assert "process 1 of 2 finds other weights than the first one" in second and "another process has ended" in first
+    assert not list(tmp_path.rglob("adapter*"))
 
 
 def test_more_processes_than_images_in_a_batch_are_refused(small, tmp_path):
