@@ -37,7 +37,7 @@ def runs(small, tmp_path_factory):
     """The same training by one process and by two -> their working folders."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     arguments = [*small, "--epochs", 2, "--val-samples", 3, "--run", "runs/x"]
-    process("train.py", *arguments, cwd=one)
+    program("train.py", *arguments, cwd=one)
     out, _ = finish(torchrun(2, "train.py", *arguments, cwd=two))
     assert out.count("Total trainable") == 1            # only the first process speaks
     return one, two

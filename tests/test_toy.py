@@ -144,7 +144,7 @@ def test_the_readmes_three_lines_work_on_what_they_leave_behind(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import socket\ndef no(*a, **k): raise RuntimeError('the network was asked')\nsocket.socket.connect = no\n")
     how = dict(cwd=tmp_path, PYTHONPATH=str(tmp_path), TORCH_HOME=str(tmp_path / "none"))
-    result = process("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 4, "--val-samples", 8, **how)
+    result = process("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 4, "--limit", 40, "--val-samples", 8, **how)
     first = result.stdout.splitlines()[0]
     assert first.startswith("No --data") and "--data FOLDER" in result.stdout
     [run] = (tmp_path / "runs").glob("toy-tissue-64px-r4-t4")
@@ -156,7 +156,7 @@ def test_the_readmes_three_lines_work_on_what_they_leave_behind(tmp_path):
     result = process("fid.py", "real/", "fake/", **how)
     assert float(result.stdout.split("FID ")[1].split()[0]) > 0 and "not Inception's" in result.stdout
     before = {p: p.stat().st_mtime_ns for folder in ("toy-tissue", "cache") for p in (tmp_path / "runs" / folder).rglob("*.*")}
-    again = program("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 4, "--val-samples", 8, cwd=tmp_path)
+    again = program("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 4, "--limit", 40, "--val-samples", 8, cwd=tmp_path)
     assert "goes on after step 4 of 4" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in before} == before
 

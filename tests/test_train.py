@@ -104,9 +104,9 @@ class Memory:
                 torch.stack([row[2] for row in rows]))
 
 
-def trainer(n=8, **changes):
+def trainer(n=8, widths=(32, 64, 64, 64), layers=2, **changes):
     torch.manual_seed(0)
-    unet = inject(UNet((32, 64, 64, 64)).requires_grad_(False), 2)
+    unet = inject(UNet(widths, layers).requires_grad_(False), 2)
     projector = Projector(d_e=12, d_h=16, n_c=2)
     args = SimpleNamespace(**vars(ARGS) | changes)
     return Trainer(args, unet, projector, Memory(n, 12), [(f"{i}.png", f"h{i}") for i in range(n)], (4, 16, 16), torch.device("cpu"))
@@ -385,7 +385,8 @@ def test_the_best_adapter_is_that_of_the_lowest_fid_else_of_the_lowest_loss_and_
     assert find_adapter(tmp_path / "runs/x", None).path.name == "adapter-best.safetensors"
 
 
-def test_samples_are_drawn_at_every_kth_epoch_and_at_the_last(small, tmp_path):
+def test_samples_are_drawn_at_every_kth_epoch_and_at_the_last(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "VALIDATION_STEPS", 2)
     program("train.py", *small, "--epochs", 3, "--val-samples", 2, "--val-every", 2, "--run", "runs/x", cwd=tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "runs/x/log.csv")))
     assert [bool(row["fid_encoder"]) for row in rows] == [False, True, True]
@@ -516,7 +517,7 @@ def test_a_run_without_its_split_or_with_a_damaged_state_is_refused(trained, sma
 
 def test_the_network_is_compiled_once_for_training_and_once_for_validation(monkeypatch):
     """A backend that counts the graphs that it is given: shapes are static, so no later batch brings another."""
-    t, graphs = trainer(n=6, batch=4), []
+    t, graphs = trainer(n=6, widths=(32, 32), layers=1, batch=4), []
 
     def counting(graph, inputs):
         graphs.append(graph)
