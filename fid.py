@@ -334,6 +334,8 @@ def load_set(path, resize, weights):
         features = data["features"] if n and "features" in data and "names" in data else None
         if features is not None and (features.shape != (n, len(data["mu"])) or data["names"].shape != (n,)):
             raise ValueError(f"features have the shape {features.shape}, n is {n}")
+        if features is not None and data["names"].dtype.kind != "U":
+            raise ValueError("its names are no text")
     except FileNotFoundError:
         raise Fail(f"{path}: no such file") from None
     except Exception as problem:            # whatever numpy, zipfile and zlib make of foreign bytes

@@ -142,7 +142,7 @@ def open_adapter(path):
     if missing := {"base", "base_sha256", "vae_sha256", "encoder", "encoder_sha256"} - file.header.keys():
         raise Fail(f"{path}: its header lacks {min(missing)}; write it again with train.py")
     for key in ("resolution", "step"):
-        if not file.header.get(key, "").isdecimal():
+        if not re.fullmatch(r"[0-9]{1,9}", file.header.get(key, "")):
             raise Fail(f"{path}: the {key} in its header is {file.header.get(key)!r}, no number; write it again with train.py")
     return file
 
@@ -154,7 +154,9 @@ def load_projector(file):
             projector = Projector.from_header(file.header)
         names = [name for name in file.names if name.startswith("lora_projector.")]
         projector.load_state_dict({name.removeprefix("lora_projector."): file.get(name).float() for name in names}, assign=True)
-    except (KeyError, ValueError, RuntimeError) as problem:
+        if not all(tensor.isfinite().all() for tensor in projector.state_dict().values()):
+            raise ValueError("a number in it is not finite")
+    except (KeyError, ValueError, TypeError, RuntimeError) as problem:
         raise Fail(f"{file.path}: its projector is damaged ({first_line(problem)}); write it again with train.py") from None
     return projector.requires_grad_(False)
 
@@ -214,12 +216,14 @@ def read_lora(path):
         settings = {key.removeprefix("unet."): value for key, value in settings.items()}
         if odd := [key for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if settings.get(key)]:
             raise Fail(f"{path} was trained with {odd[0]}, which is another method than W + (α/r) B A with one rank")
-        alpha = settings.get("lora_alpha")
+        alpha = settings.get("lora_alpha", file.header.get("alpha"))
         for layer in layers.values():
             layer["alpha"] = float(layer.get("alpha", len(layer["A"]) if alpha is None else alpha))
             if layer["B"].shape[1] != len(layer["A"]) or not math.isfinite(layer["alpha"]):
                 raise ValueError("A and B have different ranks, or α is not finite")
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as problem:
+            if not layer["A"].isfinite().all() or not layer["B"].isfinite().all():
+                raise ValueError("a number in it is not finite")
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as problem:
         raise Fail(f"{path} is no whole LoRA file ({first_line(problem)}); write it again") from None
     return layers
 

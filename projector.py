@@ -5,6 +5,7 @@
 
 σ is SiLU, LN is LayerNorm. The null embedding e_∅ stands in for e before the projection.
 """
+import os
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from ldm.data import fit
 from ldm.files import Fail
-from ldm.weights import BUILT_IN, TensorFile, hub_files, is_hub_name, load
+from ldm.weights import BUILT_IN, TensorFile, hub_files, is_hub_name, load, refuse_numbers
 
 
 class Projector(nn.Module):
@@ -65,7 +66,7 @@ _FILES = ["model.safetensors", "pytorch_model.bin"]
 
 def open_encoder(source=UNI2H):
     """A folder with pytorch_model.bin or model.safetensors, such a file, a Hugging Face repository or "toy" -> TensorFile."""
-    path = BUILT_IN.get(source, Path(source).expanduser())
+    path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
     if path.is_dir():
         found = [path / name for name in _FILES if (path / name).is_file()]
         if not found:
@@ -92,6 +93,7 @@ def build_encoder(width=1536, depth=24):
 
 def load_encoder(file, device="cpu"):
     """The encoder of a TensorFile from `open_encoder` in float32, frozen, as wide and deep as its tensors say."""
+    refuse_numbers(file, f"It does not fit {UNI2H}")
     width = file.shapes.get("patch_embed.proj.weight", (0,))[0]
     depth = len({name.split(".")[1] for name in file.shapes if name.startswith("blocks.")})
     if width < 64 or width % 64 or not depth:

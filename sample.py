@@ -119,7 +119,7 @@ def is_ours(path, reference):
     try:
         with Image.open(path) as image:
             return image.format == "PNG" and image.text.get("reference") == reference
-    except (OSError, ValueError, SyntaxError):
+    except Exception:       # whatever Pillow makes of a damaged file
         return False
 
 

@@ -29,7 +29,7 @@ from ldm import parallel, toy
 from ldm.data import Cache, contact_sheet, describe_split, fit, load_rgb, read_dataset, thin
 from ldm.files import (Fail, Parser, first_line, frozen_dtype, number, pick_device, progress, run, safe_name, same_everywhere,
                        save_csv, save_tensors, save_text)
-from ldm.runs import Lock, base_of, claim, model_card, public_name, settings_of, split_of_run
+from ldm.runs import VALIDATION_STEPS, Lock, base_of, claim, model_card, public_name, settings_of, split_of_run
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import write_dataset
 from ldm.unet import UNet
@@ -43,7 +43,6 @@ DROPOUT = 0.05                                      # of the projector's hidden 
 BETAS = (0.9, 0.999)
 WEIGHT_DECAY = dict(lora=1e-3, projector=1e-4)
 MAX_GRAD_NORM = 1.0         # the paper names no clipping; this is the default of Diffusers' training scripts
-VALIDATION_STEPS = 30       # the paper's denoising steps
 GRID = 8                    # reference | sample pairs of an epoch's picture
 COMMIT_SECONDS = 300
 MEMORY_BUDGET = 0.5         # share of what a compiled step keeps for the backward pass; the rest is computed again. Of SD1.5 at
@@ -231,9 +230,12 @@ class Trainer:
                 if f"{name}/exp_avg" in file.names:
                     state[i] = {"step": torch.tensor(float(self.step))} | {
                         key: file.get(f"{name}/{key}").view_as(p).clone() for key in ("exp_avg", "exp_avg_sq")}
-            if not all(isinstance(row["step"], int) and isinstance(row["minutes"], float) for row in self.history):
-                raise ValueError("its log has no steps")
-        except (KeyError, ValueError, TypeError, RuntimeError) as problem:
+            ends = [0, *(row["step"] for row in self.history), self.step, self.total]
+            rows = all(row.keys() == self.history[0].keys() >= {"epoch", "val_loss"} for row in self.history)
+            numbers = sum(self.losses) + sum(row["minutes"] for row in self.history)
+            if not rows or ends != sorted(ends) or len(self.losses) != self.step - ends[-3] or not math.isfinite(numbers):
+                raise ValueError("its step and its log do not fit")
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as problem:
             raise Fail(f"{path} is damaged ({first_line(problem)}); restore it, or pass another --run") from None
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
@@ -258,7 +260,7 @@ class ValidationSamples:
             for part in (folder / "real", folder / "fake") if anew else ():
                 for path in part.glob("*/*.png"):
                     title = path.relative_to(part).with_suffix("").as_posix()
-                    if title not in references and path.resolve() == part.resolve() / f"{title}.png" and is_ours(path, title):
+                    if title not in references and os.path.realpath(path) == os.path.join(os.path.realpath(part), f"{title}.png") and is_ours(path, title):
                         path.unlink()
             if references:
                 save_image(folder / "patch.png", load_rgb(next(iter(self.real.values()))))
@@ -293,13 +295,13 @@ def parse_args():
                       help="paper (pooled, by case, 5398:387:375), official, or a file")
     data.add_argument("--sd15", metavar="PATH", help=f"Diffusers folder, CompVis file, hub repository, or toy (default: {SD15})")
     data.add_argument("--uni2h", default=UNI2H, metavar="PATH", help="folder or file of the weights, hub repository, or toy")
-    data.add_argument("--size", type=number(int, 8), default=512, help="side of the images in pixels")
+    data.add_argument("--size", type=number(int, 8, 8192), default=512, help="side of the images in pixels")
     data.add_argument("--limit", type=number(int, 1), metavar="N", help="use at most N images of each part")
     model = parser.add_argument_group("model")
-    model.add_argument("--rank", type=number(int, 1), default=8, help="r of LoRA")
+    model.add_argument("--rank", type=number(int, 1, 4096), default=8, help="r of LoRA")
     model.add_argument("--alpha", type=number(float, 0, open_low=True), help="α of LoRA (default: the rank)")
-    model.add_argument("--tokens", type=number(int, 1), default=4, help="condition tokens n_c")
-    model.add_argument("--hidden", type=number(int, 1), default=1024, help="width d_h of the projector")
+    model.add_argument("--tokens", type=number(int, 1, 4096), default=4, help="condition tokens n_c")
+    model.add_argument("--hidden", type=number(int, 1, 65536), default=1024, help="width d_h of the projector")
     model.add_argument("--depth", type=number(int, 2, 3), default=2, help="linear layers of the projector, 2 or 3")
     model.add_argument("--token-norm", action="store_true", help="LayerNorm on the tokens (another reading of Table 2)")
     train = parser.add_argument_group("training")
@@ -308,7 +310,7 @@ def parse_args():
     train.add_argument("--cfg-drop", type=number(float, 0, 1), default=0.1, help="p of the null embedding, per image")
     train.add_argument("--epochs", type=number(int, 1), default=12, help="passes over the training images")
     train.add_argument("--batch", type=number(int, 1), default=16, help="images per step")
-    train.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps, the schedule shortened to them")
+    train.add_argument("--max-steps", type=number(int, 1, 10 ** 9), metavar="N", help="stop after N steps, the schedule shortened to them")
     train.add_argument("--seed", type=number(int, 0, 2 ** 63), default=0, help="of all that is random, but for the split")
     valid = parser.add_argument_group("validation")
     valid.add_argument("--val-samples", type=number(int, 0), metavar="N",
@@ -337,8 +339,10 @@ def parse_args():
         saved = settings_of(args.resume)
         if saved is None:
             raise Fail(f"--resume {args.resume}: no run of train.py is there")
-        parser.set_defaults(**saved | dict(run=args.resume, device="auto", no_compile=False, quiet=False))
-        args = parser.parse_args()
+        mine = ("run", "resume", "device", "no_compile", "quiet")        # of this call, not of the run
+        again = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in saved.items()
+                 if k not in mine and v is not None and v is not False]
+        args = parser.parse_args([*again, *sys.argv[1:], f"--run={args.resume}"])
     if args.data is None and not args.parameters:
         if args.sd15 != "toy":
             raise Fail("pass --data with a folder of patches; only the toy base (--sd15 toy) brings its own")
@@ -351,7 +355,7 @@ def parse_args():
             args.data = toy.DATA                # drawn beside the run, whatever else has this name
             continue
         value, may_be_folder = getattr(args, name), name in ("data", "sd15", "uni2h")
-        path = Path(value or "-").expanduser()
+        path = Path(os.path.expanduser(value or "-"))
         named = name in ("sd15", "uni2h") and value in BUILT_IN
         if not named and (path.is_file() or (path.is_dir() and may_be_folder)):
             setattr(args, name, str(path.resolve()))
@@ -387,6 +391,8 @@ def main():
             patches = read_dataset(data)
         lock = Lock(folder) if parallel.FIRST and folder.is_dir() else None
         started = (folder / "state.safetensors").exists()
+        if not started and (folder / "log.csv").exists():       # written after the first state
+            raise Fail(f"{folder} has lost its state.safetensors, without which the run cannot go on; restore it, or pass another --run")
         split = split_of_run(folder, patches, args.split, started)
         names = {part: thin(split[part], args.limit) for part in ("train", "val")}
 

@@ -157,7 +157,7 @@ def read_dataset(root):
     "all"). The case is the leading number of a name such as 353042_4-IMG005x014-1.JPG, else the name of the folder below
     the class (class/case/patch.png; the same name below two classes is one case), else every patch is its own case.
     """
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
     if not root.is_dir():
         raise Fail(f"{root}: no such folder of patches")
     lists = [root / f"{part}.json" for part in ("train", "test") if (root / f"{part}.json").is_file()]
@@ -212,7 +212,7 @@ def _read_json(path, root):
         if not isinstance(name, str) or "\0" in name:
             raise Fail(f'{path}: entry {i} has no "name"')
         file = root / _text(name, path)
-        if name.startswith("/") or "\\" in name or ".." in name.split("/") or not file.resolve().is_relative_to(inside):
+        if name.startswith("/") or "\\" in name or ".." in name.split("/") or not Path(os.path.realpath(file)).is_relative_to(inside):
             raise Fail(f"{path}: entry {i} names a file outside the folder: {name!r}")
         if not file.is_file():
             raise Fail(f"{path}: entry {i} names {name!r}, which is not there")
@@ -351,14 +351,12 @@ class Cache:
             self._read(path)
 
     def _read(self, path):
-        file = TensorFile(path)
         try:
-            images = json.loads(file.header["images"])
+            file = TensorFile(path)
             shard = [file.get(name) for name in ("mean", "logvar", "embedding")]
-        except (KeyError, ValueError):
-            raise Fail(f"{path} is not a shard of the cache; remove it, it will be made again") from None
-        for i, image in enumerate(images):
-            self.rows[image] = [tensor[i] for tensor in shard]
+            self.rows |= {image: [tensor[i] for tensor in shard] for i, image in enumerate(json.loads(file.header["images"]))}
+        except (Fail, KeyError, ValueError, TypeError, IndexError, RecursionError):
+            raise Fail(f"{path} is no whole shard of the cache; remove it, it will be made again") from None
 
     def fill(self, paths, encoders, size):
         """Add the images that are missing. encoders() -> (encode, embed): called only then, and let go of at the end.

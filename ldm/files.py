@@ -83,11 +83,14 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--quiet", action="store_true", help="no progress bars; print nothing but results and failures")
 
     def parse_known_args(self, *args, **kwargs):
+        for text in sys.argv:
+            if text != text.encode(errors="replace").decode():
+                raise Fail(f"the argument {text!r} is not valid UTF-8; rename the file or folder")
         found, rest = super().parse_known_args(*args, **kwargs)
         global quiet
         quiet = found.quiet
         if quiet and not self.prints_results:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = parallel.silence()
         return found, rest
 
     def error(self, message):
@@ -104,18 +107,16 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help + (" (default: %(default)s)" if shown else "")
 
 
-def number(kind, low, high=float("inf"), open_low=False):
+def number(kind, low, high=10 ** 6, open_low=False):
     """An argparse type: an int or float between low and high; nan is refused, and low itself where open_low."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high or (open_low and value == low) or abs(value) == float("inf"):
+        if value is None or not low <= value <= high or (open_low and value == low):
             article = "a whole number" if kind is int else "a number"
-            bounds = f"above {low}" if open_low else f"from {low}"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {article} {bounds}{'' if high == float('inf') else f' to {high}'}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {article} {'above' if open_low else 'from'} {low} to {high}")
         return value
     return parse
 
@@ -178,8 +179,12 @@ def whole(path):
 
 def save_tensors(path, tensors, header):
     """Write {name: tensor} with a header of strings as one safetensors file, whole or not at all."""
-    with whole(path) as temporary:      # not by the library's `save_file`, whose files their owner alone can read
-        temporary.write_bytes(save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata=header))
+    data = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata=header)
+    size = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps(json.loads(data[8:size]), sort_keys=True).encode()        # the library's order changes from call to call:
+    text += b" " * (-len(text) % 8)                                             # the same content makes the same file
+    with whole(path) as temporary, open(temporary, "wb") as f:
+        f.writelines((len(text).to_bytes(8, "little"), text, memoryview(data)[size:]))
 
 
 def save_text(path, text):

@@ -22,11 +22,16 @@ def start(device):
     """Join the others; of all but the first process nothing is printed but failures."""
     if WORLD > 1:
         if not FIRST:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = silence()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         cuda = device.type == "cuda"
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)
+
+
+def silence():
+    """A stream for what nobody reads, whatever is written to it."""
+    return open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
 def wait():

@@ -19,10 +19,15 @@ except ImportError:         # Windows
     fcntl = None
 
 
+KINDS = {str: ("data", "sd15", "uni2h", "split"), int: ("size", "rank", "tokens", "epochs", "batch", "seed"),
+         (int, float): ("alpha", "lr", "lr_ratio", "val_cfg"), (int, type(None)): ("limit", "max_steps", "val_samples")}
+
+
 def settings_of(folder):
-    """The arguments of the run of train.py in a folder, or None."""
+    """The arguments of the run of train.py in a folder, or None where there is none."""
     settings = read_json(Path(folder) / "config.json").get("args")
-    return settings if isinstance(settings, dict) else None
+    ours = isinstance(settings, dict) and all(isinstance(settings.get(key, ()), kind) for kind, keys in KINDS.items() for key in keys)
+    return settings if ours else None
 
 
 def base_of(folder):
@@ -39,12 +44,13 @@ def newest_run():
 
 def find(paths, run=None):
     """The paths; or, where none of them exists and the run (the newest by default) has all of them, those, and say so."""
-    paths = [Path(path).expanduser() for path in paths]
+    paths = [Path(os.path.expanduser(path)) for path in paths]
     run = run or newest_run()
     if run and not any(path.exists() or path.is_absolute() for path in paths):
         inside = [Path(run) / path for path in paths]
         if all(path.exists() for path in inside):
-            print(f"using {', '.join(map(str, inside))}", file=sys.stderr)
+            if parallel.FIRST:
+                print(f"using {', '.join(map(str, inside))}", file=sys.stderr)
             return inside
         if any(path.exists() for path in inside):
             raise Fail(f"{next(path for path, there in zip(paths, inside) if not there.exists())} is neither here nor in {run}")
@@ -80,12 +86,15 @@ def patches_of(part, config, run_folder):
 def public_name(source):
     """What an adapter's header and the model card say of a source: a hub repository as it is, of a path only its last part.
 
-    The same of an argument --name=source.
+    The same of an argument --name=source. A folder that has the name of a built-in one does not pass for it.
     """
     flag, equals, value = source.partition("=") if source.startswith("--") else ("", "", source)
     repository = is_hub_name(value) and not Path(value).exists()
-    return flag + equals + (value if repository else Path(value).name or value)
+    name = value if repository else Path(value).name or value
+    return flag + equals + (f"./{name}" if name in BUILT_IN and name != value else name)
 
+
+VALIDATION_STEPS = 30       # the paper's denoising steps
 
 # Arguments that may be others when a run goes on.
 MAY_CHANGE = {"run", "data", "sd15", "uni2h", "device", "no_compile", "inception", "parameters", "quiet"}
@@ -98,6 +107,7 @@ class Lock:
     """
 
     def __init__(self, folder):
+        self.handle = None          # where it cannot be opened
         self.handle = os.open(folder, os.O_RDONLY) if fcntl else None
         try:
             if fcntl:
@@ -130,7 +140,7 @@ def claim(folder, args, sha256):
         save_text(path, json.dumps(config, indent=1) + "\n")
         return
     there = read_json(path)
-    if not all(isinstance(there.get(key), dict) for key in ("args", "sha256")):
+    if not all(isinstance(there.get(key), kind) for key, kind in dict(sha256=dict, command=list, environment=dict).items()):
         raise Fail(f"{path} is damaged; restore it, or pass another --run")
     same = settings.keys() - MAY_CHANGE
     for was, now, keys in ((there["args"], settings, same), (there["sha256"], sha256, sha256)):
@@ -170,7 +180,7 @@ def model_card(folder):
     config, split, log = read_json(folder / "config.json"), read_json(folder / "split.json"), read_csv(folder / "log.csv")
     args, environment = config["args"], config["environment"]
     column, best = best_epoch(log)
-    sampling = f"guidance {args['val_cfg']:g}, 30 steps"
+    sampling = f"guidance {args['val_cfg']:g}, {VALIDATION_STEPS} steps"
     what = {"val_loss": "noise prediction loss", "fid": f"FID (Inception, resize pytorch-fid, {sampling})",
             "fid_encoder": f"Fréchet distance of the encoder's features (no FID, comparable with nothing else; {sampling})"}
     n = len(thin(thin(split["val"], args["limit"]), None if column == "val_loss" else args["val_samples"]))
@@ -190,6 +200,7 @@ def model_card(folder):
     how = {"paper": "pooled, then split by case",
            "official": "the dataset's own test part, the validation part taken from the rest by case"}.get(
         args["split"], f"split as in `{Path(args['split']).name}`")
+    limit = f" No more than {args['limit']} patches of train and of val are used." if args["limit"] else ""
     shared = f"cases in more than one part: {split.get('cases_in_several_parts', 'not counted')}"
     if sum(split["cases"].values()) == sum(number.values()):
         shared = "nothing tells which patches are of one case"
@@ -218,7 +229,7 @@ Research only: no diagnosis may rest on an image that was made up. An adapter ca
 
 ## Data
 
-`{Path(args['data']).name}`, {args['size']} px; {how}; {shared}.
+`{Path(args['data']).name}`, {args['size']} px; {how}; {shared}.{limit}
 
 | part | cases | patches | classes |
 |---|---|---|---|
@@ -230,7 +241,7 @@ Research only: no diagnosis may rest on an image that was made up. An adapter ca
 learning rates {rates}; {log[-1]['minutes']} minutes.
 Command: `{shlex.join(['python', *map(public_name, config['command'])])}`
 Environment: {', '.join(f'{k} {v}' for k, v in environment.items() if v)}
-Weights (sha256 of the tensors): {', '.join(f'{k} {v[:16]}' for k, v in config['sha256'].items())}
+Hashes (sha256) of the weights' tensors and of all image files: {', '.join(f'{k} {v[:16]}' for k, v in config['sha256'].items())}
 
 ## Licence
 

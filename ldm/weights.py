@@ -5,6 +5,7 @@ named `query` (the official float32 file), and one CompVis file (`model.diffusio
 """
 import hashlib
 import math
+import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -124,7 +125,7 @@ def _unpickle(path):
     except Exception as problem:            # whatever an unpickler makes of foreign bytes
         raise Fail(f"{path} is not a plain file of tensors, or is truncated ({first_line(problem)}); "
                    "download it again, or pass a .safetensors file") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
         raise Fail(f"{path} holds no state dict of tensors; pass the file that holds only the weights")
     return state
 
@@ -135,8 +136,11 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     Built on the meta device and filled tensor by tensor: memory peaks at the network's size in `dtype` plus one tensor,
     and nothing is copied where the file has the wanted dtype and the device is the CPU. hint: what to do on a mismatch.
     """
-    with torch.device("meta"):
-        network = build()
+    try:
+        with torch.device("meta"):
+            network = build()
+    except (AssertionError, ValueError, RuntimeError) as problem:
+        raise Fail(f"{file.path}: no network has tensors of these shapes ({first_line(problem)}). {hint}") from None
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     missing = [n for n in wanted if n not in file.shapes]
     unexpected = [n for n in file.shapes if n not in wanted]
@@ -162,7 +166,7 @@ def open_sd15(source, sha256=(None, None)):
 
     sha256: the two fingerprints that a run or an adapter names: where float32 and float16 are both there, theirs is taken.
     """
-    path = BUILT_IN.get(source, Path(source).expanduser())
+    path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
     parts = [("unet", str, sha256[0]), ("vae", _vae_attention_name, sha256[1])]
     if path.is_file():
         files = [TensorFile(path, _compvis_unet_name), TensorFile(path, _compvis_vae_name)]
@@ -177,6 +181,8 @@ def open_sd15(source, sha256=(None, None)):
     else:
         raise Fail(f"--sd15 {source}: no such folder or file; pass a Diffusers folder, a CompVis .safetensors file, or a "
                    f"Hugging Face repository such as {SD15}")
+    for file in files:
+        refuse_numbers(file, _HINT)
     _refuse_other_models(files[0])
     return files
 
@@ -209,6 +215,12 @@ def _geometry(file, prefix):
     if not channels or any(c % 32 for c in channels):
         raise Fail(f"{file.path}: no {prefix}.*.resnets with widths that are multiples of 32. {_HINT}")
     return tuple(channels), layers
+
+
+def refuse_numbers(file, hint):
+    """Fail where a tensor is a single number: none of the networks' is."""
+    if names := [name for name, shape in file.shapes.items() if not shape]:
+        raise Fail(f"{file.path}: {min(names)} has no dimensions. {hint}")
 
 
 def _refuse_other_models(unet):
@@ -292,7 +304,9 @@ def _compvis_vae_name(name):
 # ---- the Hugging Face hub ------------------------------------------------------------------------------------------
 
 def is_hub_name(source):
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None
+    """Whether this is a name of a repository, owner/name, by the hub's rules."""
+    name = str(source)
+    return re.fullmatch(r"\b[\w.-]+\b/\b[\w.-]{1,96}\b", name) is not None and not re.search(r"--|\.\.|\.git$", name)
 
 
 def hub_files(repository, candidates, sha256=None, gated=""):

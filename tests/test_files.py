@@ -8,13 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, texture
+from conftest import ROOT, program, texture
+from PIL import PngImagePlugin
 from safetensors.torch import load_file
 
 import train
 from ldm import data, parallel
 from ldm.files import Fail, pick_device, run, same_everywhere, save_tensors, save_text
 from ldm.runs import public_name
+from ldm.weights import TensorFile, is_hub_name, load_unet, open_sd15
+from projector import load_encoder, open_encoder
+from sample import is_ours, save_image
 
 
 def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
@@ -85,9 +89,88 @@ def test_a_process_that_sees_other_files_than_the_first_one_says_so(tmp_path, mo
 
 @pytest.mark.parametrize("source, public", [
     ("owner/name", "owner/name"), ("/gone/to/weights", "weights"), ("--data=/home/someone/patches", "--data=patches"), ("--data=/a=b/c", "--data=c"),
-    ("--rank", "--rank"), ("1.5", "1.5"), ("chaoyang/", "chaoyang"), ("toy", "toy"), ("--sd15=owner/name", "--sd15=owner/name")])
+    ("--rank", "--rank"), ("1.5", "1.5"), ("chaoyang/", "chaoyang"), ("toy", "toy"), ("--sd15=owner/name", "--sd15=owner/name"), ("/mine/toy", "./toy")])
 def test_of_a_path_no_more_than_its_end_is_told(source, public):
     assert public_name(source) == public
+
+
+def test_the_same_content_makes_the_same_file(tmp_path):
+    """The library's own order of a header changes from call to call."""
+    for k in range(8):
+        save_tensors(tmp_path / f"{k}.safetensors", {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.bfloat16)}, {f"key{i}": f"α{i}" for i in range(9)})
+    [content] = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert int.from_bytes(content[:8], "little") % 8 == 0
+    file = TensorFile(tmp_path / "0.safetensors")
+    assert file.header["key3"] == "α3" and torch.equal(file.get("b"), torch.ones(3)) and file.get("a").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name, ours", [
+    ("stable-diffusion-v1-5/stable-diffusion-v1-5", True), ("MahmoodLab/UNI2-h", True), ("../weights", False), ("models/sd15..x", False), ("a--b/c", False),
+    ("a/b/c", False), ("./x", False), ("x", False), ("a/b.git", False), ("-a/b", False)])
+def test_a_mistyped_path_is_not_taken_for_a_repository(name, ours):
+    """By the rules of the hub's own client."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+    try:
+        validate_repo_id(name)
+        theirs = "/" in name
+    except HFValidationError:
+        theirs = False
+    assert is_hub_name(name) == theirs == ours
+
+
+@pytest.mark.parametrize("program_, arguments", [
+    ("train.py", ["--data", "~nobody-of-this-name/x"]), ("train.py", ["--data", "x", "--sd15", "../nowhere"]), ("train.py", ["--data", "x", "--uni2h", "../nowhere"]),
+    ("train.py", ["--run", "runs/\udcff"]), ("train.py", ["--hidden", "1" + 18 * "0"]), ("train.py", ["--rank", "1" + 19 * "0"]), ("train.py", ["--size", "6400000000"]),
+    ("train.py", ["--lr", "1e300"]), ("train.py", ["--batch", "1" + 19 * "0"]), ("sample.py", ["--ref", "~nobody-of-this-name"]), ("fid.py", ["~real", "~fake"])])
+def test_odd_arguments_end_in_one_line_and_leave_nothing(program_, arguments, dataset, tmp_path):
+    if "x" in arguments:
+        arguments = [dataset if argument == "x" else argument for argument in arguments]
+    result = program(program_, *arguments, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shapes", [{"conv_in.weight": ()}, {"down_blocks.0.resnets.0.conv1.weight": ()}, {"patch_embed.proj.weight": (), "blocks.0.x": (1,)},
+                                    {"patch_embed.proj.weight": (64, 3, 14, 14), "blocks.": (1,)}, {0: (1,)}])
+def test_weights_with_odd_tensors_are_refused(shapes, tmp_path):
+    for path in (tmp_path / "unet/diffusion_pytorch_model.safetensors", tmp_path / "vae/diffusion_pytorch_model.safetensors"):
+        path.parent.mkdir()
+        save_tensors(path, {str(name): torch.ones(shape) for name, shape in shapes.items()}, {})
+    torch.save({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Fail):
+        load_unet(open_sd15(str(tmp_path))[0], "meta")
+    with pytest.raises(Fail):
+        load_encoder(open_encoder(str(tmp_path)), "meta")
+
+
+@pytest.mark.parametrize("images, cut", [("5", 0), ('["a", "b", "c"]', 0), ('[["a"], "b"]', 0), ("[" * 9999, 0), ('["a", "b"]', 9)])
+def test_a_damaged_shard_of_the_cache_is_named(images, cut, tmp_path):
+    cache = data.Cache(tmp_path, "vae", "encoder", 64)
+    path = cache.folder / "x.safetensors"
+    save_tensors(path, {name: torch.ones(2, 2, 4, 8, 8) for name in ("mean", "logvar", "embedding")}, {"images": images})
+    path.write_bytes(path.read_bytes()[:path.stat().st_size - cut])
+    with pytest.raises(Fail, match="x.safetensors is no whole shard of the cache; remove it"):
+        data.Cache(tmp_path, "vae", "encoder", 64)
+
+
+def test_a_list_that_names_a_link_to_itself_is_refused(tmp_path):
+    os.symlink("loop.png", tmp_path / "loop.png")
+    (tmp_path / "train.json").write_text('[{"name": "loop.png", "label": 0}]')
+    with pytest.raises(Fail, match="loop.png"):
+        data.read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("problem", [OSError, IndexError, OverflowError, MemoryError, SyntaxError])
+def test_a_damaged_picture_is_not_ours(problem, tmp_path, monkeypatch):
+    """Whatever Pillow raises when it looks for the text: of these it did, on PNGs with changed bytes."""
+    save_image(tmp_path / "a.png", texture(0, 32), reference="a")
+    assert is_ours(tmp_path / "a.png", "a") and not is_ours(tmp_path / "a.png", "b")
+
+    def text(image):
+        raise problem
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "text", property(text))
+    assert not is_ours(tmp_path / "a.png", "a")
 
 
 def test_a_folder_of_patches_may_be_called_toy(tmp_path, monkeypatch):

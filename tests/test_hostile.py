@@ -154,7 +154,7 @@ def state(tmp_path_factory):
     """A Trainer after two steps, with a row in its log, and the bytes of its state."""
     folder, t = tmp_path_factory.mktemp("state"), trainer(n=6)
     t.train_step(), t.train_step()
-    t.history = [{"epoch": 1, "step": 2, "minutes": 0.1}]
+    t.history, t.losses = [{"epoch": 1, "step": 2, "val_loss": 0.5, "minutes": 0.1}], []
     t.commit(folder, HEADER)
     return t, (folder / "state.safetensors").read_bytes()
 

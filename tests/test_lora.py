@@ -12,7 +12,7 @@ from ldm.files import Fail
 from ldm.unet import UNet
 from ldm.weights import licence
 from lora import (adapter_tensors, export, fold, inject, load_adapter, load_lora, lora_layers, lora_parameters, merge, open_adapter,
-                  save_adapter, unmerge)
+                  read_lora, save_adapter, unmerge)
 from projector import Projector
 
 CHANNELS = (32, 64, 128, 128)
@@ -200,6 +200,34 @@ def fresh_unet(diffusers_networks):
     unet = UNet(CHANNELS)
     unet.load_state_dict(diffusers_networks[0].float().state_dict())
     return unet.requires_grad_(False)
+
+
+def test_without_its_metadata_an_adapter_keeps_its_alpha(adapter, unet, tmp_path):
+    path, _ = adapter
+    file = open_adapter(path)
+    header = {key: value for key, value in file.header.items() if key != "lora_adapter_metadata"}
+    save_file({name: file.get(name) for name in file.names}, tmp_path / "x.safetensors", header)
+    assert {layer["alpha"] for layer in read_lora(tmp_path / "x.safetensors").values()} == {2.0}
+
+
+@pytest.mark.parametrize("name", ["lora_projector.out.bias", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight"])
+def test_an_adapter_with_a_number_that_is_none_is_refused(name, adapter, tmp_path):
+    """Its images would be black."""
+    file = open_adapter(adapter[0])
+    tensors = {n: file.get(n).clone() for n in file.names}
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, tmp_path / "x.safetensors", file.header)
+    with pytest.raises(Fail, match="not finite"):
+        load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
+
+
+@pytest.mark.parametrize("change", [{"hidden": "1" + 19 * "0"}, {"tokens": "1" + 20 * "0"}, {"step": "9" * 5000},
+                                    {"lora_adapter_metadata": '{"unet.lora_alpha": 1' + 400 * "0" + "}"}])
+def test_a_header_with_a_number_beyond_measure_is_refused(change, adapter, tmp_path):
+    file = open_adapter(adapter[0])
+    save_file({n: file.get(n) for n in file.names}, tmp_path / "x.safetensors", file.header | change)
+    with pytest.raises(Fail):
+        load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])

@@ -477,12 +477,12 @@ def test_a_run_with_other_settings_is_not_overwritten(other, trained, small, mon
     assert (trained / "config.json").read_bytes() == before
 
 
-def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(tmp_path):
-    args = SimpleNamespace(rank=4, run="x")
+def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(trained, tmp_path):
+    args = SimpleNamespace(**json.loads((trained / "config.json").read_text())["args"] | dict(rank=4))
     claim(tmp_path, args, {"vae": "1"})
     args.rank = 8
     claim(tmp_path, args, {"vae": "1"})
-    assert settings_of(tmp_path) == {"rank": 8, "run": "x"}
+    assert settings_of(tmp_path)["rank"] == 8
     (tmp_path / "adapter-best.safetensors").touch()
     args.rank = 16
     with pytest.raises(train.Fail, match="rank 8, not 16"):
@@ -490,7 +490,7 @@ def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(
     (tmp_path / "config.json").write_text('{"architecture": "vit"}')
     with pytest.raises(train.Fail, match="not of a run"):
         claim(tmp_path, args, {"vae": "1"})
-    (tmp_path / "config.json").write_text('{"args": {}, "sha256": null}')
+    (tmp_path / "config.json").write_text(json.dumps({"args": vars(args), "sha256": None}))
     with pytest.raises(train.Fail, match="damaged"):
         claim(tmp_path, args, {"vae": "1"})
 
@@ -511,8 +511,55 @@ def test_a_run_without_its_split_or_with_a_damaged_state_is_refused(trained, sma
     arguments = [*small, "--epochs", 2, "--val-samples", 2, "--run", "runs/x"]
     train.save_tensors(copy / "state.safetensors", {"a": torch.ones(1)}, {"step": "1"})
     assert "is damaged" in program("train.py", *arguments, cwd=tmp_path, check=False).stderr
+    (copy / "state.safetensors").unlink()
+    before = (copy / "adapter.safetensors").read_bytes()
+    assert "lost its state" in program("train.py", *arguments, cwd=tmp_path, check=False).stderr
+    assert (copy / "adapter.safetensors").read_bytes() == before
+    shutil.copy(trained / "state.safetensors", copy)
     (copy / "split.json").unlink()
     assert "is gone" in program("train.py", *arguments, cwd=tmp_path, check=False).stderr
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c["args"].update(epochs=None), lambda c: c["args"].update(data=5), lambda c: c["args"].update(sd15=[1]), lambda c: c["args"].update(split=None),
+    lambda c: c["args"].update(limit="a"), lambda c: c.pop("environment"), lambda c: c.update(command="train.py"), lambda c: c.update(args=[]),
+    lambda c: c["args"].update(lr="fast"), lambda c: c["args"].update(depth=9)])
+def test_a_run_with_a_damaged_config_is_refused_in_one_line(change, trained, dataset, tmp_path):
+    import shutil
+    copy = shutil.copytree(trained, tmp_path / "runs/x")
+    config = json.loads((copy / "config.json").read_text())
+    change(config)
+    (copy / "config.json").write_text(json.dumps(config))
+    result = program("train.py", "--resume", "runs/x", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+@pytest.mark.parametrize("change", [
+    dict(losses="[]", history="[]"), dict(losses='["a"]'), dict(step="99"), dict(step="1"), dict(history='[{"step": 2}]'), dict(history="[1]"), dict(losses="[NaN]"),
+    dict(history='[{"epoch": 1, "step": 2, "val_loss": 1, "minutes": "x"}]')])
+def test_a_state_whose_log_does_not_fit_its_step_is_refused(change, tmp_path):
+    t = trainer()
+    for _ in range(3):
+        t.train_step()
+    t.history, t.losses = [{"epoch": 1, "step": 2, "val_loss": 1.0, "minutes": 0.1}], t.losses[2:]
+    t.commit(tmp_path, {})
+    file = train.TensorFile(tmp_path / "state.safetensors")
+    trainer().restore(file.path)
+    train.save_tensors(file.path, {name: file.get(name) for name in file.names}, file.header | change)
+    with pytest.raises(train.Fail, match="is damaged"):
+        trainer().restore(file.path)
+
+
+def test_a_resumed_run_has_its_own_settings_to_the_last_digit(small, tmp_path, monkeypatch):
+    """Zeros and what is left out among them; what is of one call only is not taken over."""
+    monkeypatch.chdir(tmp_path)
+    given = [*small, "--seed", 0, "--lr", 0.1 + 0.2, "--lr-ratio", 0, "--cfg-drop", 0, "--val-samples", 0, "--token-norm", "--no-compile", "--run", "runs/x"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, given)])
+    first = train.parse_args()
+    (tmp_path / "runs/x").mkdir(parents=True)
+    (tmp_path / "runs/x/config.json").write_text(json.dumps({"args": vars(first)}))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "runs/x"])
+    assert vars(train.parse_args()) == vars(first) | dict(resume="runs/x", no_compile=False)
 
 
 def test_the_network_is_compiled_once_for_training_and_once_for_validation(monkeypatch):
