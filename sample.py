@@ -137,7 +137,7 @@ def save_image(path, image, **text):
 def main():
     parser = Parser(__doc__, prints_results=False)
     what = parser.add_argument_group("what to sample")
-    what.add_argument("--ref", nargs="+", metavar="PATH", 
+    what.add_argument("--ref", nargs="+", metavar="PATH",
                       help="reference patches: images, or folders of images; also looked for in the run")
     what.add_argument("--split", choices=("train", "val", "test"), help="or every patch of this part of the run's split")
     what.add_argument("--label", nargs="+", metavar="CLASS", help="of --split, only patches of these classes")

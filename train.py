@@ -260,7 +260,8 @@ class ValidationSamples:
             for part in (folder / "real", folder / "fake") if anew else ():
                 for path in part.glob("*/*.png"):
                     title = path.relative_to(part).with_suffix("").as_posix()
-                    if title not in references and os.path.realpath(path) == os.path.join(os.path.realpath(part), f"{title}.png") and is_ours(path, title):
+                    linked = os.path.realpath(path) != os.path.join(os.path.realpath(part), f"{title}.png")
+                    if title not in references and not linked and is_ours(path, title):
                         path.unlink()
             if references:
                 save_image(folder / "patch.png", load_rgb(next(iter(self.real.values()))))
@@ -310,7 +311,8 @@ def parse_args():
     train.add_argument("--cfg-drop", type=number(float, 0, 1), default=0.1, help="p of the null embedding, per image")
     train.add_argument("--epochs", type=number(int, 1), default=12, help="passes over the training images")
     train.add_argument("--batch", type=number(int, 1), default=16, help="images per step")
-    train.add_argument("--max-steps", type=number(int, 1, 10 ** 9), metavar="N", help="stop after N steps, the schedule shortened to them")
+    train.add_argument("--max-steps", type=number(int, 1, 10 ** 9), metavar="N",
+                       help="stop after N steps, the schedule shortened to them")
     train.add_argument("--seed", type=number(int, 0, 2 ** 63), default=0, help="of all that is random, but for the split")
     valid = parser.add_argument_group("validation")
     valid.add_argument("--val-samples", type=number(int, 0), metavar="N",
@@ -392,7 +394,8 @@ def main():
         lock = Lock(folder) if parallel.FIRST and folder.is_dir() else None
         started = (folder / "state.safetensors").exists()
         if not started and (folder / "log.csv").exists():       # written after the first state
-            raise Fail(f"{folder} has lost its state.safetensors, without which the run cannot go on; restore it, or pass another --run")
+            raise Fail(f"{folder} has lost its state.safetensors, without which the run cannot go on; restore it, or pass "
+                       "another --run")
         split = split_of_run(folder, patches, args.split, started)
         names = {part: thin(split[part], args.limit) for part in ("train", "val")}
 
@@ -439,7 +442,7 @@ def main():
     if parallel.FIRST:
         save_text(folder / "README.md", model_card(folder))         # once more: a run may have been killed after its last commit
     print(f"{folder}: complete after {trainer.step} steps; best {samples.score} {trainer.best:.4f}; peak memory "
-          f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch' if references else 'PATCH'}.png --cfg 1.3")
+          f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch' if references else 'PATCH'}.png")
 
 
 def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals):

@@ -64,7 +64,8 @@ def tabulate(out):
             shapes = TensorFile(folder / "adapter.safetensors").shapes.values()
             table.append({name: row[name] for name in ("rank", "tokens", "depth", "width", "ratio")} | {
                 "best_epoch": int(best["epoch"]), column: round(float(best[column]), 4),
-                "parameters": sum(map(math.prod, shapes)), "minutes": log[-1]["minutes"], "paper_epoch": row["paper_epoch"], "paper_fid": row["paper_fid"]})
+                "parameters": sum(map(math.prod, shapes)), "minutes": log[-1]["minutes"],
+                "paper_epoch": row["paper_epoch"], "paper_fid": row["paper_fid"]})
     return sorted(table, key=lambda r: next(value for name, value in r.items() if name.startswith(("fid", "val_loss"))))
 
 

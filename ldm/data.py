@@ -212,7 +212,8 @@ def _read_json(path, root):
         if not isinstance(name, str) or "\0" in name:
             raise Fail(f'{path}: entry {i} has no "name"')
         file = root / _text(name, path)
-        if name.startswith("/") or "\\" in name or ".." in name.split("/") or not Path(os.path.realpath(file)).is_relative_to(inside):
+        real = Path(os.path.realpath(file))         # Path.resolve fails on a link to itself
+        if name.startswith("/") or "\\" in name or ".." in name.split("/") or not real.is_relative_to(inside):
             raise Fail(f"{path}: entry {i} names a file outside the folder: {name!r}")
         if not file.is_file():
             raise Fail(f"{path}: entry {i} names {name!r}, which is not there")

@@ -38,7 +38,7 @@ class Run:
             raise Fail(f"{folder} is no run of train.py with an adapter; pass one")
         self.folder, self.out, self.cfg, self.device, self.size = folder, folder / "report", f"{cfg:g}", device, settings["size"]
         self.settings, self.limit = settings, limit
-        self.samples = self.out / "samples" / file_sha256(folder / "adapter-best.safetensors")[:8]      # a folder for each adapter
+        self.samples = self.out / "samples" / file_sha256(folder / "adapter-best.safetensors")[:8]
         self.patches = {}           # part -> [(label, name, path)], named as sample.py does
         for part in PARTS:
             found = patches_of(part, settings, folder)

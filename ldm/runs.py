@@ -26,8 +26,9 @@ KINDS = {str: ("data", "sd15", "uni2h", "split"), int: ("size", "rank", "tokens"
 def settings_of(folder):
     """The arguments of the run of train.py in a folder, or None where there is none."""
     settings = read_json(Path(folder) / "config.json").get("args")
-    ours = isinstance(settings, dict) and all(isinstance(settings.get(key, ()), kind) for kind, keys in KINDS.items() for key in keys)
-    return settings if ours else None
+    if not isinstance(settings, dict):
+        return None
+    return settings if all(isinstance(settings.get(key, ()), kind) for kind, keys in KINDS.items() for key in keys) else None
 
 
 def base_of(folder):
