@@ -19,6 +19,7 @@ except ImportError:         # Windows
     fcntl = None
 
 
+# Of a run's arguments, those that are read without train.py's parser, by their types.
 KINDS = {str: ("data", "sd15", "uni2h", "split"), int: ("size", "rank", "tokens", "epochs", "batch", "seed"),
          (int, float): ("alpha", "lr", "lr_ratio", "val_cfg"), (int, type(None)): ("limit", "max_steps", "val_samples")}
 
