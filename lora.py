@@ -141,9 +141,9 @@ def open_adapter(path):
         raise Fail(f"{path} is not an adapter written by train.py")
     if missing := {"base", "base_sha256", "vae_sha256", "encoder", "encoder_sha256"} - file.header.keys():
         raise Fail(f"{path}: its header lacks {min(missing)}; write it again with train.py")
-    for key in ("resolution", "step"):
-        if not re.fullmatch(r"[0-9]{1,9}", file.header.get(key, "")):
-            raise Fail(f"{path}: the {key} in its header is {file.header.get(key)!r}, no number; write it again with train.py")
+    for key, high in dict(resolution=8192, step=10 ** 9).items():
+        if not re.fullmatch(r"[0-9]{1,10}", file.header.get(key, "")) or int(file.header[key]) > high:
+            raise Fail(f"{path}: the {key} in its header is {file.header.get(key)!r}, not 0 to {high}; write it again with train.py")
     return file
 
 

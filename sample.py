@@ -198,13 +198,14 @@ def main():
     if todo:
         # all references are read before anything is written, so that a bad one is found first
         e = embed_all(encoder_file, {job.reference: references[job.reference] for job in todo}, args.batch, device)
-        if parallel.FIRST:
-            save_text(out / "samples.json", json.dumps(settings | {"references": known}, indent=1, ensure_ascii=False) + "\n")
         unet, projector = load_model(unet_file, adapter, device)
         vae = load_vae(vae_file, device)
+        latent = latent_shape(unet, vae, size)
+        if parallel.FIRST:
+            save_text(out / "samples.json", json.dumps(settings | {"references": known}, indent=1, ensure_ascii=False) + "\n")
         worth = device.type == "cuda" and len(todo) >= COMPILE_FROM and not args.no_compile
         network = torch.compile(unet, dynamic=False) if worth else unet
-        make_images(todo, e, network, projector, vae, args.steps, latent_shape(unet, vae, size), args.batch, fill=worth)
+        make_images(todo, e, network, projector, vae, args.steps, latent, args.batch, fill=worth)
     if not parallel.FIRST:
         return
     for r in references:

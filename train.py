@@ -140,6 +140,7 @@ class Trainer:
             dict(params=list(rest.values()), base=args.lr * args.lr_ratio, weight_decay=WEIGHT_DECAY["projector"])],
             lr=args.lr, betas=BETAS)
         self.step, self.history, self.losses, self.best = 0, [], [], math.inf
+        self.minutes, self.clock = 0.0, time.perf_counter()     # spent up to the last commit, and when that was
 
     def epoch_is_due(self):
         """Whether the end of an epoch, or of the run, is reached and its row of the log is still to be written."""
@@ -202,6 +203,7 @@ class Trainer:
         """
         if not all(p.isfinite().all() for p in self.parameters):
             raise Fail(f"step {self.step}: a trained parameter is not finite; the last good state is kept. Try a lower --lr")
+        self.minutes, self.clock = self.spent(), time.perf_counter()
         if not parallel.FIRST:
             return
         for name in ["adapter-best.safetensors"] * best + ["adapter.safetensors"]:
@@ -210,8 +212,12 @@ class Trainer:
                    if p in self.optimizer.state for key in ("exp_avg", "exp_avg_sq")}
         save_tensors(folder / "state.safetensors", {**self.named, **moments}, {
             "step": str(self.step), "best": repr(self.best), "losses": json.dumps(self.losses),
-            "history": json.dumps(self.history)})
+            "history": json.dumps(self.history), "minutes": repr(self.minutes)})
         self.save_log(folder)
+
+    def spent(self):
+        """Minutes of training, those before an interruption included."""
+        return self.minutes + (time.perf_counter() - self.clock) / 60
 
     def save_log(self, folder):
         if self.history:
@@ -223,6 +229,7 @@ class Trainer:
         file = TensorFile(path)
         try:
             self.step, self.best = int(file.header["step"]), float(file.header["best"])
+            self.minutes = float(file.header.get("minutes", 0))
             self.losses, self.history = json.loads(file.header["losses"]), json.loads(file.header["history"])
             state = {}
             for i, (name, p) in enumerate(self.named.items()):
@@ -232,7 +239,7 @@ class Trainer:
                         key: file.get(f"{name}/{key}").view_as(p).clone() for key in ("exp_avg", "exp_avg_sq")}
             ends = [0, *(row["step"] for row in self.history), self.step, self.total]
             rows = all(row.keys() == self.history[0].keys() >= {"epoch", "val_loss"} for row in self.history)
-            numbers = sum(self.losses) + sum(row["minutes"] for row in self.history)
+            numbers = self.minutes + sum(self.losses)
             if not rows or ends != sorted(ends) or len(self.losses) != self.step - ends[-3] or not math.isfinite(numbers):
                 raise ValueError("its step and its log do not fit")
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as problem:
@@ -386,9 +393,10 @@ def main():
         encoder_file = open_encoder(args.uni2h)
         latent = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), args.size)
         if args.data == toy.DATA:
-            print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop, to see the method work.\n"
-                  "For the real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)",
-                  flush=True)
+            if not args.resume:
+                print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop, to see the method work.\n"
+                      "For the real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)",
+                      flush=True)
             data = write_dataset(folder.parent / toy.DATA, **toy.TISSUE)
             patches = read_dataset(data)
         lock = Lock(folder) if parallel.FIRST and folder.is_dir() else None
@@ -441,8 +449,9 @@ def main():
     train_epochs(trainer, samples, hashes["val"], vae_file, folder, header, signals)
     if parallel.FIRST:
         save_text(folder / "README.md", model_card(folder))         # once more: a run may have been killed after its last commit
-    print(f"{folder}: complete after {trainer.step} steps; best {samples.score} {trainer.best:.4f}; peak memory "
-          f"{peak_memory(device):.2f} GB. Next: python sample.py --run {folder} --ref {'patch' if references else 'PATCH'}.png")
+    peak = max(row["peak_memory_gb"] for row in trainer.history)
+    print(f"{folder}: complete after {trainer.step} steps; best {samples.score} {trainer.best:.4f}; peak memory {peak:.2f} GB. "
+          f"Next: python sample.py --run {folder} --ref {'patch' if references else 'PATCH'}.png")
 
 
 def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals):
@@ -451,6 +460,7 @@ def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals
     with progress(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
         signals.deferred = True
         clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
+        trainer.clock = clock
         while True:
             if trainer.epoch_is_due():
                 best = trainer.best
@@ -473,6 +483,7 @@ def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals
                 trainer.commit(folder, header)
                 committed = now
             if stop:
+                bar.write(f"{folder}: saved at step {trainer.step} of {trainer.total}; the same command goes on")
                 parallel.wait()             # for the first one, which writes
                 sys.exit(128 + stop)
 
@@ -495,8 +506,7 @@ def end_epoch(trainer, samples, val_hashes, vae_file, signals, steps, clock):
     signals.deferred = True
     if row[samples.score] is not None:
         trainer.best = min(trainer.best, row[samples.score])
-    spent = trainer.history[-1]["minutes"] if trainer.history else 0.0
-    row["minutes"] = round(spent + (time.perf_counter() - clock) / 60, 2)
+    row["minutes"] = round(trainer.spent(), 2)
     trainer.history, trainer.losses = trainer.history + [row], []
     return row
 

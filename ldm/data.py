@@ -43,7 +43,7 @@ def load_rgb(path):
     except FileNotFoundError:
         raise Fail(f"{path} does not exist") from None
     except UnidentifiedImageError:
-        raise Fail(f"{path} is not an image, whatever its name says: remove it from the folder") from None
+        raise Fail(f"{path} is not an image, whatever its name says: leave it out") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error) as problem:  # Pillow's
         raise Fail(f"{path} cannot be read ({first_line(problem)}): restore or remove it") from None
 

@@ -173,7 +173,7 @@ def whole(path):
     except BaseException as problem:
         temporary.unlink(missing_ok=True)
         if isinstance(problem, OSError):
-            problem.filename = problem.filename or path         # a full disk names no file
+            problem.filename = path         # a full disk names no file, a folder without permission the temporary one
         raise
 
 
@@ -211,7 +211,7 @@ def read_json(path):
     """The object in a JSON file of ours; {} where there is none."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, RecursionError) as problem:
         raise Fail(f"{path} is damaged ({first_line(problem)}); restore or remove it") from None

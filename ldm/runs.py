@@ -11,7 +11,7 @@ from pathlib import Path
 from . import parallel, toy
 from .data import make_split, read_dataset, read_split, thin
 from .files import Fail, read_csv, read_json, save_text
-from .weights import BUILT_IN, is_hub_name, licence
+from .weights import BUILT_IN, licence
 
 try:
     import fcntl
@@ -86,13 +86,12 @@ def patches_of(part, config, run_folder):
 
 
 def public_name(source):
-    """What an adapter's header and the model card say of a source: a hub repository as it is, of a path only its last part.
+    """What an adapter's header and the model card say of a source: of an absolute path only its last part, all else as it is.
 
     The same of an argument --name=source. A folder that has the name of a built-in one does not pass for it.
     """
     flag, equals, value = source.partition("=") if source.startswith("--") else ("", "", source)
-    repository = is_hub_name(value) and not Path(value).exists()
-    name = value if repository else Path(value).name or value
+    name = (Path(value).name or value) if os.path.isabs(value) or value.startswith("~") else value
     return flag + equals + (f"./{name}" if name in BUILT_IN and name != value else name)
 
 
@@ -131,6 +130,8 @@ def claim(folder, args, sha256):
     """
     settings = {k: v for k, v in vars(args).items() if k != "resume"}
     path = folder / "config.json"
+    if folder.exists() and not folder.is_dir():
+        raise Fail(f"--run {folder} is a file; pass a folder")
     if path.exists() and settings_of(folder) is None:
         raise Fail(f"{path} is not of a run of train.py; pass another --run")
     if not path.exists() and any(p.name != "split.json" and not p.name.startswith(".") for p in folder.glob("*")):
@@ -144,9 +145,9 @@ def claim(folder, args, sha256):
     there = read_json(path)
     if not all(isinstance(there.get(key), kind) for key, kind in dict(sha256=dict, command=list, environment=dict).items()):
         raise Fail(f"{path} is damaged; restore it, or pass another --run")
-    same = settings.keys() - MAY_CHANGE
+    same = [key for key in settings if key not in MAY_CHANGE]
     for was, now, keys in ((there["args"], settings, same), (there["sha256"], sha256, sha256)):
-        for key in sorted(keys):
+        for key in keys:
             if was.get(key) != now[key]:    # of the images nothing is known before they are cached
                 a, b = ("none" if x is None else x for x in (was.get(key), now[key]))
                 raise Fail(f"{folder} is a run with {key.replace('_', '-')} {a}, not {b}; pass another --run for a new one")
@@ -188,10 +189,11 @@ def model_card(folder):
     n = len(thin(thin(split["val"], args["limit"]), None if column == "val_loss" else args["val_samples"]))
     adapters = (f"`adapter.safetensors`: LoRA of rank {args['rank']} (α {args['alpha']:g}) on Q, K, V and O, projector to "
                 f"{args['tokens']} tokens, null embedding")
+    tried = sum(bool(row[column]) for row in log)
     if (folder / "adapter-best.safetensors").exists():      # none before the first samples
         adapters += f"""; the last.
 - `adapter-best.safetensors`: the same with the lowest {what[column]}
-  on {n} validation patches: **{float(best[column]):.4g}**, epoch {best['epoch']} of {args['epochs']}"""
+  on {n} validation patches: **{float(best[column]):.4g}**, epoch {best['epoch']} of {args['epochs']} ({tried} were measured)"""
     names = dict(base=public_name(args["sd15"]), encoder=public_name(args["uni2h"]))
     terms = dict(sd15="openrail-m", uni2h="cc-by-nc-nd-4.0")
     terms = "-and-".join(name for key, name in terms.items() if args[key] not in BUILT_IN)
@@ -239,7 +241,7 @@ Research only: no diagnosis may rest on an image that was made up. An adapter ca
 
 ## Training
 
-{log[-1]['step']} steps ({log[-1]['epoch']} of {args['epochs']} epochs begun), batch {args['batch']}, seed {args['seed']},
+{log[-1]['step']} steps, to epoch {log[-1]['epoch']} of {args['epochs']}, batch {args['batch']}, seed {args['seed']},
 learning rates {rates}; {log[-1]['minutes']} minutes.
 Command: `{shlex.join(['python', *map(public_name, config['command'])])}`
 Environment: {', '.join(f'{k} {v}' for k, v in environment.items() if v)}

@@ -60,7 +60,7 @@ class TensorFile:
         try:
             return safe_open(self.path, "pt")
         except SafetensorError as problem:
-            raise Fail(f"{self.path} is not a whole safetensors file ({first_line(problem)}); download it again") from None
+            raise Fail(f"{self.path} is not a whole safetensors file ({first_line(problem)}); restore it, or download it again") from None
 
     def get(self, name):
         """One tensor, mapped from the file."""
@@ -110,8 +110,7 @@ def check_download(path):
         return
     size, header = path.stat().st_size, int.from_bytes(head[:8], "little")
     if size < 8 or header + 8 > size:
-        raise Fail(f"{path} is truncated or no safetensors file: {size} bytes, and its header alone should have {header}; "
-                   "download it again")
+        raise Fail(f"{path} is truncated or no safetensors file ({size} bytes); restore it, or download it again")
 
 
 def _unpickle(path):

@@ -89,7 +89,7 @@ def test_a_process_that_sees_other_files_than_the_first_one_says_so(tmp_path, mo
 
 @pytest.mark.parametrize("source, public", [
     ("owner/name", "owner/name"), ("/gone/to/weights", "weights"), ("--data=/home/someone/patches", "--data=patches"), ("--data=/a=b/c", "--data=c"),
-    ("--rank", "--rank"), ("1.5", "1.5"), ("chaoyang/", "chaoyang"), ("toy", "toy"), ("--sd15=owner/name", "--sd15=owner/name"), ("/mine/toy", "./toy")])
+    ("--rank", "--rank"), ("1.5", "1.5"), ("chaoyang/", "chaoyang/"), ("runs/x", "runs/x"), ("~/weights", "weights"), ("toy", "toy"), ("--sd15=owner/name", "--sd15=owner/name"), ("/mine/toy", "./toy")])
 def test_of_a_path_no_more_than_its_end_is_told(source, public):
     assert public_name(source) == public
 
