@@ -299,7 +299,7 @@ def images_of(folder):
         raise Fail(f"{folder}: no such folder (or .npz file of statistics)")
     files = list_images(folder)
     if len(files) < 2:
-        raise Fail(f"{folder} holds fewer than 2 images; at least 2 are needed")
+        raise Fail(f"{folder} holds fewer than two images, and two at least are needed")
     return files
 
 

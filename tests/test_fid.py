@@ -229,5 +229,5 @@ def test_mixed_sizes_upper_case_and_subfolders_are_read_and_classes_counted(tmp_
 
 def test_a_folder_without_two_images_is_refused(tmp_path):
     texture(0).save(tmp_path / "one.png")
-    with pytest.raises(Fail, match="holds 1 images"):
+    with pytest.raises(Fail, match="fewer than two images"):
         fid.read_set(tmp_path, None)
