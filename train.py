@@ -459,8 +459,8 @@ def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals
     args, device = trainer.args, trainer.device
     with progress(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
         signals.deferred = True
-        clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
-        trainer.clock = clock
+        clock = trainer.clock = time.perf_counter()
+        step_then = trainer.step
         while True:
             if trainer.epoch_is_due():
                 best = trainer.best
@@ -470,7 +470,7 @@ def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals
                     save_text(folder / "README.md", model_card(folder))
                 words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None]
                 bar.write(" ".join(words))
-                clock, step_then, committed = time.perf_counter(), trainer.step, time.perf_counter()
+                clock, step_then = time.perf_counter(), trainer.step
             if trainer.step == trainer.total:
                 break
             loss, norm = trainer.train_step()
@@ -479,9 +479,8 @@ def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals
             bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.3f}", lr=f"{trainer.optimizer.param_groups[0]['lr']:.1e}",
                             images_per_s=f"{(trainer.step - step_then) * args.batch / max(now - clock, 1e-9):.1f}", refresh=False)
             stop = parallel.largest(signals.received, device)       # all processes leave after the same step
-            if trainer.epoch_is_due() or stop or now - committed > COMMIT_SECONDS:
+            if trainer.epoch_is_due() or stop or now - trainer.clock > COMMIT_SECONDS:
                 trainer.commit(folder, header)
-                committed = now
             if stop:
                 bar.write(f"{folder}: saved at step {trainer.step} of {trainer.total}; the same command goes on")
                 parallel.wait()             # for the first one, which writes

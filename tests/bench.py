@@ -151,6 +151,20 @@ def diffusers_unet(args, state, dtype):
     return unet.requires_grad_(False)
 
 
+def diffusers_vae(channels=(128, 256, 512, 512)):
+    from diffusers import AutoencoderKL
+    return AutoencoderKL(sample_size=512, block_out_channels=channels, layers_per_block=2, latent_channels=4,
+                         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+
+
+def save_base(args, folder, **vae):
+    """A Diffusers folder of random weights in float32."""
+    torch.manual_seed(0)
+    on_cpu = argparse.Namespace(**vars(args) | dict(device=torch.device("cpu")))
+    diffusers_unet(on_cpu, networks(args), torch.float32).save_pretrained(f"{folder}/unet")
+    diffusers_vae(**vae).save_pretrained(f"{folder}/vae")
+
+
 def our_unet(args, state, dtype):
     with torch.device("meta"):
         unet = UNet(**args.width)
@@ -357,13 +371,9 @@ def loading(args):
 
     Imports are not counted.
     """
-    from diffusers import AutoencoderKL
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
         dtype = frozen_dtype(args.device)
-        diffusers_unet(argparse.Namespace(**vars(args) | dict(device=torch.device("cpu"))), networks(args), torch.float32).save_pretrained(f"{folder}/unet")
-        AutoencoderKL(sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-                      up_block_types=("UpDecoderBlock2D",) * 4).save_pretrained(f"{folder}/vae")
+        save_base(args, folder)
         runs = {"ours": [], "Diffusers": []}
         for _ in range(args.repeats):
             for name in runs:
@@ -400,14 +410,10 @@ def first(args):
 
     Both load U-Net, VAE, encoder and adapter; sample.py checks the first three by their hashes.
     """
-    from diffusers import AutoencoderKL
     small, dtype = args.width != {}, frozen_dtype(args.device)
     channels = (32, 64, 128, 128) if small else (128, 256, 512, 512)
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        diffusers_unet(argparse.Namespace(**vars(args) | dict(device=torch.device("cpu"))), networks(args), torch.float32).save_pretrained(f"{folder}/unet")
-        AutoencoderKL(sample_size=512, block_out_channels=channels, layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-                      up_block_types=("UpDecoderBlock2D",) * 4).save_pretrained(f"{folder}/vae")
+        save_base(args, folder, channels=channels)
         save_file(build_encoder(*(192, 2) if small else ()).state_dict(), f"{folder}/model.safetensors")
         files = dict(zip(("base", "vae", "encoder"), (*open_sd15(folder), open_encoder(folder))))
         header = dict(base=folder, encoder=folder, resolution=args.size, step=1) | {f"{part}_sha256": file.fingerprint() for part, file in files.items()}
@@ -425,7 +431,6 @@ def first(args):
 
 def caching(args):
     """Latents of each image and its mirror image, and embeddings: Cache.fill, beside Diffusers' VAE and timm in batches of four."""
-    from diffusers import AutoencoderKL
     from torchvision import transforms
     small = args.width != {}
     channels = (32, 64, 128, 128) if small else (128, 256, 512, 512)
@@ -448,8 +453,7 @@ def caching(args):
             return lambda: Cache(f"{out}/{next(count)}", "vae", "encoder", args.size).fill(files, lambda: (encode, partial(embed, network)), args.size)
 
         def peer():
-            vae = AutoencoderKL(sample_size=512, block_out_channels=channels, layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-                                up_block_types=("UpDecoderBlock2D",) * 4).to(args.device).requires_grad_(False)
+            vae = diffusers_vae(channels).to(args.device).requires_grad_(False)
             network = encoder()
 
             @torch.no_grad()
