@@ -23,7 +23,7 @@ from torch import nn
 
 from ldm import parallel
 from ldm.data import ahead, list_images, load_rgb
-from ldm.files import Fail, Parser, first_line, number, pick_device, progress, run, same_everywhere, save_text, whole
+from ldm.files import Fail, Parser, atomic_write, first_line, number, pick_device, progress, run, same_everywhere, save_text
 from ldm.runs import find, settings_of
 from ldm.weights import TensorFile, load
 from projector import load_encoder, open_encoder, preprocess
@@ -170,7 +170,7 @@ def cached_inception():
     return Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
 
 
-def inception_at_hand(path=None):
+def inception_available(path=None):
     """Whether the weights need no download: a file is named, or they are in torch.hub's cache."""
     return path is not None or cached_inception().is_file()
 
@@ -314,7 +314,7 @@ def read_set(path, extract):
 
 def save_set(path, images, resize, weights):
     """Write statistics as pytorch-fid reads them (mu, sigma), with the features and how they came about."""
-    with whole(path) as temporary, open(temporary, "wb") as f:
+    with atomic_write(path) as temporary, open(temporary, "wb") as f:
         np.savez(f, mu=images.mu, sigma=images.sigma, n=images.n, features=images.features.astype(np.float32),
                  names=images.names, resize=resize, weights=weights)
 
@@ -352,14 +352,14 @@ def extract_features(images, network, resizer, device, batch):
 
     The next batch is decoded and resized while one is in the network. Several processes share the images.
     """
-    share, features = parallel.mine(images), []
+    share, features = parallel.shard(images), []
     with ThreadPoolExecutor() as pool, progress(total=len(share), desc="features", unit="image", leave=False) as bar:
         for part in ahead(pool, lambda it: resizer(it if isinstance(it, Image.Image) else load_rgb(it)),
                           [share[i:i + batch] for i in range(0, len(share), batch)]):
             x = network(torch.stack(part).to(device).contiguous(memory_format=torch.channels_last))
             features.extend(x.cpu().double().numpy())       # in this order: Apple's GPUs have no float64
             bar.update(len(part))
-    return np.stack(parallel.gather(features))
+    return np.stack(parallel.all_gather(features))
 
 
 class Extractor:
@@ -429,7 +429,7 @@ def main():
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
     device = pick_device(args.device)
-    parallel.start(device)
+    parallel.join(device)
     if not args.fake and not args.save:
         raise Fail("pass a second folder to compare with, or --save FILE.npz")
     if args.save and Path(args.save).suffix != ".npz":
@@ -441,29 +441,29 @@ def main():
         raise Fail("--json: nothing is compared; pass a second folder")
     if args.json not in (None, "-") and Path(args.json).suffix != ".json":
         raise Fail(f"--json {args.json}: the name must end in .json, or be -")
-    say = partial(print, file=sys.stderr if args.json == "-" and parallel.FIRST else sys.stdout)
+    say = partial(print, file=sys.stderr if args.json == "-" and parallel.RANK0 else sys.stdout)
     # before any weights are asked for
     numbers = [len(images_of(path)) for path in (args.real, *args.fake) if path.suffix != ".npz" or not path.is_file()]
     encoder = encoder_of(args.real)
     if args.features is None:
-        args.features = parallel.agreed("encoder" if encoder == "toy" and not inception_at_hand(args.inception) else "inception")
+        args.features = parallel.broadcast("encoder" if encoder == "toy" and not inception_available(args.inception) else "inception")
     if args.features == "encoder":
         if encoder is None:
             raise Fail(f"--features encoder: {args.real} lies in no run of train.py, so that its encoder is not known")
         if args.resize != "pytorch-fid":
             raise Fail(f"--resize {args.resize} is for Inception's features; the encoder has a resizer of its own")
-    with parallel.first():          # which downloads what is missing
+    with parallel.rank0_first():          # which downloads what is missing
         source = open_encoder(encoder) if args.features == "encoder" else args.inception
         extract = Extractor(args.features, source, device, args.resize, args.batch)
     resize, weights = extract.resize, extract.weights
     same_everywhere("weights or images", [weights, numbers])
     real = read_set(args.real, extract)
-    if args.save and parallel.FIRST:
+    if args.save and parallel.RANK0:
         save_set(args.save, real, resize, weights)
     results = []
     for path in args.fake:
         fake = read_set(path, extract)
-        if not parallel.FIRST:          # has given its share of the features
+        if not parallel.RANK0:          # has given its share of the features
             continue
         result = dict(real=str(args.real), fake=str(path), features=args.features, resize=resize, weights=weights)
         result |= compare(real, fake, args.kid_subset)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ldm.data import fit
+from ldm.data import resize_crop
 from ldm.files import Fail
 from ldm.weights import BUILT_IN, TensorFile, hub_files, is_hub_name, load, refuse_numbers
 
@@ -84,7 +84,7 @@ def build_encoder(width=1536, depth=24):
 
     The timm call is that on MahmoodLab/UNI2-h's page.
     """
-    import timm     # with torchvision beneath it; only the encoder needs them
+    import timm  # with torchvision beneath it; only the encoder needs them
     return timm.create_model(
         "vit_giant_patch14_224", img_size=224, patch_size=14, depth=depth, num_heads=width // 64, init_values=1e-5,
         embed_dim=width, mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True, mlp_layer=timm.layers.SwiGLUPacked,
@@ -106,7 +106,7 @@ def preprocess(images):
 
     timm's own `resolve_data_config` would say mean 0.5 and bicubic for a model that is built locally.
     """
-    x = np.stack([np.asarray(fit(image, 224, Image.Resampling.BILINEAR), dtype=np.float32) for image in images]) / 255
+    x = np.stack([np.asarray(resize_crop(image, 224, Image.Resampling.BILINEAR), dtype=np.float32) for image in images]) / 255
     x = (x - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 

@@ -19,9 +19,21 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm import parallel
-from ldm.data import contact_sheet, fit, list_images, load_rgb, thin, to_images
-from ldm.files import (Fail, Parser, frozen_dtype, number, pick_device, progress, read_json, run, safe_name, same_everywhere,
-                       save_text, whole)
+from ldm.data import contact_sheet, list_images, load_rgb, resize_crop, subsample, to_images
+from ldm.files import (
+    Fail,
+    Parser,
+    atomic_write,
+    frozen_dtype,
+    number,
+    pick_device,
+    progress,
+    read_json,
+    run,
+    safe_name,
+    same_everywhere,
+    save_text,
+)
 from ldm.runs import find, newest_run, patches_of, settings_of
 from ldm.schedule import ddpm_step, timesteps
 from ldm.weights import file_sha256, load_unet, load_vae, open_sd15
@@ -96,7 +108,7 @@ def make_images(jobs, e, unet, projector, vae, steps, latent, batch, fill=False)
     as they are: in another one an image may round differently. PNGs are written while the next batch is made.
     """
     groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.w)]
-    parts = parallel.mine([group[i:i + batch] for group in groups for i in range(0, len(group), batch)])
+    parts = parallel.shard([group[i:i + batch] for group in groups for i in range(0, len(group), batch)])
     with progress(total=sum(map(len, parts)), desc="sampling", unit="image", leave=False) as bar, ThreadPoolExecutor(1) as writer:
         written = []
         for part in parts:
@@ -111,10 +123,10 @@ def make_images(jobs, e, unet, projector, vae, steps, latent, batch, fill=False)
             bar.update(len(part))
         for future in written:
             future.result()
-    parallel.wait()
+    parallel.barrier()
 
 
-def is_ours(path, reference):
+def is_sample_of(path, reference):
     """Whether a file is a PNG that `save_image` wrote for this reference."""
     try:
         with Image.open(path) as image:
@@ -128,7 +140,7 @@ def save_image(path, image, **text):
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, str(value))
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, pnginfo=info)
 
 
@@ -168,12 +180,12 @@ def main():
     if args.ref and (args.label or args.limit):
         raise Fail("--label and --limit choose among the patches of --split; with --ref, name the images themselves")
     device = pick_device(args.device)
-    parallel.start(device)
+    parallel.join(device)
     adapter = find_adapter(args.run, args.adapter)
     header, config = adapter.header, settings_of(adapter.path.parent) or {}
     size = int(header["resolution"])
     found, chosen = find_references(args, config, adapter.path.parent)
-    with parallel.first():          # which downloads what is missing
+    with parallel.rank0_first():          # which downloads what is missing
         unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"],
                                         (header["base_sha256"], header["vae_sha256"]))
         encoder_file = open_encoder(args.uni2h or config.get("uni2h") or header["encoder"])
@@ -201,16 +213,16 @@ def main():
         unet, projector = load_model(unet_file, adapter, device)
         vae = load_vae(vae_file, device)
         latent = latent_shape(unet, vae, size)
-        if parallel.FIRST:
+        if parallel.RANK0:
             save_text(out / "samples.json", json.dumps(settings | {"references": known}, indent=1, ensure_ascii=False) + "\n")
         worth = device.type == "cuda" and len(todo) >= COMPILE_FROM and not args.no_compile
         network = torch.compile(unet, dynamic=False) if worth else unet
         make_images(todo, e, network, projector, vae, args.steps, latent, args.batch, fill=worth)
-    if not parallel.FIRST:
+    if not parallel.RANK0:
         return
     for r in references:
         if not real[r].exists():
-            save_image(real[r], fit(load_rgb(references[r]), size))
+            save_image(real[r], resize_crop(load_rgb(references[r]), size))
     for w, folder in folder_of.items():
         shown = list(references)[::max(1, len(references) // 32)][:32]      # and of each reference seven samples at most
         rows = [(real[r], *[job.path for job in jobs if (job.reference, job.w) == (r, w)][:7]) for r in shown]
@@ -250,7 +262,7 @@ def find_references(args, config, run_folder):
         labels = {patch.label for patch, _ in found}
         if unknown := set(args.label or ()) - labels:
             raise Fail(f"--label {min(unknown)}: the classes of this part are {', '.join(sorted(labels)) or 'none'}")
-        chosen = thin([i for i, (patch, _) in enumerate(found) if patch.label in (args.label or labels)], args.limit)
+        chosen = subsample([i for i, (patch, _) in enumerate(found) if patch.label in (args.label or labels)], args.limit)
         if not chosen:
             raise Fail(f"--split {args.split}: that part of {run_folder / 'split.json'} is empty")
         return [(patch.title, path) for patch, path in found], set(chosen)
@@ -301,9 +313,9 @@ def refuse_others(adapter, unet_file, vae_file, encoder_file, other_base):
 def embed_all(encoder_file, paths, batch, device):
     """{name: path} -> {name: e (d_e,)}; the encoder is let go of at the end. Several processes share the batches."""
     encoder, names = load_encoder(encoder_file, device), list(paths)
-    parts = parallel.mine([names[i:i + batch] for i in range(0, len(names), batch)])
+    parts = parallel.shard([names[i:i + batch] for i in range(0, len(names), batch)])
     e = [embed(encoder, [load_rgb(paths[name]) for name in part]) for part in progress(parts, "embedding", leave=False)]
-    return dict(zip(names, torch.cat(parallel.gather(e))))
+    return dict(zip(names, torch.cat(parallel.all_gather(e))))
 
 
 def load_model(unet_file, adapter, device):

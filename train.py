@@ -24,12 +24,25 @@ from types import SimpleNamespace
 import torch
 import torch._functorch.config as functorch_config
 
-from fid import Extractor, frechet_distance_of_features, inception_at_hand
+from fid import Extractor, frechet_distance_of_features, inception_available
 from ldm import parallel, toy
-from ldm.data import Cache, contact_sheet, describe_split, fit, load_rgb, read_dataset, thin
-from ldm.files import (Fail, Parser, first_line, frozen_dtype, number, pick_device, progress, run, safe_name, same_everywhere,
-                       save_csv, save_tensors, save_text)
-from ldm.runs import VALIDATION_STEPS, Lock, base_of, claim, model_card, public_name, settings_of, split_of_run
+from ldm.data import Cache, contact_sheet, describe_split, load_rgb, read_dataset, resize_crop, subsample
+from ldm.files import (
+    Fail,
+    Parser,
+    first_line,
+    frozen_dtype,
+    number,
+    pick_device,
+    progress,
+    run,
+    safe_name,
+    same_everywhere,
+    save_csv,
+    save_tensors,
+    save_text,
+)
+from ldm.runs import VALIDATION_STEPS, Lock, base_of, check_or_create, model_card, public_name, settings_of, split_of_run
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import write_dataset
 from ldm.unet import UNet
@@ -37,7 +50,7 @@ from ldm.vae import draw_latent
 from ldm.weights import BUILT_IN, SD15, TensorFile, load_unet, load_vae, open_sd15
 from lora import inject, lora_parameters, save_adapter
 from projector import UNI2H, Projector, embed, load_encoder, open_encoder
-from sample import Job, is_ours, latent_shape, make_images, name_references, save_image
+from sample import Job, is_sample_of, latent_shape, make_images, name_references, save_image
 
 DROPOUT = 0.05                                      # of the projector's hidden units
 BETAS = (0.9, 0.999)
@@ -59,7 +72,7 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8]))
 
 
-def draw(g, batch, latent, p, hidden):
+def draw_noise(g, batch, latent, p, hidden):
     """All that one step draws, for a whole batch. latent: (4, h, w); p: of CFG dropout; hidden: (depth-1, d_h)."""
     return SimpleNamespace(
         mirrored=torch.rand(batch, generator=g) < 0.5,
@@ -70,16 +83,16 @@ def draw(g, batch, latent, p, hidden):
         keep=(torch.rand(hidden[0], batch, hidden[1], generator=g) >= DROPOUT) / (1 - DROPOUT))
 
 
-def part_of(draws, indices):
+def subset(draws, indices):
     """The draws of some images of a batch."""
     indices = list(indices)
     return SimpleNamespace(**{
         k: v if v is None else v[:, indices] if k == "keep" else v[indices] for k, v in vars(draws).items()})
 
 
-def draw_validation(n, latent):
+def draw_validation_noise(n, latent):
     """The fixed draws of the validation loss: timesteps spread evenly over the images, no dropout, no mirror image."""
-    r = draw(generator(VALIDATION), n, latent, p=0, hidden=(0, 0))
+    r = draw_noise(generator(VALIDATION), n, latent, p=0, hidden=(0, 0))
     r.mirrored[:], r.keep = False, None
     r.t = ((torch.arange(n) + 0.5) * T / n).long()[torch.randperm(n, generator=generator(VALIDATION, 1))]
     return r
@@ -101,7 +114,7 @@ def batch_of_step(seed, step, batch, n):
 def noise_prediction_loss(unet, projector, mean, logvar, e, r):
     """Lines 4 to 10 of Algorithm 1 -> ‖ε - ε_θ(z_t, t, c)‖² of each image, as a mean over its latent, (B,).
 
-    mean, logvar (B, 4, h, w) and e (B, d_e): what the frozen encoders say of the images x. r: what `draw` drew, lines 5 and 7.
+    mean, logvar (B, 4, h, w) and e (B, d_e): what the frozen encoders say of the images x. r: what `draw_noise` drew, lines 5 and 7.
     """
     z0 = draw_latent(mean, logvar, r.posterior)                     # 4: encode to latent space
     z_t = add_noise(z0, r.noise, r.t)                               # 6: forward diffusion (eq. 1)
@@ -128,7 +141,7 @@ class Trainer:
         self.network = torch.compile(unet, dynamic=False) if self.compiled else unet
         functorch_config.activation_memory_budget = MEMORY_BUDGET
         self.hidden = (projector.shape["depth"] - 1, projector.shape["hidden"])
-        self.share = math.ceil(args.batch / parallel.WORLD)             # images at a time in each process
+        self.per_process = math.ceil(args.batch / parallel.WORLD)             # images at a time in each process
         self.steps_per_epoch = math.ceil(len(train) / args.batch)       # of whole batches, see batch_of_step
         self.total = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.warm_up = min(self.steps_per_epoch, max(1, self.total // 2))       # half of a run that is one epoch or shorter
@@ -151,10 +164,10 @@ class Trainer:
         """Those of LoRA and of the projector at a step."""
         return [group["base"] * learning_rate_factor(step, self.warm_up, self.total) for group in self.optimizer.param_groups]
 
-    def gather(self, hashes, r):
+    def load_batch(self, hashes, r):
         """The cached images and the draws of a batch, on the device."""
         r = SimpleNamespace(**{k: v if v is None else v.to(self.device) for k, v in vars(r).items()})
-        return [x.to(self.device) for x in self.cache.gather(hashes, r.mirrored.tolist())], r
+        return [x.to(self.device) for x in self.cache.batch(hashes, r.mirrored.tolist())], r
 
     def train_step(self):
         """One turn of Algorithm 1's loop. Fails, before anything is changed, if the loss or its gradient is not finite.
@@ -163,14 +176,14 @@ class Trainer:
         """
         args = self.args
         indices = batch_of_step(args.seed, self.step, args.batch, len(self.train))                      # 3
-        whole = draw(generator(args.seed, STEP, self.step), args.batch, self.latent, args.cfg_drop, self.hidden)
-        share = parallel.mine(range(args.batch))
-        images, r = self.gather([self.train[indices[i]][1] for i in share], part_of(whole, share))
+        whole = draw_noise(generator(args.seed, STEP, self.step), args.batch, self.latent, args.cfg_drop, self.hidden)
+        share = parallel.shard(range(args.batch))
+        images, r = self.load_batch([self.train[indices[i]][1] for i in share], subset(whole, share))
         loss = noise_prediction_loss(self.network, self.projector, *images, r).sum() / args.batch       # 4 to 10
         self.optimizer.zero_grad()
         loss.backward()
         loss = loss.detach()
-        parallel.add_up([loss, *(p.grad for p in self.parameters)])
+        parallel.all_reduce([loss, *(p.grad for p in self.parameters)])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
         value, norm = loss.item(), norm.item()
         if not (math.isfinite(value) and math.isfinite(norm)):
@@ -187,13 +200,13 @@ class Trainer:
     @torch.no_grad()
     def validation_loss(self, hashes):
         """Mean over the images on fixed noise and timesteps; batches are whole, the last one filled up and cut off again."""
-        n, size = len(hashes), self.share
-        draws, losses = draw_validation(n, self.latent), torch.zeros(n, device=self.device)
-        for start in parallel.mine(range(0, n, size)):
+        n, size = len(hashes), self.per_process
+        draws, losses = draw_validation_noise(n, self.latent), torch.zeros(n, device=self.device)
+        for start in parallel.shard(range(0, n, size)):
             at = [i % n for i in range(start, start + size)]
-            images, r = self.gather([hashes[i] for i in at], part_of(draws, at))
+            images, r = self.load_batch([hashes[i] for i in at], subset(draws, at))
             losses[start:start + size] = noise_prediction_loss(self.network, self.projector, *images, r)[:n - start]
-        parallel.add_up([losses])
+        parallel.all_reduce([losses])
         return losses.mean().item()
 
     def commit(self, folder, header, best=False):
@@ -204,7 +217,7 @@ class Trainer:
         if not all(p.isfinite().all() for p in self.parameters):
             raise Fail(f"step {self.step}: a trained parameter is not finite; the last good state is kept. Try a lower --lr")
         self.minutes, self.clock = self.spent(), time.perf_counter()
-        if not parallel.FIRST:
+        if not parallel.RANK0:
             return
         for name in ["adapter-best.safetensors"] * best + ["adapter.safetensors"]:
             save_adapter(folder / name, self.unet, self.projector, header | {"step": str(self.step)})
@@ -260,33 +273,33 @@ class ValidationSamples:
         self.folder, self.hashes, self.extract = folder, hashes, extract
         self.column = "fid" if extract.kind == "inception" else "fid_encoder"
         self.real, self.fake = ({title: folder / part / f"{title}.png" for title in references} for part in ("real", "fake"))
-        if parallel.FIRST:
+        if parallel.RANK0:
             for title, path in references.items():
                 if anew or not self.real[title].exists():
-                    save_image(self.real[title], fit(load_rgb(path), size), reference=title)
+                    save_image(self.real[title], resize_crop(load_rgb(path), size), reference=title)
             for part in (folder / "real", folder / "fake") if anew else ():
                 for path in part.glob("*/*.png"):
                     title = path.relative_to(part).with_suffix("").as_posix()
                     linked = os.path.realpath(path) != os.path.join(os.path.realpath(part), f"{title}.png")
-                    if title not in references and not linked and is_ours(path, title):
+                    if title not in references and not linked and is_sample_of(path, title):
                         path.unlink()
             if references:
                 save_image(folder / "patch.png", load_rgb(next(iter(self.real.values()))))
-        parallel.wait()
+        parallel.barrier()
         self.features = extract(list(self.real.values())) if len(references) > 1 else None
         self.score = self.column if len(references) > 1 else "val_loss"         # the log's column whose lowest value is the best
 
-    def draw(self, trainer, vae_file, epoch):
+    def make(self, trainer, vae_file, epoch):
         """Sample with the weights as they are, image i with seed i; save samples and grid -> the distance; of one image None."""
         n, fake = len(self.hashes), list(self.fake.values())
         if not n:
             return None
-        e = dict(zip(self.fake, trainer.cache.gather(self.hashes, [False] * n)[2]))
+        e = dict(zip(self.fake, trainer.cache.batch(self.hashes, [False] * n)[2]))
         jobs = [Job(path, title, trainer.args.val_cfg, i) for i, (title, path) in enumerate(self.fake.items())]
         make_images(jobs, e, trainer.network, trainer.projector, load_vae(vae_file, trainer.device), VALIDATION_STEPS,
-                    trainer.latent, trainer.share, fill=trainer.compiled)
-        if parallel.FIRST:
-            pairs = thin(list(zip(self.real.values(), fake)), GRID)
+                    trainer.latent, trainer.per_process, fill=trainer.compiled)
+        if parallel.RANK0:
+            pairs = subsample(list(zip(self.real.values(), fake)), GRID)
             grid = contact_sheet([[load_rgb(path) for path in pair] for pair in pairs])
             save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", grid)
         return frechet_distance_of_features(self.features, self.extract(fake)) if n > 1 else None
@@ -371,7 +384,7 @@ def parse_args():
     if args.run is None:
         args.run = f"runs/{safe_name(Path(args.data).name)}-{args.size}px-r{args.rank}-t{args.tokens}"
     if args.features is None:           # a run keeps its kind, whatever has come into the cache or gone since
-        default = "inception" if inception_at_hand(args.inception) else "encoder"
+        default = "inception" if inception_available(args.inception) else "encoder"
         args.features = (settings_of(args.run) or {}).get("features") or default
     return args
 
@@ -381,11 +394,11 @@ def main():
     if args.parameters:
         return print(count_parameters(args), file=sys.__stdout__ if args.quiet else None)
     device, folder = pick_device(args.device), Path(args.run)
-    parallel.start(device)
+    parallel.join(device)
     if parallel.WORLD > args.batch:
         raise Fail(f"--batch {args.batch} gives {parallel.WORLD} processes less than an image each; start fewer")
-    args.features = parallel.agreed(args.features)
-    with parallel.first():
+    args.features = parallel.broadcast(args.features)
+    with parallel.rank0_first():
         if args.data != toy.DATA:       # a wrong folder is found before gigabytes are downloaded
             data, patches = Path(args.data), read_dataset(args.data)
         # what can be wrong with the arguments is found here, on the meta device, before anything is computed or written
@@ -399,20 +412,20 @@ def main():
                       flush=True)
             data = write_dataset(folder.parent / toy.DATA, **toy.TISSUE)
             patches = read_dataset(data)
-        lock = Lock(folder) if parallel.FIRST and folder.is_dir() else None
+        lock = Lock(folder) if parallel.RANK0 and folder.is_dir() else None
         started = (folder / "state.safetensors").exists()
         if not started and (folder / "log.csv").exists():       # written after the first state
             raise Fail(f"{folder} has lost its state.safetensors, without which the run cannot go on; restore it, or pass "
                        "another --run")
         split = split_of_run(folder, patches, args.split, started)
-        names = {part: thin(split[part], args.limit) for part in ("train", "val")}
+        names = {part: subsample(split[part], args.limit) for part in ("train", "val")}
 
         sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
         extract = Extractor(args.features, args.inception if args.features == "inception" else encoder_file, device)
         sha256["features"] = extract.weights
-        claim(folder, args, sha256)
-        lock = lock or (Lock(folder) if parallel.FIRST else None)           # noqa: F841: held until this function ends
-        if parallel.FIRST:
+        check_or_create(folder, args, sha256)
+        lock = lock or (Lock(folder) if parallel.RANK0 else None)           # noqa: F841: held until this function ends
+        if parallel.RANK0:
             save_text(folder / "split.json", describe_split(split, patches))
     same_everywhere("weights", sha256)
     cases = len({p.case for p in patches})
@@ -423,8 +436,8 @@ def main():
     encoders = partial(load_encoders, vae_file, encoder_file, device)
     hashes = {part: cache.fill([data / name for name in names[part]], encoders, args.size) for part in names}
     sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    with parallel.first():
-        claim(folder, args, sha256)
+    with parallel.rank0_first():
+        check_or_create(folder, args, sha256)
 
     torch.manual_seed(args.seed)
     unet = inject(load_unet(unet_file, device, frozen_dtype(device)), args.rank, args.alpha)
@@ -436,18 +449,18 @@ def main():
         encoder_sha256=sha256["encoder"], resolution=args.size, seed=args.seed).items()}
     if started:
         trainer.restore(folder / "state.safetensors")
-        if parallel.FIRST:
+        if parallel.RANK0:
             trainer.save_log(folder)        # which may have been written before or after the state
         print(f"{folder}: found, goes on after step {trainer.step} of {trainer.total}")
 
     title, hash_of = {p.name: p.title for p in patches}, dict(zip(names["val"], hashes["val"]))
-    chosen = thin(sorted(names["val"], key=title.get), args.val_samples)
+    chosen = subsample(sorted(names["val"], key=title.get), args.val_samples)
     references = name_references([(title[name], data / name) for name in chosen], {})[0]
     samples = ValidationSamples(folder, references, [hash_of[name] for name in chosen], extract, args.size, anew=not started)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)      # what caching took is another matter
     train_epochs(trainer, samples, hashes["val"], vae_file, folder, header, signals)
-    if parallel.FIRST:
+    if parallel.RANK0:
         save_text(folder / "README.md", model_card(folder))         # once more: a run may have been killed after its last commit
     peak = max(row["peak_memory_gb"] for row in trainer.history)
     print(f"{folder}: complete after {trainer.step} steps; best {samples.score} {trainer.best:.4f}; peak memory {peak:.2f} GB. "
@@ -466,7 +479,7 @@ def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals
                 best = trainer.best
                 row = end_epoch(trainer, samples, val_hashes, vae_file, signals, trainer.step - step_then, clock)
                 trainer.commit(folder, header, trainer.best < best)
-                if parallel.FIRST:
+                if parallel.RANK0:
                     save_text(folder / "README.md", model_card(folder))
                 words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None]
                 bar.write(" ".join(words))
@@ -478,12 +491,12 @@ def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.3f}", lr=f"{trainer.optimizer.param_groups[0]['lr']:.1e}",
                             images_per_s=f"{(trainer.step - step_then) * args.batch / max(now - clock, 1e-9):.1f}", refresh=False)
-            stop = parallel.largest(signals.received, device)       # all processes leave after the same step
+            stop = parallel.all_max(signals.received, device)       # all processes leave after the same step
             if trainer.epoch_is_due() or stop or now - trainer.clock > COMMIT_SECONDS:
                 trainer.commit(folder, header)
             if stop:
                 bar.write(f"{folder}: saved at step {trainer.step} of {trainer.total}; the same command goes on")
-                parallel.wait()             # for the first one, which writes
+                parallel.barrier()             # for the first one, which writes
                 sys.exit(128 + stop)
 
 
@@ -501,7 +514,7 @@ def end_epoch(trainer, samples, val_hashes, vae_file, signals, steps, clock):
                images_per_second=round(steps * args.batch / seconds, 2) or None,
                peak_memory_gb=round(peak_memory(trainer.device), 2))
     due = row["epoch"] % args.val_every == 0 or trainer.step == trainer.total
-    row[samples.column] = samples.draw(trainer, vae_file, row["epoch"]) if due else None
+    row[samples.column] = samples.make(trainer, vae_file, row["epoch"]) if due else None
     signals.deferred = True
     if row[samples.score] is not None:
         trainer.best = min(trainer.best, row[samples.score])

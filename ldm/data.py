@@ -63,7 +63,7 @@ def _to_rgb(image, path):
     return image.convert("RGB")
 
 
-def fit(image, size, filter=Image.Resampling.LANCZOS):
+def resize_crop(image, size, filter=Image.Resampling.LANCZOS):
     """Resize the shorter side to `size` with antialiasing, then crop the centre: torchvision's Resize and CenterCrop."""
     short = min(image.size)
     w, h = (int(size * side / short) for side in image.size)
@@ -75,7 +75,7 @@ def fit(image, size, filter=Image.Resampling.LANCZOS):
 
 def to_tensor(images, size):
     """PIL images -> x (B, 3, size, size) in [-1, 1]."""
-    x = np.stack([np.asarray(fit(image, size)) for image in images])
+    x = np.stack([np.asarray(resize_crop(image, size)) for image in images])
     return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -318,7 +318,7 @@ def describe_split(split, patches):
     return json.dumps(text, indent=1, ensure_ascii=False) + "\n"
 
 
-def thin(items, n):
+def subsample(items, n):
     """At most n of the items, spread evenly over them; all where n is None."""
     n = len(items) if n is None else min(n, len(items))
     return [items[i * len(items) // n] for i in range(n)]
@@ -367,15 +367,15 @@ class Cache:
         """
         with ThreadPoolExecutor() as pool:
             hashes = list(progress(pool.map(file_sha256, paths), "reading images", len(paths), leave=False))
-            todo = parallel.agreed(list({h: path for h, path in zip(hashes, paths) if h not in self.rows}.items()))
-            shards = parallel.mine([todo[i:i + self.SHARD] for i in range(0, len(todo), self.SHARD)])
+            todo = parallel.broadcast(list({h: path for h, path in zip(hashes, paths) if h not in self.rows}.items()))
+            shards = parallel.shard([todo[i:i + self.SHARD] for i in range(0, len(todo), self.SHARD)])
             if shards:
                 encode, embed = encoders()
                 with progress(total=sum(map(len, shards)), desc="caching", unit="image") as bar:
                     for shard, images in zip(shards, ahead(pool, load_rgb, [[path for _, path in shard] for shard in shards])):
                         self._write(shard, images, encode, embed, size, bar)
             if todo and parallel.WORLD > 1:
-                parallel.wait()
+                parallel.barrier()
                 self._read_all()
         if lost := [path for h, path in zip(hashes, paths) if h not in self.rows]:
             raise Fail(f"{lost[0]} is not in the cache {self.folder} of this process; all must see the same images and cache")
@@ -394,7 +394,7 @@ class Cache:
         save_tensors(path, tensors, {"images": names})
         self._read(path)
 
-    def gather(self, hashes, mirrored):
+    def batch(self, hashes, mirrored):
         """Image hashes and a flag for each -> mean, logvar (B, 4, h, w) and embeddings (B, d_e)."""
         rows = [self.rows[h] for h in hashes]
         mean, logvar = (torch.stack([row[k][int(m)] for row, m in zip(rows, mirrored)]) for k in (0, 1))

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from . import parallel
 
-
 quiet = False           # --quiet
 
 
@@ -90,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         global quiet
         quiet = found.quiet
         if quiet and not self.prints_results:
-            sys.stdout = parallel.silence()
+            sys.stdout = parallel.null_stream()
         return found, rest
 
     def error(self, message):
@@ -141,14 +140,14 @@ def pick_device(name="auto"):
 
 def same_everywhere(what, value):
     """Fail where this process has found something else than the first one: another file under the same path of another node."""
-    if parallel.agreed(value) != value:
+    if parallel.broadcast(value) != value:
         raise Fail(f"process {parallel.RANK} of {parallel.WORLD} finds other {what} than the first one does; all must see the "
                    "same files")
 
 
 def progress(*args, **kwargs):
     """tqdm's bar: none where stderr is no terminal, with --quiet, nor in any but the first of several processes."""
-    return tqdm(*args, disable=None if parallel.FIRST and not quiet else True, **kwargs)
+    return tqdm(*args, disable=None if parallel.RANK0 and not quiet else True, **kwargs)
 
 
 def frozen_dtype(device):
@@ -157,7 +156,7 @@ def frozen_dtype(device):
 
 
 @contextmanager
-def whole(path):
+def atomic_write(path):
     """Yield a temporary path beside `path`; on success it is flushed to the disk and renamed to it, else removed.
 
     So a file under its final name is whole, whatever happens, and an old one stays until the new one is there.
@@ -183,12 +182,12 @@ def save_tensors(path, tensors, header):
     size = 8 + int.from_bytes(data[:8], "little")
     text = json.dumps(json.loads(data[8:size]), sort_keys=True).encode()        # the library's order changes from call to call:
     text += b" " * (-len(text) % 8)                                             # the same content makes the same file
-    with whole(path) as temporary, open(temporary, "wb") as f:
+    with atomic_write(path) as temporary, open(temporary, "wb") as f:
         f.writelines((len(text).to_bytes(8, "little"), text, memoryview(data)[size:]))
 
 
 def save_text(path, text):
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

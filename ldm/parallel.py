@@ -14,43 +14,43 @@ import torch
 import torch.distributed as dist
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-FIRST = RANK == 0
+RANK0 = RANK == 0
 PATIENCE = timedelta(hours=2)       # with the slowest: the first process prepares alone
 
 
-def start(device):
+def join(device):
     """Join the others; of all but the first process nothing is printed but failures."""
     if WORLD > 1:
-        if not FIRST:
-            sys.stdout = silence()
+        if not RANK0:
+            sys.stdout = null_stream()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         cuda = device.type == "cuda"
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)
 
 
-def silence():
+def null_stream():
     """A stream for what nobody reads, whatever is written to it."""
     return open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
-def wait():
+def barrier():
     """Until every process is here."""
     if WORLD > 1:
         dist.barrier()
 
 
 @contextmanager
-def first():
+def rank0_first():
     """The first process runs the block; then the others do, and find done what is done once."""
-    if not FIRST:
-        wait()
+    if not RANK0:
+        barrier()
     yield
-    if FIRST:
-        wait()
+    if RANK0:
+        barrier()
 
 
-def agreed(value):
+def broadcast(value):
     """What the first process has found, in every process."""
     values = [value]
     if WORLD > 1:
@@ -58,12 +58,12 @@ def agreed(value):
     return values[0]
 
 
-def mine(items):
+def shard(items):
     """The share of this process: every WORLD-th item."""
     return items[RANK::WORLD]
 
 
-def gather(rows):
+def all_gather(rows):
     """The rows that each process has of its share of a list -> the rows of all of it, in order, in every process."""
     if WORLD == 1:
         return rows
@@ -73,7 +73,7 @@ def gather(rows):
 
 
 @torch.no_grad()
-def add_up(tensors):
+def all_reduce(tensors):
     """Sum each tensor over the processes, in place: one message for all of them."""
     if WORLD > 1:
         flat = torch.cat([t.flatten() for t in tensors])
@@ -82,7 +82,7 @@ def add_up(tensors):
             t.copy_(total.view_as(t))
 
 
-def largest(number, device):
+def all_max(number, device):
     """The largest of the whole numbers that the processes have."""
     if WORLD > 1:
         number = torch.tensor(number, device=device)

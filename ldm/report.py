@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from fid import Extractor, frechet_distance_of_features, inception_at_hand, kid
+from fid import Extractor, frechet_distance_of_features, inception_available, kid
 from projector import open_encoder
 from sample import folder_name, name_references, save_image
 
 from . import metrics
-from .data import contact_sheet, fit, list_images, load_rgb, thin, to_images, to_tensor
-from .files import Fail, Parser, call, number, pick_device, read_csv, run, save_csv, save_text, whole
+from .data import contact_sheet, list_images, load_rgb, resize_crop, subsample, to_images, to_tensor
+from .files import Fail, Parser, atomic_write, call, number, pick_device, read_csv, run, save_csv, save_text
 from .runs import base_of, model_card, patches_of, settings_of
 from .vae import SCALE
 from .weights import file_sha256, load_vae, open_sd15
@@ -47,25 +47,25 @@ class Run:
         if few := [part for part in PARTS if len(self.patches[part]) < 2]:
             raise Fail(f"{folder}: the {few[0]} part of its split holds fewer than two images; a report needs all three")
         self.spaces = [Extractor("encoder", open_encoder(settings["uni2h"]), device)]
-        if inception_at_hand(inception):
+        if inception_available(inception):
             self.spaces.insert(0, Extractor("inception", inception, device))
         self.encoder, self.first, self.kept = self.spaces[-1], self.spaces[0], {}
 
     def labels(self, part, n=None):
-        return np.array([label for label, _, _ in thin(self.patches[part], n)])
+        return np.array([label for label, _, _ in subsample(self.patches[part], n)])
 
     def real(self, part, n=None):
         """The files of a part's images at the model's size."""
         paths = []
-        for _, name, source in thin(self.patches[part], n):
+        for _, name, source in subsample(self.patches[part], n):
             paths.append(self.out / "real" / part / f"{name}.png")
             if not paths[-1].exists():
-                save_image(paths[-1], fit(load_rgb(source), self.size))
+                save_image(paths[-1], resize_crop(load_rgb(source), self.size))
         return paths
 
     def fake(self, part, cfg=None, n=None):
         """One sample for each image of a part -> files in the order of `real`."""
-        cfg, names = cfg or self.cfg, [name for _, name, _ in thin(self.patches[part], n)]
+        cfg, names = cfg or self.cfg, [name for _, name, _ in subsample(self.patches[part], n)]
         folder = self.samples / part / folder_name(float(cfg))
         seed = re.compile(rf"_seed\d+_{re.escape(folder.name)}$")
         for attempt in range(2):
@@ -123,7 +123,7 @@ def sweep(run):
         fake = run.features(run.first, "fake", "val", w)
         rows.append(dict(guidance=w, n=len(fake), features=run.first.kind, fid=frechet_distance_of_features(real, fake)))
     plot(run.out / "table5.png", rows, "guidance", ["fid"])
-    shown = thin(list(zip(run.real("val"), *(run.fake("val", w) for w in SWEEP))), 6)
+    shown = subsample(list(zip(run.real("val"), *(run.fake("val", w) for w in SWEEP))), 6)
     save_image(run.out / "sweep.png", contact_sheet([[load_rgb(path) for path in row] for row in shown], len(SWEEP) + 1))
     return run.write("table5", rows)
 
@@ -220,7 +220,7 @@ class Pixels:
     kind = "pixels"
 
     def __call__(self, images):
-        return np.stack([np.asarray(fit(load_rgb(path), 32), dtype=np.float64).ravel() / 255 for path in images])
+        return np.stack([np.asarray(resize_crop(load_rgb(path), 32), dtype=np.float64).ravel() / 255 for path in images])
 
 
 # ---- pictures and the program ------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def plot(path, rows, x, columns):
         axes.plot(*np.array(points).reshape(-1, 2).T, marker="o", label=column)
     axes.set_xlabel(x)
     axes.legend()
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from . import parallel, toy
-from .data import make_split, read_dataset, read_split, thin
+from .data import make_split, read_dataset, read_split, subsample
 from .files import Fail, read_csv, read_json, save_text
 from .weights import BUILT_IN, licence
 
@@ -51,7 +51,7 @@ def find(paths, run=None):
     if run and not any(path.exists() or path.is_absolute() for path in paths):
         inside = [Path(run) / path for path in paths]
         if all(path.exists() for path in inside):
-            if parallel.FIRST:
+            if parallel.RANK0:
                 print(f"using {', '.join(map(str, inside))}", file=sys.stderr)
             return inside
         if any(path.exists() for path in inside):
@@ -81,7 +81,7 @@ def patches_of(part, config, run_folder):
     data = run_folder.parent / toy.DATA if config["data"] == toy.DATA else Path(config["data"])
     patches = {p.name: p for p in read_dataset(data)}
     names = read_split(run_folder / "split.json", list(patches.values()))[part]
-    names = names if part == "test" else thin(names, config.get("limit"))
+    names = names if part == "test" else subsample(names, config.get("limit"))
     return sorted(((patches[n], data / n) for n in names), key=lambda pair: pair[0].title)
 
 
@@ -123,7 +123,7 @@ class Lock:
             os.close(self.handle)
 
 
-def claim(folder, args, sha256):
+def check_or_create(folder, args, sha256):
     """Make sure that the run in this folder has the same settings, networks and images, or make it one of these.
 
     A run that has not saved an adapter yet gives way: its settings may have been the reason.
@@ -136,7 +136,7 @@ def claim(folder, args, sha256):
         raise Fail(f"{path} is not of a run of train.py; pass another --run")
     if not path.exists() and any(p.name != "split.json" and not p.name.startswith(".") for p in folder.glob("*")):
         raise Fail(f"{folder} holds other files and no run of train.py; pass another --run")
-    if not parallel.FIRST:
+    if not parallel.RANK0:
         return
     if not any(folder.glob("[!.]*.safetensors")):
         config = dict(args=settings, sha256=sha256, command=sys.argv, environment=environment())
@@ -186,7 +186,7 @@ def model_card(folder):
     sampling = f"guidance {args['val_cfg']:g}, {VALIDATION_STEPS} steps"
     what = {"val_loss": "noise prediction loss", "fid": f"FID (Inception, resize pytorch-fid, {sampling})",
             "fid_encoder": f"Fréchet distance of the encoder's features (no FID, comparable with nothing else; {sampling})"}
-    n = len(thin(thin(split["val"], args["limit"]), None if column == "val_loss" else args["val_samples"]))
+    n = len(subsample(subsample(split["val"], args["limit"]), None if column == "val_loss" else args["val_samples"]))
     adapters = (f"`adapter.safetensors`: LoRA of rank {args['rank']} (α {args['alpha']:g}) on Q, K, V and O, projector to "
                 f"{args['tokens']} tokens, null embedding")
     tried = sum(bool(row[column]) for row in log)

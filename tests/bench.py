@@ -30,16 +30,16 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import fid                                                                                      # noqa: E402
-from ldm.data import Cache, list_images, load_rgb                                               # noqa: E402
-from ldm.files import frozen_dtype, pick_device                                                 # noqa: E402
-from ldm.unet import UNet                                                                       # noqa: E402
-from ldm.vae import VAE                                                                         # noqa: E402
-from ldm.weights import open_sd15                                                               # noqa: E402
-from lora import fold, inject, save_adapter                                                     # noqa: E402
-from projector import Projector, build_encoder, embed, open_encoder                             # noqa: E402
-from sample import sample                                                                       # noqa: E402
-from train import Trainer                                                                       # noqa: E402
+import fid  # noqa: E402
+from ldm.data import Cache, list_images, load_rgb  # noqa: E402
+from ldm.files import frozen_dtype, pick_device  # noqa: E402
+from ldm.unet import UNet  # noqa: E402
+from ldm.vae import VAE  # noqa: E402
+from ldm.weights import open_sd15  # noqa: E402
+from lora import fold, inject, save_adapter  # noqa: E402
+from projector import Projector, build_encoder, embed, open_encoder  # noqa: E402
+from sample import sample  # noqa: E402
+from train import Trainer  # noqa: E402
 
 NARROW = dict(channels=(64, 128, 256, 256))
 RECIPE = SimpleNamespace(lr=5e-5, lr_ratio=10.0, seed=0, cfg_drop=0.1, epochs=12, max_steps=None, no_compile=False)
@@ -179,7 +179,7 @@ class Memory:
         h = args.size // 8
         self.rows = torch.randn(n, 4, h, h), torch.full((n, 4, h, h), -9.0), torch.randn(n, 1536)
 
-    def gather(self, hashes, mirrored):
+    def batch(self, hashes, mirrored):
         return [x[[int(h) for h in hashes]] for x in self.rows]
 
 
@@ -214,7 +214,7 @@ def train(args):
         network = torch.compile(unet) if compiled else unet
 
         def step():
-            mean, logvar, e = (x.to(args.device) for x in memory.gather(range(args.batch), None))
+            mean, logvar, e = (x.to(args.device) for x in memory.batch(range(args.batch), None))
             z0 = 0.18215 * (mean + (0.5 * logvar).exp() * torch.randn_like(mean))
             noise, t = torch.randn_like(z0), torch.randint(0, 1000, (len(z0),), device=args.device)
             c = projector(torch.where(torch.rand(len(e), 1, device=args.device) < 0.1, projector.null, e))
@@ -549,7 +549,7 @@ def main():
     print(f"{name}; torch {torch.__version__}; {'full' if not args.width else 'narrow'} width; matrix multiplication {args.rate / 1e12:.3g} TFLOP/s; "
           f"medians of {args.repeats}\n\n| work | who | time | ratio | peak memory | TFLOP/s (share) |\n|---|---|---|---|---|---|", flush=True)
     for work in args.work or WORK:
-        if work == "fid" and not fid.inception_at_hand(args.inception):
+        if work == "fid" and not fid.inception_available(args.inception):
             print("fid: left out, pass --inception", flush=True)
             continue
         WORK[work](args)

@@ -25,7 +25,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ldm.files import run       # noqa: E402
+from ldm.files import run  # noqa: E402
 
 SHARED = Path(os.environ.get("MORPH_SHARED", ROOT.parent / "shared"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -11,8 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.data import (PROPORTIONS, Cache, Patch, describe_split, fit, list_images, load_rgb, make_split, read_dataset, read_split,
-                      split_patches, to_images, to_tensor)
+from ldm.data import (
+    PROPORTIONS,
+    Cache,
+    Patch,
+    describe_split,
+    list_images,
+    load_rgb,
+    make_split,
+    read_dataset,
+    read_split,
+    resize_crop,
+    split_patches,
+    to_images,
+    to_tensor,
+)
 from ldm.files import Fail, safe_name
 
 GREY = np.add.outer(np.arange(20), np.arange(30)).astype(np.uint16)
@@ -108,7 +121,7 @@ def test_fit_is_torchvisions_resize_and_centre_crop(size, filter):
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     expected = Compose([Resize(64, InterpolationMode[filter]), CenterCrop(64)])(image)
-    assert (np.asarray(fit(image, 64, Image.Resampling[filter])) == np.asarray(expected)).all()
+    assert (np.asarray(resize_crop(image, 64, Image.Resampling[filter])) == np.asarray(expected)).all()
 
 
 def test_bytes_survive_the_way_through_a_tensor():
@@ -295,7 +308,7 @@ def forty(tmp_path):
 def test_the_cache_holds_what_the_encoders_say_of_an_image_and_of_its_mirror_image(forty, tmp_path):
     cache = Cache(tmp_path / "cache", "vae", "encoder", 16)
     hashes = cache.fill(forty, Encoders(), 16)
-    mean, logvar, e = Cache(tmp_path / "cache", "vae", "encoder", 16).gather(hashes, [i % 2 for i in range(40)])
+    mean, logvar, e = Cache(tmp_path / "cache", "vae", "encoder", 16).batch(hashes, [i % 2 for i in range(40)])
     for i, path in enumerate(forty):
         x = to_tensor([load_rgb(path)], 16)[0]
         x = x.flip(-1) if i % 2 else x

@@ -18,7 +18,7 @@ from ldm.files import Fail, pick_device, run, same_everywhere, save_tensors, sav
 from ldm.runs import public_name
 from ldm.weights import TensorFile, is_hub_name, load_unet, open_sd15
 from projector import load_encoder, open_encoder
-from sample import is_ours, save_image
+from sample import is_sample_of, save_image
 
 
 def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
@@ -79,7 +79,7 @@ def test_several_processes_do_without_apples_gpu(monkeypatch):
 
 def test_a_process_that_sees_other_files_than_the_first_one_says_so(tmp_path, monkeypatch):
     same_everywhere("weights", {"base": "a"})
-    monkeypatch.setattr(parallel, "agreed", lambda value: {"base": "b"} if isinstance(value, dict) else [])
+    monkeypatch.setattr(parallel, "broadcast", lambda value: {"base": "b"} if isinstance(value, dict) else [])
     with pytest.raises(Fail, match="other weights"):
         same_everywhere("weights", {"base": "a"})
     texture(0).save(tmp_path / "a.png")
@@ -165,12 +165,12 @@ def test_a_list_that_names_a_link_to_itself_is_refused(tmp_path):
 def test_a_damaged_picture_is_not_ours(problem, tmp_path, monkeypatch):
     """Whatever Pillow raises when it looks for the text: of these it did, on PNGs with changed bytes."""
     save_image(tmp_path / "a.png", texture(0, 32), reference="a")
-    assert is_ours(tmp_path / "a.png", "a") and not is_ours(tmp_path / "a.png", "b")
+    assert is_sample_of(tmp_path / "a.png", "a") and not is_sample_of(tmp_path / "a.png", "b")
 
     def text(image):
         raise problem
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "text", property(text))
-    assert not is_ours(tmp_path / "a.png", "a")
+    assert not is_sample_of(tmp_path / "a.png", "a")
 
 
 def test_a_folder_of_patches_may_be_called_toy(tmp_path, monkeypatch):

@@ -11,15 +11,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import HEADER, program, texture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_train import trainer
 
 import fid
-from conftest import HEADER, program, texture
-from test_train import trainer
 from ldm.data import load_rgb, read_dataset, read_split
 from ldm.files import Fail
 from ldm.unet import UNet

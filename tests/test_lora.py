@@ -11,8 +11,21 @@ from ldm.data import load_rgb
 from ldm.files import Fail
 from ldm.unet import UNet
 from ldm.weights import licence
-from lora import (adapter_tensors, export, fold, inject, load_adapter, load_lora, lora_layers, lora_parameters, merge, open_adapter,
-                  read_lora, save_adapter, unmerge)
+from lora import (
+    adapter_tensors,
+    export,
+    fold,
+    inject,
+    load_adapter,
+    load_lora,
+    lora_layers,
+    lora_parameters,
+    merge,
+    open_adapter,
+    read_lora,
+    save_adapter,
+    unmerge,
+)
 from projector import Projector
 
 CHANNELS = (32, 64, 128, 128)

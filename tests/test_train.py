@@ -19,13 +19,21 @@ from safetensors.torch import load_file
 
 import train
 from ldm.data import Patch, describe_split
-from ldm.runs import base_of, claim, find, model_card, settings_of
+from ldm.runs import base_of, check_or_create, find, model_card, settings_of
 from ldm.schedule import alpha_bar
 from ldm.unet import UNet
 from ldm.weights import open_sd15
 from lora import inject, lora_parameters
 from projector import Projector
-from train import Trainer, batch_of_step, draw, draw_validation, generator, learning_rate_factor, noise_prediction_loss
+from train import (
+    Trainer,
+    batch_of_step,
+    draw_noise,
+    draw_validation_noise,
+    generator,
+    learning_rate_factor,
+    noise_prediction_loss,
+)
 
 
 def test_every_step_of_an_epoch_has_a_whole_batch_and_every_image_comes_once():
@@ -40,7 +48,7 @@ def test_every_step_of_an_epoch_has_a_whole_batch_and_every_image_comes_once():
 
 def test_draws_are_a_function_of_seed_and_step_and_have_the_papers_distributions():
     n = 20_000
-    r, again, other = (draw(generator(3, 0, step), n, (1, 2, 2), 0.1, (1, 4)) for step in (7, 7, 8))
+    r, again, other = (draw_noise(generator(3, 0, step), n, (1, 2, 2), 0.1, (1, 4)) for step in (7, 7, 8))
     assert all(torch.equal(vars(r)[k], vars(again)[k]) and not torch.equal(vars(r)[k], vars(other)[k]) for k in vars(r))
     assert r.mirrored.float().mean().item() == pytest.approx(0.5, abs=0.02)
     assert r.m.float().mean().item() == pytest.approx(0.1, abs=0.01)
@@ -56,7 +64,7 @@ def test_every_key_of_the_generator_gives_a_stream_of_its_own():
 
 
 def test_validation_draws_are_fixed_and_spread_over_all_timesteps():
-    r, again = draw_validation(10, (4, 2, 2)), draw_validation(10, (4, 2, 2))
+    r, again = draw_validation_noise(10, (4, 2, 2)), draw_validation_noise(10, (4, 2, 2))
     assert sorted(r.t.tolist()) == list(range(50, 1000, 100)) and torch.equal(r.noise, again.noise)
     assert not r.m.any() and not r.mirrored.any() and r.keep is None
 
@@ -76,7 +84,7 @@ def test_the_loss_is_algorithm_1_written_out():
         calls.append((z_t, t, c))
         return 0.3 * z_t
     mean, logvar, e = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.randn(3, 6)
-    r = draw(generator(1), 3, (4, 2, 2), 0, (1, 8))
+    r = draw_noise(generator(1), 3, (4, 2, 2), 0, (1, 8))
     r.m[1], r.keep = True, None
     loss = noise_prediction_loss(unet, projector, mean, logvar, e, r)
     [(z_t, t, c)] = calls
@@ -98,7 +106,7 @@ class Memory:
         self.rows = {f"h{i}": (torch.randn(2, 4, 16, 16, generator=g), torch.full((2, 4, 16, 16), -9.0), torch.randn(d_e, generator=g))
                      for i in range(n)}
 
-    def gather(self, hashes, mirrored):
+    def batch(self, hashes, mirrored):
         rows = [self.rows[h] for h in hashes]
         return (*(torch.stack([row[k][int(m)] for row, m in zip(rows, mirrored)]) for k in (0, 1)),
                 torch.stack([row[2] for row in rows]))
@@ -361,7 +369,7 @@ def test_a_sampler_that_is_asked_to_stop_leaves_whole_images_and_goes_on(trained
 @pytest.mark.parametrize("moment", ["step", "validation", "samples"])
 def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
     """SIGTERM in the third step, or in what follows the first epoch: what was done till then is on the disk, and no more is done."""
-    owner, name = {"step": (Trainer, "train_step"), "validation": (Trainer, "validation_loss"), "samples": (train.ValidationSamples, "draw")}[moment]
+    owner, name = {"step": (Trainer, "train_step"), "validation": (Trainer, "validation_loss"), "samples": (train.ValidationSamples, "make")}[moment]
     original = getattr(owner, name)
 
     def interrupted(self, *args):
@@ -376,7 +384,7 @@ def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
     assert int(state["step"]) == len(json.loads(state["losses"])) == (3 if moment == "step" else epoch)
 
 
-@pytest.mark.parametrize("samples, owner, name", [(0, Trainer, "validation_loss"), (2, train.ValidationSamples, "draw")])
+@pytest.mark.parametrize("samples, owner, name", [(0, Trainer, "validation_loss"), (2, train.ValidationSamples, "make")])
 def test_the_best_adapter_is_that_of_the_lowest_fid_else_of_the_lowest_loss_and_is_sampled_from(samples, owner, name, small, tmp_path, monkeypatch):
     values = iter([2.0, 1.0, 3.0])
     monkeypatch.setattr(owner, name, lambda *args: next(values))
@@ -481,20 +489,20 @@ def test_a_run_with_other_settings_is_not_overwritten(other, trained, small, mon
 
 def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(trained, tmp_path):
     args = SimpleNamespace(**json.loads((trained / "config.json").read_text())["args"] | dict(rank=4))
-    claim(tmp_path, args, {"vae": "1"})
+    check_or_create(tmp_path, args, {"vae": "1"})
     args.rank = 8
-    claim(tmp_path, args, {"vae": "1"})
+    check_or_create(tmp_path, args, {"vae": "1"})
     assert settings_of(tmp_path)["rank"] == 8
     (tmp_path / "adapter-best.safetensors").touch()
     args.rank = 16
     with pytest.raises(train.Fail, match="rank 8, not 16"):
-        claim(tmp_path, args, {"vae": "1"})
+        check_or_create(tmp_path, args, {"vae": "1"})
     (tmp_path / "config.json").write_text('{"architecture": "vit"}')
     with pytest.raises(train.Fail, match="not of a run"):
-        claim(tmp_path, args, {"vae": "1"})
+        check_or_create(tmp_path, args, {"vae": "1"})
     (tmp_path / "config.json").write_text(json.dumps({"args": vars(args), "sha256": None}))
     with pytest.raises(train.Fail, match="damaged"):
-        claim(tmp_path, args, {"vae": "1"})
+        check_or_create(tmp_path, args, {"vae": "1"})
 
 
 def test_a_folder_of_someone_elses_is_not_made_a_run(small, tmp_path):

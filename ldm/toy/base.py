@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from projector import Projector, build_encoder, load_encoder, preprocess
-from train import draw, generator, noise_prediction_loss
+from train import draw_noise, generator, noise_prediction_loss
 
 from ..files import Fail, Parser, number, read_csv, run, save_tensors, save_text
 from ..schedule import T, alpha_bar
@@ -319,7 +319,7 @@ def fit_unet(worlds, vae, encoder, steps, out, log):
         def loss(step, at=None, p=0.1):
             g, (mean, logvar, e) = generator(FIT_UNET, step), data()
             at = torch.randint(len(e) - held, (16,), generator=g) if at is None else at
-            r = draw(g, len(at), mean.shape[1:], p, hidden=(1, 256))
+            r = draw_noise(g, len(at), mean.shape[1:], p, hidden=(1, 256))
             r.t = ((torch.arange(len(at)) + torch.rand(len(at), generator=g)) * T / len(at)).long()
             return (weight[r.t] * noise_prediction_loss(unet, projector, mean[at], logvar[at], e[at], r)).mean()
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..data import CLASSES
-from ..files import whole
+from ..files import atomic_write
 from . import TISSUE
 
 VIEW = 36       # side of a patch in the units that everything below is drawn in
@@ -192,7 +192,7 @@ def write_dataset(folder, slides, patches, size=64, seed=0):
             slide = draw_slide(label, seed * 10_000 + s)
             paths = [folder / name / f"{name}-{s:03d}" / f"{p:02d}.png" for p in range(patches)]
             for path in paths if not all(map(Path.exists, paths)) else []:
-                with whole(path) as temporary:
+                with atomic_write(path) as temporary:
                     draw_patch(slide, size).save(temporary)
     return folder
 
