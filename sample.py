@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm import parallel
 from ldm.data import contact_sheet, list_images, load_rgb, resize_crop, subsample, to_images
+from ldm.encoder import open_encoder
 from ldm.files import (
     Fail,
     Parser,
@@ -38,7 +39,6 @@ from ldm.runs import find, newest_run, patches_of, settings_of
 from ldm.schedule import ddpm_step, timesteps
 from ldm.weights import file_sha256, load_unet, load_vae, open_sd15
 from lora import fold, load_adapter, open_adapter
-from projector import embed, load_encoder, open_encoder
 
 COMPILE_FROM = 100          # images, below which to compile takes longer than it saves
 
@@ -186,10 +186,9 @@ def main():
     size = int(header["resolution"])
     found, chosen = find_references(args, config, adapter.path.parent)
     with parallel.rank0_first():          # which downloads what is missing
-        unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"],
-                                        (header["base_sha256"], header["vae_sha256"]))
-        encoder_file = open_encoder(args.uni2h or config.get("uni2h") or header["encoder"])
-    base = refuse_others(adapter, unet_file, vae_file, encoder_file, args.other_base)
+        unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"])
+        encoder = open_encoder(args.uni2h or config.get("uni2h") or header["encoder"])
+    base = refuse_others(adapter, unet_file, vae_file, encoder, args.other_base)
     part = f"-{args.split}" if args.split else ""
     out = Path(args.out) if args.out else adapter.path.parent / "samples" / f"step{int(header['step']):06d}{part}"
     settings = {"adapter_sha256": file_sha256(adapter.path), **base, "steps": args.steps, "resolution": size}
@@ -209,7 +208,9 @@ def main():
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already")
     if todo:
         # all references are read before anything is written, so that a bad one is found first
-        e = embed_all(encoder_file, {job.reference: references[job.reference] for job in todo}, args.batch, device)
+        paths = {job.reference: references[job.reference] for job in todo}
+        e = torch.from_numpy(encoder.extract(list(paths.values()), device, args.batch)).float()
+        e = dict(zip(paths, e))
         unet, projector = load_model(unet_file, adapter, device)
         vae = load_vae(vae_file, device)
         latent = latent_shape(unet, vae, size)
@@ -293,7 +294,7 @@ def name_references(found, known):
     return references, known
 
 
-def refuse_others(adapter, unet_file, vae_file, encoder_file, other_base):
+def refuse_others(adapter, unet_file, vae_file, encoder, other_base):
     """Fail if these are not the base (unless other_base) and the encoder that the adapter was trained with.
 
     Returns the hashes of U-Net and VAE, under the names that they have in the header.
@@ -304,18 +305,10 @@ def refuse_others(adapter, unet_file, vae_file, encoder_file, other_base):
         if not other_base and base[key] != header[key]:
             raise Fail(f"{file.path} is of another base than the one {adapter.path} was trained on ({header['base']}); "
                        "pass that one with --sd15, or --other-base to use this one all the same")
-    if encoder_file.fingerprint() != header["encoder_sha256"]:
-        raise Fail(f"{encoder_file.path} is not the encoder that the adapter was trained with ({header['encoder']}); "
+    if encoder.fingerprint() != header["encoder_sha256"]:
+        raise Fail(f"{encoder.path} is not the encoder that the adapter was trained with ({header['encoder']}); "
                    "pass that one with --uni2h")
     return base
-
-
-def embed_all(encoder_file, paths, batch, device):
-    """{name: path} -> {name: e (d_e,)}; the encoder is let go of at the end. Several processes share the batches."""
-    encoder, names = load_encoder(encoder_file, device), list(paths)
-    parts = parallel.shard([names[i:i + batch] for i in range(0, len(names), batch)])
-    e = [embed(encoder, [load_rgb(paths[name]) for name in part]) for part in progress(parts, "embedding", leave=False)]
-    return dict(zip(names, torch.cat(parallel.all_gather(e))))
 
 
 def load_model(unet_file, adapter, device):

@@ -24,9 +24,10 @@ from types import SimpleNamespace
 import torch
 import torch._functorch.config as functorch_config
 
-from fid import Extractor, frechet_distance_of_features, inception_available
+from fid import frechet_distance_of_features
 from ldm import parallel, toy
 from ldm.data import Cache, contact_sheet, describe_split, load_rgb, read_dataset, resize_crop, subsample
+from ldm.encoder import UNI2H, Inception, inception_available, open_encoder
 from ldm.files import (
     Fail,
     Parser,
@@ -42,14 +43,14 @@ from ldm.files import (
     save_tensors,
     save_text,
 )
-from ldm.runs import VALIDATION_STEPS, Lock, base_of, check_or_create, model_card, public_name, settings_of, split_of_run
+from ldm.runs import VALIDATION_STEPS, Lock, check_or_create, model_card, public_name, settings_of, split_of_run
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import write_dataset
 from ldm.unet import UNet
 from ldm.vae import draw_latent
-from ldm.weights import BUILT_IN, SD15, TensorFile, load_unet, load_vae, open_sd15
+from ldm.weights import BUILT_IN, SD15, TensorFile, licence, load_unet, load_vae, open_sd15
 from lora import inject, lora_parameters, save_adapter
-from projector import UNI2H, Projector, embed, load_encoder, open_encoder
+from projector import Projector
 from sample import Job, is_sample_of, latent_shape, make_images, name_references, save_image
 
 DROPOUT = 0.05                                      # of the projector's hidden units
@@ -266,12 +267,12 @@ class ValidationSamples:
     The images at the model's size stay in the run's real/, the newest samples in fake/: fid.py gives the same number of them.
     """
 
-    def __init__(self, folder, references, hashes, extract, size, anew):
+    def __init__(self, folder, references, hashes, extract, kind, size, anew):
         """references: {title: path}. hashes: of the same images, in the cache. anew: write real/ though it is there, and remove
         from real/ and fake/ what an earlier choice of images left there; whatever else lies there stays.
         """
         self.folder, self.hashes, self.extract = folder, hashes, extract
-        self.column = "fid" if extract.kind == "inception" else "fid_encoder"
+        self.column = "fid" if kind == "inception" else "fid_encoder"
         self.real, self.fake = ({title: folder / part / f"{title}.png" for title in references} for part in ("real", "fake"))
         if parallel.RANK0:
             for title, path in references.items():
@@ -315,7 +316,7 @@ def parse_args():
     data.add_argument("--split", default="paper", metavar="HOW",
                       help="paper (pooled, by case, 5398:387:375), official, or a file")
     data.add_argument("--sd15", metavar="PATH", help=f"Diffusers folder, CompVis file, hub repository, or toy (default: {SD15})")
-    data.add_argument("--uni2h", default=UNI2H, metavar="PATH", help="folder or file of the weights, hub repository, or toy")
+    data.add_argument("--uni2h", default=UNI2H.repository, metavar="PATH", help="folder or file of the weights, hub repository, or toy")
     data.add_argument("--size", type=number(int, 8, 8192), default=512, help="side of the images in pixels")
     data.add_argument("--limit", type=number(int, 1), metavar="N", help="use at most N images of each part")
     model = parser.add_argument_group("model")
@@ -402,8 +403,8 @@ def main():
         if args.data != toy.DATA:       # a wrong folder is found before gigabytes are downloaded
             data, patches = Path(args.data), read_dataset(args.data)
         # what can be wrong with the arguments is found here, on the meta device, before anything is computed or written
-        unet_file, vae_file = open_sd15(args.sd15, base_of(folder))
-        encoder_file = open_encoder(args.uni2h)
+        unet_file, vae_file = open_sd15(args.sd15)
+        encoder = open_encoder(args.uni2h)
         latent = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), args.size)
         if args.data == toy.DATA:
             if not args.resume:
@@ -420,9 +421,9 @@ def main():
         split = split_of_run(folder, patches, args.split, started)
         names = {part: subsample(split[part], args.limit) for part in ("train", "val")}
 
-        sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder_file.fingerprint(), base=unet_file.fingerprint())
-        extract = Extractor(args.features, args.inception if args.features == "inception" else encoder_file, device)
-        sha256["features"] = extract.weights
+        sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder.fingerprint(), base=unet_file.fingerprint())
+        space = Inception(args.inception) if args.features == "inception" else encoder
+        sha256["features"] = space.short_hash
         check_or_create(folder, args, sha256)
         lock = lock or (Lock(folder) if parallel.RANK0 else None)           # noqa: F841: held until this function ends
         if parallel.RANK0:
@@ -433,7 +434,7 @@ def main():
           + ", ".join(f"{part} {len(ns)}" for part, ns in split.items())
           + ("; nothing tells which patches are of one case, so one may be in two parts" if cases == len(patches) else ""))
     cache = Cache(folder.parent / "cache", sha256["vae"], sha256["encoder"], args.size)
-    encoders = partial(load_encoders, vae_file, encoder_file, device)
+    encoders = partial(load_encoders, vae_file, encoder, device)
     hashes = {part: cache.fill([data / name for name in names[part]], encoders, args.size) for part in names}
     sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     with parallel.rank0_first():
@@ -446,7 +447,8 @@ def main():
     trainer = Trainer(args, unet, projector, cache, list(zip(names["train"], hashes["train"])), latent, device)
     header = {key: str(value) for key, value in dict(
         base=public_name(args.sd15), base_sha256=sha256["base"], vae_sha256=sha256["vae"], encoder=public_name(args.uni2h),
-        encoder_sha256=sha256["encoder"], resolution=args.size, seed=args.seed).items()}
+        encoder_sha256=sha256["encoder"], encoder_licence=encoder.recipe.licence,
+        licence=licence(args.sd15, encoder.recipe.terms), resolution=args.size, seed=args.seed).items()}
     if started:
         trainer.restore(folder / "state.safetensors")
         if parallel.RANK0:
@@ -456,7 +458,8 @@ def main():
     title, hash_of = {p.name: p.title for p in patches}, dict(zip(names["val"], hashes["val"]))
     chosen = subsample(sorted(names["val"], key=title.get), args.val_samples)
     references = name_references([(title[name], data / name) for name in chosen], {})[0]
-    samples = ValidationSamples(folder, references, [hash_of[name] for name in chosen], extract, args.size, anew=not started)
+    samples = ValidationSamples(folder, references, [hash_of[name] for name in chosen],
+                                partial(space.extract, device=device), space.kind, args.size, anew=not started)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)      # what caching took is another matter
     train_epochs(trainer, samples, hashes["val"], vae_file, folder, header, signals)
@@ -543,21 +546,21 @@ class Signals:
             sys.exit(128 + self.received)
 
 
-def load_encoders(vae_file, encoder_file, device):
+def load_encoders(vae_file, encoder, device):
     """-> (encode, embed) for Cache.fill, which lets go of them, and so of the two networks, before training starts."""
-    vae, encoder = load_vae(vae_file, device), load_encoder(encoder_file, device)
+    vae, network = load_vae(vae_file, device), encoder.load(device)
 
     @torch.no_grad()
     def encode(x):
         return [part.cpu() for part in vae.encode(x.to(device))]
-    return encode, partial(embed, encoder)
+    return encode, partial(encoder.embed, network)
 
 
 def count_parameters(args):
     """Table 2 for these arguments; for Stable Diffusion 1.5 and UNI2-h themselves no file is needed."""
     with torch.device("meta"):
         unet = UNet() if args.sd15 == SD15 else load_unet(open_sd15(args.sd15)[0], "meta")
-    width = 1536 if args.uni2h == UNI2H else load_encoder(open_encoder(args.uni2h), "meta").embed_dim
+    width = 1536 if args.uni2h == UNI2H.repository else open_encoder(args.uni2h).width
     projector = Projector(width, args.hidden, args.tokens, unet.context, args.depth, args.token_norm)
     return parameter_table(inject(unet, args.rank, args.alpha), projector)
 

@@ -120,7 +120,7 @@ def list_images(folder):
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def ahead(pool, work, batches):
+def prefetch(pool, work, batches):
     """[work(item) of each item], batch by batch; the pool makes the next batch while one is in use."""
     coming = []
     for batch in [*batches, []]:
@@ -372,7 +372,7 @@ class Cache:
             if shards:
                 encode, embed = encoders()
                 with progress(total=sum(map(len, shards)), desc="caching", unit="image") as bar:
-                    for shard, images in zip(shards, ahead(pool, load_rgb, [[path for _, path in shard] for shard in shards])):
+                    for shard, images in zip(shards, prefetch(pool, load_rgb, [[path for _, path in shard] for shard in shards])):
                         self._write(shard, images, encode, embed, size, bar)
             if todo and parallel.WORLD > 1:
                 parallel.barrier()

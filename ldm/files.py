@@ -56,6 +56,19 @@ def first_line(problem):
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:160]
 
 
+@contextmanager
+def foreign_file(path, problem="is damaged", advice="restore or remove it"):
+    """Turn any exception of the block, which reads a foreign file, into one line with the file's name and the advice."""
+    try:
+        yield
+    except Fail:
+        raise
+    except FileNotFoundError:
+        raise Fail(f"{path} does not exist") from None
+    except Exception as cause:          # decoders of images, archives, pickles and JSON raise dozens of kinds
+        raise Fail(f"{path} {problem} ({first_line(cause)}); {advice}") from None
+
+
 def _complain(problem):
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(problem).split())}", file=sys.stderr)
     return 2

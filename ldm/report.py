@@ -1,10 +1,12 @@
-"""The paper's evaluation of a finished run, and what it wished for: tables (CSV), pictures and report.md in RUN/report/.
+"""The paper's evaluation of a finished run, and what it asked for: tables (CSV), pictures and report.md in
+RUN/report/.
 
     python -m ldm.report runs/x                         # everything
     python -m ldm.report runs/x --only sweep            # Table 5
 
-Samples are made by sample.py and kept, so that it goes on where it was interrupted. FID and KID are Inception's where its
-weights are at hand (--inception, or torch.hub's cache), and the encoder's in any case; they are comparable with nothing else.
+Samples are made by sample.py and kept, so that an interrupted report resumes. FID and KID are Inception's
+where its weights are available (--inception, or torch.hub's cache), and the encoder's in any case, comparable
+with nothing else.
 """
 import re
 import sys
@@ -14,14 +16,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from fid import Extractor, frechet_distance_of_features, inception_available, kid
-from projector import open_encoder
+import fid
+from fid import ImageSet
 from sample import folder_name, name_references, save_image
 
-from . import metrics
 from .data import contact_sheet, list_images, load_rgb, resize_crop, subsample, to_images, to_tensor
+from .encoder import Inception, inception_available, open_encoder
 from .files import Fail, Parser, atomic_write, call, number, pick_device, read_csv, run, save_csv, save_text
-from .runs import base_of, model_card, patches_of, settings_of
+from .runs import model_card, patches_of, settings_of
 from .vae import SCALE
 from .weights import file_sha256, load_vae, open_sd15
 
@@ -29,27 +31,27 @@ SWEEP = [f"{1 + k / 10:.1f}" for k in range(11)]        # Table 5
 PARTS = ("train", "val", "test")
 
 
-class Run:
-    """A finished run with its images, features and samples, each made when it is first asked for and then kept."""
+class Evaluation:
+    """A finished run with its images, samples and features; each is made on first use and kept."""
 
     def __init__(self, folder, cfg, limit, inception, device):
         settings = settings_of(folder)
         if settings is None or not (folder / "adapter-best.safetensors").is_file():
             raise Fail(f"{folder} is no run of train.py with an adapter; pass one")
-        self.folder, self.out, self.cfg, self.device, self.size = folder, folder / "report", f"{cfg:g}", device, settings["size"]
-        self.settings, self.limit = settings, limit
+        self.folder, self.out, self.cfg, self.device = folder, folder / "report", f"{cfg:g}", device
+        self.settings, self.size, self.limit = settings, settings["size"], limit
         self.samples = self.out / "samples" / file_sha256(folder / "adapter-best.safetensors")[:8]
         self.patches = {}           # part -> [(label, name, path)], named as sample.py does
         for part in PARTS:
             found = patches_of(part, settings, folder)
             names = name_references([(patch.title, path) for patch, path in found], {})[0]
             self.patches[part] = [(patch.label, *item) for (patch, _), item in zip(found, names.items())]
-        if few := [part for part in PARTS if len(self.patches[part]) < 2]:
-            raise Fail(f"{folder}: the {few[0]} part of its split holds fewer than two images; a report needs all three")
-        self.spaces = [Extractor("encoder", open_encoder(settings["uni2h"]), device)]
-        if inception_available(inception):
-            self.spaces.insert(0, Extractor("inception", inception, device))
-        self.encoder, self.first, self.kept = self.spaces[-1], self.spaces[0], {}
+            if len(found) < 2:
+                raise Fail(f"{folder}: the {part} part of its split has fewer than two images; a report needs all three")
+        self.encoder = open_encoder(settings["uni2h"])
+        self.spaces = [Inception(inception)] if inception_available(inception) else []
+        self.spaces.append(self.encoder)
+        self._features = {}
 
     def labels(self, part, n=None):
         return np.array([label for label, _, _ in subsample(self.patches[part], n)])
@@ -63,7 +65,7 @@ class Run:
                 save_image(paths[-1], resize_crop(load_rgb(source), self.size))
         return paths
 
-    def fake(self, part, cfg=None, n=None):
+    def fake(self, part, n=None, cfg=None):
         """One sample for each image of a part -> files in the order of `real`."""
         cfg, names = cfg or self.cfg, [name for _, name, _ in subsample(self.patches[part], n)]
         folder = self.samples / part / folder_name(float(cfg))
@@ -77,14 +79,14 @@ class Run:
 
     def sample(self, part, cfgs, n=None):
         """Call sample.py, which makes what is missing."""
-        code = call("sample.py", "--quiet", "--run", self.folder, "--split", part, "--cfg", *cfgs, "--out", self.samples / part,
-                    "--device", self.device, *(["--limit", n] if n else []))
+        code = call("sample.py", "--quiet", "--run", self.folder, "--split", part, "--cfg", *cfgs,
+                    "--out", self.samples / part, "--device", self.device, *(["--limit", n] if n else []))
         if code:
-            sys.exit(code)              # sample.py has said why
+            sys.exit(code)              # sample.py has printed the reason
 
     def reconstructed(self, part):
         """The images of a part through the VAE and back -> PIL images."""
-        vae, images = load_vae(open_sd15(self.settings["sd15"], base_of(self.folder))[1], self.device), []
+        vae, images = load_vae(open_sd15(self.settings["sd15"])[1], self.device), []
         paths = self.real(part)
         with torch.no_grad():
             for i in range(0, len(paths), 4):
@@ -92,143 +94,142 @@ class Run:
                 images += to_images(vae.decode(vae.encode(x)[0] * SCALE))
         return images
 
-    def features(self, space, what, *args):
-        """Features of real, fake or reconstructed images in a space -> (n, d)."""
-        key = (space.kind, what, *args)
-        if key not in self.kept:
-            self.kept[key] = space(getattr(self, what)(*args))
-        return self.kept[key]
+    def features(self, space, kind, part, *args):
+        """Features of the real, fake or reconstructed images of a part in a feature space -> (n, d)."""
+        key = (space.kind, kind, part, *args)
+        if key not in self._features:
+            self._features[key] = space.extract(getattr(self, kind)(part, *args), self.device)
+        return self._features[key]
 
-    def write(self, name, rows):
-        if rows:
-            save_csv(self.out / f"{name}.csv", rows)
-        return rows
+    def image_sets(self, space, part, cfg=None):
+        """The real and the fake images of a part -> two ImageSets, for `fid.compare`."""
+        names = [f"{label}/" for label in self.labels(part)]
+        return [ImageSet.of_features(self.features(space, *args), names)
+                for args in (("real", part), ("fake", part, None, cfg))]
 
 
-# ---- the paper's tables and its figure 5 -------------------------------------------------------------------------------
+# ---- the paper's tables and its figure 5; each section gives the rows of its table -------------------------
 
-def epochs(run):
+def table4(ev):
     """Table 4: validation FID at the end of every epoch"""
-    log = read_csv(run.folder / "log.csv")
+    log = read_csv(ev.folder / "log.csv")
     rows = [{k: row[k] for k in row if k in ("epoch", "train_loss", "val_loss") or k.startswith("fid")} for row in log]
-    plot(run.out / "table4.png", rows, "epoch", [k for k in rows[0] if k.startswith("fid")])
-    return run.write("table4", rows)
+    plot(ev.out / "table4.png", rows, "epoch", [k for k in rows[0] if k.startswith("fid")])
+    return rows
 
 
-def sweep(run):
+def table5(ev):
     """Table 5: validation FID at guidance 1.0 to 2.0 of the best adapter"""
-    run.sample("val", SWEEP)
-    real, rows = run.features(run.first, "real", "val"), []
+    ev.sample("val", SWEEP)
+    space, rows = ev.spaces[0], []
     for w in SWEEP:
-        fake = run.features(run.first, "fake", "val", w)
-        rows.append(dict(guidance=w, n=len(fake), features=run.first.kind, fid=frechet_distance_of_features(real, fake)))
-    plot(run.out / "table5.png", rows, "guidance", ["fid"])
-    shown = subsample(list(zip(run.real("val"), *(run.fake("val", w) for w in SWEEP))), 6)
-    save_image(run.out / "sweep.png", contact_sheet([[load_rgb(path) for path in row] for row in shown], len(SWEEP) + 1))
-    return run.write("table5", rows)
+        row = fid.compare(*ev.image_sets(space, "val", w))
+        rows.append(dict(guidance=w, n=row["n_fake"], features=space.kind, fid=row["fid"]))
+    plot(ev.out / "table5.png", rows, "guidance", ["fid"])
+    shown = subsample(list(zip(ev.real("val"), *(ev.fake("val", None, w) for w in SWEEP))), 6)
+    sheet = contact_sheet([[load_rgb(path) for path in row] for row in shown], len(SWEEP) + 1)
+    save_image(ev.out / "sweep.png", sheet)
+    return rows
 
 
-def test(run):
-    """Table 7: FID of validation and test part, with a 95 % interval and two floors: real images of the training part at the
-    same n, and the part's own images through the VAE"""
-    rows = []
-    for space in run.spaces:
+def table7(ev):
+    """Table 7: FID of validation and test part, with a 95 % interval and two floors: real images of the
+    training part at the same n, and the part's own images through the VAE"""
+    rows, distance = [], fid.frechet_distance_of_features
+    for space in ev.spaces:
         for part in ("val", "test"):
-            real, fake = run.features(space, "real", part), run.features(space, "fake", part)
-            low, high = metrics.bootstrap_interval(frechet_distance_of_features, real, fake)
+            sets = ev.image_sets(space, part)
+            real, fake = (images.features for images in sets)
+            low, high = fid.bootstrap_interval(distance, real, fake)
+            row = fid.compare(*sets)
             rows.append(dict(
-                part=part, features=space.kind, n=len(real), fid=frechet_distance_of_features(real, fake), low=low, high=high,
-                floor_real=frechet_distance_of_features(real, run.features(space, "real", "train", len(real))),
-                floor_vae=frechet_distance_of_features(real, run.features(space, "reconstructed", part))))
-    return run.write("table7", rows)
+                part=part, features=space.kind, n=row.pop("n_real"), fid=row.pop("fid"), low=low, high=high,
+                floor_real=distance(real, ev.features(space, "real", "train", len(real))),
+                floor_vae=distance(real, ev.features(space, "reconstructed", part))) | row)
+            del rows[-1]["n_fake"]
+    return rows
 
 
-def classes(run):
-    """Table 8: KID x 1000 of each class of the test part"""
-    rows, labels = [], run.labels("test")
-    for space in run.spaces:
-        real, fake = run.features(space, "real", "test"), run.features(space, "fake", "test")
-        for name in np.unique(labels):
-            mine = labels == name
-            if mine.sum() > 1:
-                mean, std, subset = kid(real[mine], fake[mine])
-                rows.append({"class": name, "features": space.kind, "n": int(mine.sum()), "kid_x1000": 1000 * mean,
-                             "std_x1000": 1000 * std, "subset": subset})
-    return run.write("table8", rows)
+def table8(ev):
+    """Table 8: KID of each class of the test part (the paper gives it x 1000)"""
+    return [{"class": name, "features": space.kind} | row for space in ev.spaces
+            for name, row in fid.compare_classes(*ev.image_sets(space, "test")).items()]
 
 
-def figure5(run):
+def figure5(ev):
     """Figure 5: real | synthetic of each class, from the test part"""
-    labels, real, fake, tiles = run.labels("test"), run.real("test"), run.fake("test"), []
+    labels, real, fake, tiles = ev.labels("test"), ev.real("test"), ev.fake("test"), []
     for name in np.unique(labels):
         i = np.flatnonzero(labels == name)[0]
         tiles += [(f"{name}: real", load_rgb(real[i])), (f"{name}: synthetic", load_rgb(fake[i]))]
-    save_image(run.out / "figure5.png", labelled(4, tiles))
-    return []
+    save_image(ev.out / "figure5.png", labelled(4, tiles))
 
 
-# ---- what the paper wished for -----------------------------------------------------------------------------------------
+# ---- beyond the paper --------------------------------------------------------------------------------------
 
-def fidelity(run):
-    """Fidelity: cosine of a test sample's embedding with its reference's and with other references'; the share whose nearest
-    class centroid (of real training images) is the reference's class, beside the share of the real images themselves"""
-    e, labels, train_labels = run.encoder, run.labels("test"), run.labels("train")
-    real, fake, train = run.features(e, "real", "test"), run.features(e, "fake", "test"), run.features(e, "real", "train")
-    own, others = metrics.fidelity(fake, real)
-    ours, theirs = (float((metrics.nearest_centroid(train, train_labels, x) == labels).mean()) for x in (fake, real))
-    return run.write("fidelity", [dict(n=len(fake), cosine_own=own, cosine_others=others, consistency=ours,
-                                       consistency_real=theirs)])
+def fidelity(ev):
+    """Fidelity: cosine of a test sample's embedding with its reference's and with other references'; the
+    share whose nearest class centroid (of real training images) is the reference's class, beside the share of
+    the real images"""
+    labels, train_labels = ev.labels("test"), ev.labels("train")
+    real, fake, train = (ev.features(ev.encoder, *args)
+                         for args in (("real", "test"), ("fake", "test"), ("real", "train")))
+    own, others = fid.fidelity(fake, real)
+    ours, theirs = (float((fid.nearest_centroid(train, train_labels, x) == labels).mean()) for x in (fake, real))
+    return [dict(n=len(fake), cosine_own=own, cosine_others=others, consistency=ours, consistency_real=theirs)]
 
 
-def memorisation(run):
-    """Memorisation: distance from a sample to the nearest training image, in embedding and in pixels; real validation images are
-    the yardstick. `closer` is the share of samples nearer than 99 % of these"""
-    n, rows = run.limit, []
-    sets = {"real val": ("real", "val"), "samples of val": ("fake", "val"), "samples of train": ("fake", "train", None, n)}
-    for space in (run.encoder, Pixels()):
-        train, limit = run.features(space, "real", "train"), None
-        for name, what in sets.items():
-            index, distance = metrics.nearest(run.features(space, *what), train)
+def memorisation(ev):
+    """Memorisation: distance from a sample to the nearest training image, in embedding and in pixels; real
+    validation images are the yardstick. `closer` is the share of samples nearer than 99 % of these"""
+    n, rows = ev.limit, []
+    sets = {"real val": ("real", "val"), "samples of val": ("fake", "val"), "samples of train": ("fake", "train", n)}
+    for space in (ev.encoder, Pixels()):
+        train, limit = ev.features(space, "real", "train"), None
+        for name, images in sets.items():
+            index, distance = fid.nearest(ev.features(space, *images), train)
             limit = np.quantile(distance, 0.01) if limit is None else limit
-            rows.append({"space": space.kind, "images": name, "n": len(distance), "median": float(np.median(distance)),
-                         "lowest": float(distance.min()), "closer": float((distance < limit).mean())})
+            rows.append(dict(space=space.kind, images=name, n=len(distance), median=float(np.median(distance)),
+                             lowest=float(distance.min()), closer=float((distance < limit).mean())))
             if (space.kind, name) == ("encoder", "samples of train"):
-                paths, nearest = run.fake("train", None, n), run.real("train")
-                closest = [(paths[i], nearest[index[i]]) for i in distance.argsort()[:10]]
-                save_image(run.out / "closest.png", contact_sheet([[load_rgb(path) for path in pair] for pair in closest], 4))
-    return run.write("memorisation", rows)
+                paths, nearest = ev.fake("train", n), ev.real("train")
+                pairs = [(paths[i], nearest[index[i]]) for i in distance.argsort()[:10]]
+                save_image(ev.out / "closest.png", contact_sheet([[load_rgb(p) for p in pair] for pair in pairs], 4))
+    return rows
 
 
-def usefulness(run):
-    """Usefulness: a linear classifier on embeddings of real training images, of samples made from them, and of both; balanced
-    accuracy and recall on the real test images"""
-    n, e = run.limit, run.encoder
-    real, fake = run.features(e, "real", "train", n), run.features(e, "fake", "train", None, n)
-    labels, test, truth = run.labels("train", n), run.features(e, "real", "test"), run.labels("test")
+def usefulness(ev):
+    """Usefulness: a linear classifier on embeddings of real training images, of samples made from them, and
+    of both; balanced accuracy and recall on the real test images"""
+    n, e = ev.limit, ev.encoder
+    real, fake = ev.features(e, "real", "train", n), ev.features(e, "fake", "train", n)
+    labels, test, truth = ev.labels("train", n), ev.features(e, "real", "test"), ev.labels("test")
     rows = []
     for name, x, y in (("real", real, labels), ("synthetic", fake, labels),
                        ("both", np.concatenate([real, fake]), np.tile(labels, 2)),
-                       ("all real", run.features(e, "real", "train"), run.labels("train"))):
-        recall = metrics.recalls(truth, metrics.fit_linear(x, y)(test))
+                       ("all real", ev.features(e, "real", "train"), ev.labels("train"))):
+        recall = fid.recalls(truth, fid.fit_linear(x, y)(test))
         rows.append(dict(train=name, n=len(x), test_n=len(test), balanced_accuracy=float(np.mean(list(recall.values()))),
                          **{f"recall_{name}": share for name, share in recall.items()}))
-    return run.write("usefulness", rows)
+    return rows
 
 
 class Pixels:
     """The feature space of the pixels themselves, at 32 x 32."""
     kind = "pixels"
 
-    def __call__(self, images):
-        return np.stack([np.asarray(resize_crop(load_rgb(path), 32), dtype=np.float64).ravel() / 255 for path in images])
+    def extract(self, images, device):
+        small = [np.asarray(resize_crop(load_rgb(path), 32), dtype=np.float64) for path in images]
+        return np.stack([x.ravel() / 255 for x in small])
 
 
-# ---- pictures and the program ------------------------------------------------------------------------------------------
+# ---- pictures and the program ------------------------------------------------------------------------------
 
 def labelled(columns, tiles):
     """[(text, PIL image)] -> one picture of `columns` tiles a row, 256 wide, each under its text."""
     side, head, gap = 256, 16, 4
-    out = Image.new("RGB", (columns * (side + gap) - gap, -(-len(tiles) // columns) * (side + head + gap) - gap), "white")
+    rows = -(-len(tiles) // columns)
+    out = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + head + gap) - gap), "white")
     for i, (text, image) in enumerate(tiles):
         x, y = i % columns * (side + gap), i // columns * (side + head + gap)
         ImageDraw.Draw(out).text((x, y + 2), text, fill="black")
@@ -237,7 +238,8 @@ def labelled(columns, tiles):
 
 
 def plot(path, rows, x, columns):
-    """A line for each column over column x, where matplotlib is installed; rows without a value are left out."""
+    """A line for each column over column x, where matplotlib is installed; rows without a value are omitted.
+    """
     lines = {column: [(float(row[x]), float(row[column])) for row in rows if row[column]] for column in columns}
     try:
         from matplotlib.figure import Figure
@@ -260,29 +262,38 @@ def as_markdown(rows):
         list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)))
 
 
-SECTIONS = {f.__name__: f for f in (epochs, sweep, test, classes, figure5, fidelity, memorisation, usefulness)}
-PICTURES = dict(epochs=["table4.png"], sweep=["table5.png", "sweep.png"], figure5=["figure5.png"], memorisation=["closest.png"])
+# name in --only: (section, name of its table, pictures). A section's docstring is its heading.
+SECTIONS = dict(
+    epochs=(table4, "table4", ["table4.png"]), sweep=(table5, "table5", ["table5.png", "sweep.png"]),
+    test=(table7, "table7", []), classes=(table8, "table8", []), figure5=(figure5, None, ["figure5.png"]),
+    fidelity=(fidelity, "fidelity", []), memorisation=(memorisation, "memorisation", ["closest.png"]),
+    usefulness=(usefulness, "usefulness", []))
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="parts of the report (default: all)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS),
+                        help="parts of the report (default: all)")
     parser.add_argument("--cfg", type=number(float, 0), default=1.3, help="guidance of all but the sweep")
     parser.add_argument("--limit", type=number(int, 8), default=400, metavar="N",
                         help="training images that are sampled from, for usefulness")
     parser.add_argument("--inception", metavar="FILE", help="pytorch-fid's weights (default: torch.hub's cache)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
-    finished, text = Run(args.run, args.cfg, args.limit, args.inception, pick_device(args.device)), f"# {args.run.name}\n"
+    evaluation = Evaluation(args.run, args.cfg, args.limit, args.inception, pick_device(args.device))
+    text = f"# {args.run.name}\n"
     for name in args.only:
-        rows = SECTIONS[name](finished)
-        part = "\n## " + " ".join(SECTIONS[name].__doc__.split()) + "\n\n" + (as_markdown(rows) + "\n" if rows else "")
-        pictures = [picture for picture in PICTURES.get(name, ()) if (finished.out / picture).exists()]
-        text += part + "".join(f"\n![{name}]({picture})\n" for picture in pictures)
+        section, table, pictures = SECTIONS[name]
+        part = "\n## " + " ".join(section.__doc__.split()) + "\n\n"
+        if rows := section(evaluation):
+            save_csv(evaluation.out / f"{table}.csv", rows)
+            part += as_markdown(rows) + "\n"
         print(part, flush=True)
-        save_text(finished.out / ("report.md" if args.only == list(SECTIONS) else f"report-{'-'.join(args.only)}.md"), text)
-    save_text(args.run / "README.md", model_card(args.run))         # which includes the whole report
+        text += part + "".join(f"\n![{name}]({p})\n" for p in pictures if (evaluation.out / p).exists())
+        report = "report.md" if args.only == list(SECTIONS) else f"report-{'-'.join(args.only)}.md"
+        save_text(evaluation.out / report, text)
+    save_text(args.run / "README.md", model_card(args.run))         # which includes the complete report
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from . import parallel, toy
 from .data import make_split, read_dataset, read_split, subsample
 from .files import Fail, read_csv, read_json, save_text
-from .weights import BUILT_IN, licence
+from .weights import BUILT_IN, TensorFile
 
 try:
     import fcntl
@@ -30,12 +30,6 @@ def settings_of(folder):
     if not isinstance(settings, dict):
         return None
     return settings if all(isinstance(settings.get(key, ()), kind) for kind, keys in KINDS.items() for key in keys) else None
-
-
-def base_of(folder):
-    """The fingerprints of the U-Net and the VAE of a run, for `open_sd15`; None where there is none yet."""
-    sha256 = read_json(Path(folder) / "config.json").get("sha256")
-    return [sha256.get(part) if isinstance(sha256, dict) else None for part in ("base", "vae")]
 
 
 def newest_run():
@@ -195,7 +189,8 @@ def model_card(folder):
 - `adapter-best.safetensors`: the same with the lowest {what[column]}
   on {n} validation patches: **{float(best[column]):.4g}**, epoch {best['epoch']} of {args['epochs']} ({tried} were measured)"""
     names = dict(base=public_name(args["sd15"]), encoder=public_name(args["uni2h"]))
-    terms = dict(sd15="openrail-m", uni2h="cc-by-nc-nd-4.0")
+    header = TensorFile(folder / "adapter.safetensors").header
+    terms = dict(sd15="openrail-m", uni2h=header.get("encoder_licence", "cc-by-nc-nd-4.0"))
     terms = "-and-".join(name for key, name in terms.items() if args[key] not in BUILT_IN)
     terms = f"license: other\nlicense_name: {terms}" if terms else "license: mit"
     number = {part: sum(classes.values()) for part, classes in split["patches"].items()}
@@ -249,5 +244,5 @@ Hashes (sha256) of the weights' tensors and of all image files: {', '.join(f'{k}
 
 ## Licence
 
-{licence(names['base'], names['encoder'])}
+{header["licence"]}
 """ + (f"\n{report.read_text(encoding='utf-8')}".replace("\n#", "\n##").replace("](", "](report/") if report.is_file() else "")

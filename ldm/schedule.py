@@ -1,6 +1,8 @@
-"""The DDPM noise schedule of Stable Diffusion 1.5, as functions of tensors. Everything is float32, whatever the U-Net is.
+"""The DDPM noise schedule of Stable Diffusion 1.5, as functions of tensors. Everything is float32, whatever
+the U-Net is.
 
-In bfloat16 ᾱ rounds to 1 at t = 0 and 1, so that no noise is added there, and a sampler drifts by 1 % over 30 steps.
+In bfloat16 ᾱ rounds to 1 at t = 0 and 1, so that no noise is added there, and a sampler drifts by 1 % over 30
+steps.
 """
 import torch
 
@@ -10,8 +12,8 @@ T = 1000
 def alpha_bar():
     """ᾱ (1000,) in float64: the product of 1 - β, with √β linear from √0.00085 to √0.012.
 
-    The paper writes α_t for it. Source: CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml. Accumulated in
-    float64 as there; Diffusers does it in float32, and differs by 8e-7.
+    The paper writes α_t for it. Source: CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml.
+    Accumulated in float64 as there; Diffusers does it in float32, and differs by 8e-7.
     """
     beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float64) ** 2
     return torch.cumprod(1 - beta, dim=0)
@@ -25,7 +27,8 @@ def add_noise(z0, noise, t):
 
 
 def timesteps(steps=30):
-    """The timesteps from noise to image: k · (1000 // steps) + 1 for k = steps-1 .. 0 (30 steps: 958, 925, ..., 34, 1).
+    """The timesteps from noise to image: k · (1000 // steps) + 1 for k = steps-1 .. 0 (30 steps: 958, 925,
+    ..., 34, 1).
 
     This is Diffusers' `leading` spacing with `steps_offset` 1, which SD1.5's scheduler config asks for.
     """
@@ -35,9 +38,11 @@ def timesteps(steps=30):
 
 
 def ddpm_coefficients(t, previous):
-    """(c_0, c_t, σ) of the reverse step t -> previous (None after the last): z_previous = c_0 ẑ_0 + c_t z_t + σ · noise.
+    """(c_0, c_t, σ) of the reverse step t -> previous (None after the last): z_previous = c_0 ẑ_0 + c_t z_t +
+    σ · noise.
 
-    Ho et al. 2020, eqs. (6)-(7), for steps of any length; σ² is the posterior variance (Diffusers' `fixed_small`).
+    Ho et al. 2020, eqs. (6)-(7), for steps of any length; σ² is the posterior variance (Diffusers'
+    `fixed_small`).
     """
     ab = alpha_bar()
     ab_t, ab_p = ab[t].item(), 1.0 if previous is None else ab[previous].item()

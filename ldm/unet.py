@@ -14,9 +14,9 @@ FEW = 128           # positions of a whole batch
 class UNet(nn.Module):
     """Predict the noise ε in z_t. The defaults are SD1.5: 859,520,964 parameters in 686 tensors.
 
-    channels: width of each level; all levels but the last have attention. layers: residual blocks per level on the way
-    down (one more on the way up). context: d_c, the width of a condition token. heads: heads of every attention (what
-    SD1.5's config calls `attention_head_dim: 8`).
+    channels: width of each level; all levels but the last have attention. layers: residual blocks per level
+    on the way down (one more on the way up). context: d_c, the width of a condition token. heads: heads of
+    every attention (what SD1.5's config calls `attention_head_dim: 8`).
     """
 
     def __init__(self, channels=(320, 640, 1280, 1280), layers=2, context=768, heads=8, latent=4):
@@ -51,7 +51,8 @@ class UNet(nn.Module):
     def forward(self, z, t, c):
         """z (B, 4, H, W), t (B,) integer timesteps, c (B, N, d_c) -> ε (B, 4, H, W).
 
-        Computed in the network's dtype, returned in that of z: the state outside stays float32 around a bfloat16 network.
+        Computed in the network's dtype, returned in that of z: the state outside stays float32 around a
+        bfloat16 network.
         """
         dtype = self.conv_in.weight.dtype
         t, c = self.time_embedding(t), c.to(dtype)          # (B, 4 C₀), (B, N, d_c)
@@ -123,7 +124,9 @@ class Conv(nn.Conv2d):
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) -> (B, c_out, H, W). time: width of the time embedding; None in the VAE, which has no time."""
+    """x (B, c_in, H, W) -> (B, c_out, H, W). time: width of the time embedding; None in the VAE, which has no
+    time.
+    """
 
     def __init__(self, c_in, c_out, time=None, eps=1e-5):
         super().__init__()
@@ -145,7 +148,8 @@ class ResBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Self-attention over the positions, cross-attention to the condition, feed-forward; residual throughout."""
+    """Self-attention over the positions, cross-attention to the condition, feed-forward; residual throughout.
+    """
 
     def __init__(self, c, heads, context):
         super().__init__()
@@ -218,7 +222,9 @@ class GEGLU(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve H and W. The VAE pads right and bottom only; padding all around there costs 0.8 relative error in latents."""
+    """Halve H and W. The VAE pads right and bottom only; padding all around there costs 0.8 relative error in
+    latents.
+    """
 
     def __init__(self, c, asymmetric=False):
         super().__init__()

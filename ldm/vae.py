@@ -10,7 +10,8 @@ EPS = 1e-6          # of every GroupNorm here; the U-Net's residual blocks have 
 
 
 class VAE(nn.Module):
-    """KL autoencoder. The defaults are SD1.5: 83,653,863 parameters in 248 tensors, 8 x 8 pixels to one latent pixel.
+    """KL autoencoder. The defaults are SD1.5: 83,653,863 parameters in 248 tensors, 8 x 8 pixels to one
+    latent pixel.
 
     channels: width of each level. layers: residual blocks per level of the encoder (one more in the decoder).
     """
@@ -24,7 +25,9 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> mean and log-variance of the posterior, (B, 4, H/8, W/8) each, unscaled."""
+        """x (B, 3, H, W) in [-1, 1] -> mean and log-variance of the posterior, (B, 4, H/8, W/8) each,
+        unscaled.
+        """
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 

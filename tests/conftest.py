@@ -95,7 +95,7 @@ def uni2h(tmp_path_factory):
 
 
 # What train.py writes into an adapter's header.
-HEADER = dict(base="x", base_sha256="b", vae_sha256="v", encoder="y", encoder_sha256="e", resolution="64", step="7", seed="0")
+HEADER = dict(base="x", base_sha256="b", vae_sha256="v", encoder="y", encoder_sha256="e", resolution="64", step="7", seed="0", licence="CC BY-NC-ND")
 
 
 def texture(seed, size=72):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import fid
+from ldm import encoder
 from ldm.files import Fail
 
 DATA = bytes(range(256)) * 100_000          # 26 MB: half of it is more than one chunk of the hub's client
@@ -72,10 +72,10 @@ HUB = """
 import json, sys
 sys.path.insert(0, {root!r})
 from ldm.files import Fail
-from ldm.weights import hub_files
+from ldm.weights import hub_file
 for name, sha256, gated in {cases!r}:
     try:
-        result = hub_files("o/" + name, ["file.bin"], {{"file.bin": sha256}}, gated)[0].read_bytes()
+        result = hub_file("o/" + name, ["file.bin"], {{"file.bin": sha256}}, gated).read_bytes()
         print("RESULT", json.dumps([name, sha256, len(result)]))
     except Fail as problem:
         print("RESULT", json.dumps([name, sha256, str(problem)]))
@@ -120,10 +120,10 @@ def test_a_hub_that_is_slow_ends_in_one_line(server, tmp_path):
 
 @pytest.mark.parametrize("kind, hash8, words", [("ok", SHA256[:8], None), ("ok", "00000000", "hash"), ("cut", SHA256[:8], "hash"), ("missing", SHA256[:8], "404")])
 def test_the_inception_weights_are_checked_and_appear_whole_or_not_at_all(kind, hash8, words, server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fid, "URL", f"{server}/o/{kind}/pt_inception-2015-12-05-{hash8}.pth")
+    monkeypatch.setattr(encoder, "INCEPTION_URL", f"{server}/o/{kind}/pt_inception-2015-12-05-{hash8}.pth")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(Fail) as problem:
-        fid.open_inception()
+        encoder.Inception()
     [said] = [line for line in capsys.readouterr().err.splitlines() if "downloading" in line]
     assert str(tmp_path) in said and "96 MB" in said
     files = list((tmp_path / "checkpoints").iterdir())

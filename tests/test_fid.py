@@ -1,4 +1,4 @@
-"""FID and KID equal the tools whose numbers they claim, on real tissue with the real network."""
+"""FID and KID equal the tools whose numbers they claim, with random weights everywhere and with the real ones here."""
 import json
 import shutil
 
@@ -8,18 +8,44 @@ import torch
 import torch.nn.functional as F
 from conftest import program, texture
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fid
+from ldm.encoder import RESIZERS, Inception, build_inception
 from ldm.files import Fail
-from ldm.weights import load
 
 CPU = torch.device("cpu")
 
 
+def random_weights(path):
+    """Inception's tensors, drawn so that the activations keep their size through the network."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build_inception().state_dict().items()}
+    g, tensors = torch.Generator().manual_seed(0), {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=g)
+        if name.endswith("conv.weight"):
+            tensors[name] = noise * (2 / shape[1:].numel()) ** 0.5
+        elif name.endswith(("bn.weight", "running_var")):
+            tensors[name] = (0.1 * noise).exp()
+        else:
+            tensors[name] = 0.1 * noise
+    save_file(tensors, path)
+
+
+@pytest.fixture(scope="module", params=["random", pytest.param("real", marks=pytest.mark.slow)])
+def kind(request):
+    """Whether weights and images are random or real; these tests hold for any."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def weights(shared):
-    return shared("weights/inception-2015-12-05.safetensors")
+def weights(kind, tmp_path_factory, request):
+    if kind == "real":
+        return request.getfixturevalue("shared")("weights/inception-2015-12-05.safetensors")
+    path = tmp_path_factory.mktemp("weights") / "inception.safetensors"
+    random_weights(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +60,24 @@ def pth(weights, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def network(weights):
-    return load(fid.Inception, fid.open_inception(weights))
-
-
-@pytest.fixture(scope="module")
-def folders(shared, tmp_path_factory):
-    """Two folders of 12 and 14 real patches."""
-    images = sorted(shared("data/ebhi-colon/train").iterdir())
-    root = tmp_path_factory.mktemp("real")
-    for name, chosen in (("a", images[::80][:12]), ("b", images[7::70][:14])):
-        (root / name).mkdir()
-        for image in chosen:
-            shutil.copy(image, root / name)
+def folders(kind, tmp_path_factory, request):
+    """Two folders of 12 and 14 patches."""
+    root = tmp_path_factory.mktemp("patches")
+    (root / "a").mkdir()
+    (root / "b").mkdir()
+    if kind == "real":
+        images = sorted(request.getfixturevalue("shared")("data/ebhi-colon/train").iterdir())
+        for name, chosen in (("a", images[::80][:12]), ("b", images[7::70][:14])):
+            for image in chosen:
+                shutil.copy(image, root / name)
+    else:
+        for i in range(26):
+            texture(i, 220).save(root / "ab"[i >= 12] / f"{i:02d}.JPG", quality=95)
     return root / "a", root / "b"
 
 
-def ours(folders, network, resize):
-    return [fid.read_set(f, lambda files: fid.extract_features(files, network, fid.RESIZERS[resize], CPU, 8))
-            for f in folders]
+def ours(folders, weights, resize):
+    return [fid.read_set(folder, Inception(weights, resize), CPU, 8) for folder in folders]
 
 
 def exact(x, y):
@@ -63,13 +88,13 @@ def exact(x, y):
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + (a ** 2).sum() + (b ** 2).sum() - 2 * root
 
 
-def test_fid_equals_pytorch_fids_on_the_same_folders(folders, network, pth, weights, monkeypatch, tmp_path):
+def test_fid_equals_pytorch_fids_on_the_same_folders(folders, pth, weights, monkeypatch, tmp_path):
     import pytorch_fid.inception
     from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: torch.load(pth))
     theirs = pytorch_fid.inception.InceptionV3([3])
     features = [get_activations(sorted(map(str, f.iterdir())), theirs, 4, num_workers=0) for f in folders]
-    sets = ours(folders, network, "pytorch-fid")
+    sets = ours(folders, weights, "pytorch-fid")
     for mine, reference in zip(sets, features):
         assert np.abs(mine.features - reference).max() < 1e-4
     value = fid.compare(*sets)["fid"]
@@ -83,22 +108,23 @@ def test_fid_equals_pytorch_fids_on_the_same_folders(folders, network, pth, weig
     assert row["resize"] == "pytorch-fid" and row["weights"] in result.stdout
 
 
-def test_fid_equals_clean_fids(folders, network):
+def test_fid_equals_clean_fids(folders, weights):
     from cleanfid import fid as clean
+    network = Inception(weights).load()
     theirs = [clean.get_folder_features(str(f), lambda x: network((x - 128) / 128), num_workers=0, batch_size=8, device=CPU, mode="clean")
               for f in folders]
-    value = fid.compare(*ours(folders, network, "clean"))["fid"]
+    value = fid.compare(*ours(folders, weights, "clean"))["fid"]
     expected = exact(*(np.float64(f) for f in theirs))          # clean-fid's own sqrtm fails with the SciPy of today
     print(f"clean-fid {expected:.6f}, difference {abs(value - expected):.1e}")
     assert abs(value - expected) < 1e-3
 
 
-def test_fid_and_kid_equal_torch_fidelitys(folders, network, pth):
+def test_fid_and_kid_equal_torch_fidelitys(folders, weights, pth):
     import torch_fidelity
     theirs = torch_fidelity.calculate_metrics(
         input1=str(folders[0]), input2=str(folders[1]), fid=True, kid=True, kid_subset_size=10, cuda=False, verbose=False,
         feature_extractor_weights_path=str(pth), batch_size=8, samples_find_ext="jpg,JPG", save_cpu_ram=True, cache=False)
-    mine = fid.compare(*ours(folders, network, "tf1"), subset=10)
+    mine = fid.compare(*ours(folders, weights, "tf1"), subset=10)
     print(f"torch-fidelity {theirs['frechet_inception_distance']:.6f}, "
           f"difference {abs(mine['fid'] - theirs['frechet_inception_distance']):.1e}")
     assert abs(mine["fid"] - theirs["frechet_inception_distance"]) < 1e-3
@@ -111,7 +137,7 @@ def test_kid_equals_torch_fidelitys_on_equal_features_and_subsets(n, m, subset):
     g = torch.Generator().manual_seed(0)
     x, y = torch.rand(n, 64, generator=g, dtype=torch.float64), 1.1 * torch.rand(m, 64, generator=g, dtype=torch.float64)
     theirs = kid_features_to_metric(x, y, kid_subsets=100, kid_subset_size=subset, rng_seed=2020, verbose=False)
-    mean, std, size = fid.kid(x.numpy(), y.numpy(), size=subset)
+    mean, std, size = fid.kid(x.numpy(), y.numpy(), subset).values()
     assert size == subset and mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
     if subset == n == m:
         assert std == 0 and theirs["kernel_inception_distance_std"] < 1e-12
@@ -121,7 +147,7 @@ def test_kid_equals_torch_fidelitys_on_equal_features_and_subsets(n, m, subset):
 
 def test_kid_takes_no_larger_subset_than_there_are_images():
     x, y = np.random.default_rng(0).random((33, 8)), np.random.default_rng(1).random((40, 8))
-    assert fid.kid(x, y)[2] == 33
+    assert fid.kid(x, y)["kid_subset"] == 33
 
 
 def test_the_distance_of_gaussians_with_diagonal_covariances_is_known():
@@ -156,11 +182,11 @@ def test_resizers_equal_the_tools_own(size):
                 "clean": (torch.from_numpy(build_resizer("clean")(np.array(image))).permute(2, 0, 1)[None] - 128) / 128,
                 "tf1": (tf1(x, size=(299, 299), align_corners=False) - 128) / 128}
     for name, reference in expected.items():
-        assert (fid.RESIZERS[name](image) - reference[0]).abs().max() < 1e-6, name
+        assert (RESIZERS[name](image) - reference[0]).abs().max() < 1e-6, name
 
 
 def test_pytorch_fids_file_and_the_safetensors_hold_the_same_network(weights, pth):
-    assert fid.open_inception(weights).fingerprint() == fid.open_inception(pth).fingerprint()
+    assert Inception(weights).fingerprint() == Inception(pth).fingerprint()
 
 
 def random_set(seed=0, n=6, d=2048):
@@ -202,7 +228,7 @@ def test_foreign_archives_that_hold_no_statistics_are_refused(content, tmp_path)
 def test_names_without_features_are_no_classes(tmp_path):
     np.savez(tmp_path / "x.npz", mu=np.zeros(2), sigma=np.eye(2), n=3, names=np.array(["a/1", "a/2", "a/3"]))
     images = fid.load_set(tmp_path / "x.npz", "clean", "abc")
-    assert images.classes() == set() and fid.compare_classes(images, images) == {}
+    assert images.by_class() == {} and fid.compare_classes(images, images) == {}
 
 
 def test_a_damaged_archive_is_refused(tmp_path):

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 import train
 from ldm import data, parallel
+from ldm.encoder import open_encoder
 from ldm.files import Fail, pick_device, run, same_everywhere, save_tensors, save_text
 from ldm.runs import public_name
 from ldm.weights import TensorFile, is_hub_name, load_unet, open_sd15
-from projector import load_encoder, open_encoder
 from sample import is_sample_of, save_image
 
 
@@ -141,7 +141,7 @@ def test_weights_with_odd_tensors_are_refused(shapes, tmp_path):
     with pytest.raises(Fail):
         load_unet(open_sd15(str(tmp_path))[0], "meta")
     with pytest.raises(Fail):
-        load_encoder(open_encoder(str(tmp_path)), "meta")
+        open_encoder(str(tmp_path)).load("meta")
 
 
 @pytest.mark.parametrize("images, cut", [("5", 0), ('["a", "b", "c"]', 0), ('[["a"], "b"]', 0), ("[" * 9999, 0), ('["a", "b"]', 9)])

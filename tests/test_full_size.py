@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, texture
 
+from ldm.encoder import open_encoder
 from ldm.weights import load_unet, load_vae, open_sd15
-from projector import embed, load_encoder, open_encoder
 
 pytestmark = pytest.mark.slow
 
@@ -68,11 +68,12 @@ def test_the_full_size_encoder_loads_and_equals_timms_pipeline(shared, tmp_path)
     import timm
     from timm.data import create_transform
     subprocess.run([sys.executable, shared("tools/make_uni2h.py"), tmp_path], check=True, capture_output=True)
-    encoder = load_encoder(open_encoder(tmp_path))
-    assert sum(p.numel() for p in encoder.parameters()) == 681_394_176 and len(encoder.state_dict()) == 343
+    encoder = open_encoder(tmp_path)
+    network = encoder.load()
+    assert sum(p.numel() for p in network.parameters()) == 681_394_176 and len(network.state_dict()) == 343
     image = texture(0, 512)
-    ours = embed(encoder, [image])
-    del encoder
+    ours = encoder.embed(network, [image])
+    del network
     theirs = timm.create_model(                     # the call of MahmoodLab/UNI2-h's page
         "vit_giant_patch14_224", img_size=224, patch_size=14, depth=24, num_heads=24, init_values=1e-5, embed_dim=1536,
         mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True, mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU,

@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 
 from ldm.data import load_rgb
+from ldm.encoder import open_encoder, preprocess
 from ldm.unet import UNet
 from lora import inject
-from projector import Projector, embed, load_encoder, open_encoder, preprocess
+from projector import Projector
 from train import parameter_table
 
 UNI2H = dict(img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True,
@@ -86,7 +87,8 @@ def test_embeddings_equal_timms_own(uni2h, dataset):
     theirs = timm.create_model("vit_giant_patch14_224", depth=2, num_heads=3, embed_dim=192, mlp_layer=timm.layers.SwiGLUPacked, **UNI2H)
     theirs.load_state_dict(torch.load(uni2h / "pytorch_model.bin", weights_only=True), strict=True)
     images = [load_rgb(path) for path in sorted((dataset / "train").iterdir())[:3]]
-    ours = embed(load_encoder(open_encoder(uni2h)), images)
+    encoder = open_encoder(uni2h)
+    ours = encoder.embed(encoder.load(), images)
     with torch.no_grad():
         expected = theirs.eval()(torch.stack([mahmoodlab_transform()(image) for image in images]))
     assert ours.shape == (3, 192) and ours.dtype == torch.float32

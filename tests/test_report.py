@@ -7,27 +7,27 @@ import pytest
 from conftest import program
 from PIL import Image
 
-from fid import frechet_distance_of_features
-from ldm import ablation, metrics, report
+import fid
+from ldm import ablation, report
 
 RNG = np.random.default_rng
 
 
 def test_fidelity_of_copies_is_1_and_of_orthogonal_others_0():
     x = np.eye(5) * np.arange(1, 6)[:, None]
-    assert metrics.fidelity(x, x) == pytest.approx((1, 0))
-    assert metrics.fidelity(np.roll(x, 1, 0), x) == pytest.approx((0, 0.25))       # the own one is among the four others
+    assert fid.fidelity(x, x) == pytest.approx((1, 0))
+    assert fid.fidelity(np.roll(x, 1, 0), x) == pytest.approx((0, 0.25))       # the own one is among the four others
 
 
 def test_the_nearest_centroid_is_the_class_of_the_nearest_direction():
     train, labels = np.array([[1.0, 0], [1, 0.2], [0, 1], [0.2, 1]]), np.array(["a", "a", "b", "b"])
-    assert list(metrics.nearest_centroid(train, labels, np.array([[9.0, 1], [0.1, 0.3]]))) == ["a", "b"]
+    assert list(fid.nearest_centroid(train, labels, np.array([[9.0, 1], [0.1, 0.3]]))) == ["a", "b"]
 
 
 def test_a_planted_copy_of_a_training_image_is_found():
     train, x = RNG(0).normal(size=(50, 20)), RNG(1).normal(size=(10, 20))
     x[3] = train[17]
-    index, distance = metrics.nearest(x, train)
+    index, distance = fid.nearest(x, train)
     assert index[3] == 17 and distance[3] == 0 and (np.delete(distance, 3) > 1).all()
     assert np.allclose(distance, np.linalg.norm(x[:, None] - train, axis=2).min(1))
 
@@ -38,14 +38,14 @@ def test_the_interval_holds_the_estimate_and_narrows_with_n():
         return float(a.mean() - b.mean())
     for n in (100, 1600):
         x, y = RNG(2).normal(size=(n, 1)), RNG(3).normal(3, 1, size=(n, 1))
-        low, high = metrics.bootstrap_interval(distance, x, y, repeats=2000)
+        low, high = fid.bootstrap_interval(distance, x, y, repeats=2000)
         assert low < distance(x, y) < high and high - low == pytest.approx(2 * 1.96 * (2 / n) ** 0.5, rel=0.1)
 
 
 def test_the_interval_of_a_frechet_distance_is_put_around_it():
     x, y = RNG(4).normal(size=(60, 30)), RNG(5).normal(0.3, 1, size=(60, 30))
-    low, high = metrics.bootstrap_interval(frechet_distance_of_features, x, y)
-    assert low < frechet_distance_of_features(x, y) < high
+    low, high = fid.bootstrap_interval(fid.frechet_distance_of_features, x, y)
+    assert low < fid.frechet_distance_of_features(x, y) < high
 
 
 def test_separable_classes_are_told_apart_and_inseparable_ones_are_not():
@@ -53,20 +53,20 @@ def test_separable_classes_are_told_apart_and_inseparable_ones_are_not():
     centre = np.eye(3)[np.arange(3).repeat(200)]
     for scale, low, high in ((8.0, 0.99, 1.0), (0.0, 0.2, 0.47)):
         x, test = (scale * centre + RNG(s).normal(size=(600, 3)) for s in (6, 7))
-        recalls = metrics.recalls(labels, metrics.fit_linear(x, labels)(test))
+        recalls = fid.recalls(labels, fid.fit_linear(x, labels)(test))
         assert list(recalls) == ["a", "b", "c"] and low <= np.mean(list(recalls.values())) <= high
 
 
 def test_the_classifier_is_at_the_minimum_and_weighs_classes_alike():
     """Two classes of 90 and 10 that differ by nothing but their mean: the boundary lies in the middle, whatever their numbers are."""
     x = np.concatenate([RNG(8).normal(-1, 1, (900, 1)), RNG(9).normal(1, 1, (100, 1))])
-    guess = metrics.fit_linear(x, np.array(["a"] * 900 + ["b"] * 100))
+    guess = fid.fit_linear(x, np.array(["a"] * 900 + ["b"] * 100))
     assert (guess(np.array([[-0.3], [0.3]])) == ["a", "b"]).all()
 
 
 def test_recall_counts_each_class_by_itself():
     truth, guess = np.array(list("aaab")), np.array(list("aabb"))
-    assert metrics.recalls(truth, guess) == {"a": pytest.approx(2 / 3), "b": 1.0}
+    assert fid.recalls(truth, guess) == {"a": pytest.approx(2 / 3), "b": 1.0}
 
 
 def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch):

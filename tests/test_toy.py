@@ -9,12 +9,12 @@ from conftest import ROOT, process, program
 from PIL import Image
 
 from ldm.data import CLASSES, load_rgb, read_dataset, split_patches, to_images, to_tensor
+from ldm.encoder import open_encoder
 from ldm.schedule import alpha_bar
 from ldm.toy.base import draw_world, pictures_of, small_picture
 from ldm.toy.tissue import draw_patch, draw_slide, write_dataset
 from ldm.vae import SCALE
 from ldm.weights import BUILT_IN, load_unet, load_vae, open_sd15
-from projector import embed, load_encoder, open_encoder
 
 WEIGHTS = BUILT_IN["toy"]
 needs_weights = pytest.mark.skipif(not (WEIGHTS / "unet").is_dir(), reason="the toy base is not trained yet (python -m ldm.toy.base)")
@@ -115,9 +115,10 @@ def test_the_bases_pictures_are_a_function_of_their_world():
 @needs_weights
 def test_the_encoder_tells_the_classes_apart(tissue):
     """A ridge classifier on its embeddings, fitted on other slides."""
-    encoder = load_encoder(open_encoder("toy"))
+    encoder = open_encoder("toy")
+    network = encoder.load()
     train = [draw_patch(draw_slide(label, seed)) for label in range(4) for seed in range(100, 130)]
-    a, b = embed(encoder, train).double().numpy(), embed(encoder, tissue).double().numpy()
+    a, b = encoder.embed(network, train).double().numpy(), encoder.embed(network, tissue).double().numpy()
     mu, spread, y = a.mean(0), a.std(0), np.eye(4)[np.repeat(np.arange(4), 30)]
     a, b = (a - mu) / spread, (b - mu) / spread
     guess = (b @ np.linalg.solve(a.T @ a + 100 * np.eye(a.shape[1]), a.T @ (y - 0.25))).argmax(1)
@@ -185,7 +186,7 @@ def test_the_program_that_made_the_base_makes_one(tmp_path):
     import subprocess
     subprocess.run([sys.executable, "-m", "ldm.toy.base", str(tmp_path), "--scale", "0.0001"], cwd=ROOT, check=True, capture_output=True)
     unet_file, vae_file = open_sd15(str(tmp_path))
-    assert load_unet(unet_file).context == 128 and load_encoder(open_encoder(str(tmp_path))).embed_dim == 192
+    assert load_unet(unet_file).context == 128 and open_encoder(str(tmp_path)).width == 192
     with torch.no_grad():
         z = load_vae(vae_file).encode(to_tensor([draw_patch(draw_slide(0, 0))], 64))[0] * SCALE
     assert z.isfinite().all() and len((tmp_path / "log.csv").read_text().splitlines()) > 3

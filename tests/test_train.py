@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import train
 from ldm.data import Patch, describe_split
-from ldm.runs import base_of, check_or_create, find, model_card, settings_of
+from ldm.runs import check_or_create, find, model_card, settings_of
 from ldm.schedule import alpha_bar
 from ldm.unet import UNet
 from ldm.weights import open_sd15
@@ -164,8 +164,8 @@ def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, m
     """On one fixed draw of noise and timesteps. (The frozen network is random here: drawn anew at every step, noise can be
     predicted only as far as such a network goes, and the loss falls by half.)"""
     from ldm.data import Cache, read_dataset
+    from ldm.encoder import open_encoder
     from ldm.weights import load_unet
-    from projector import open_encoder
     root, (unet_file, vae_file), encoder_file = shared("data/ebhi-colon"), open_sd15(str(base)), open_encoder(uni2h)
     names = [p.name for p in read_dataset(root)][::200][:8]
     cache = Cache(tmp_path, "vae", "encoder", 64)
@@ -276,25 +276,6 @@ def test_a_model_card_says_no_more_than_is_known(trained, tmp_path):
         (copy / "split.json").write_text(described)
         card = model_card(copy)
         assert how in card and "the dataset's own test part" in card and "adapter-best" not in card and "/gone" not in card
-
-
-def test_both_precisions_may_be_there_and_each_run_goes_on_with_its_own(base, small, dataset, tmp_path):
-    """The run begins where float16 is alone; then float32 comes, which is preferred in a folder."""
-    from safetensors.torch import save_file
-    files = {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
-    for path in files.values():
-        (tmp_path / "sd" / path).parent.mkdir(parents=True)
-        save_file({n: t.half() for n, t in load_file(base / path).items()}, (tmp_path / "sd" / path).with_suffix(".fp16.safetensors"))
-    arguments = [*small[:2], "--sd15", tmp_path / "sd", *small[4:], "--max-steps", 1, "--val-samples", 0, "--run", "runs/x"]
-    program("train.py", *arguments, cwd=tmp_path)
-    for path in files.values():
-        (tmp_path / "sd" / path).write_bytes((base / path).read_bytes())
-    assert "goes on after step 1 of 1" in program("train.py", *arguments, cwd=tmp_path).stdout
-    program("sample.py", "--run", "runs/x", "--ref", next((dataset / "test").iterdir()), "--steps", 1, cwd=tmp_path)
-    assert len(list((tmp_path / "runs/cache").iterdir())) == 1              # one key: the VAE is the same
-    first = [file.path.name for file in open_sd15(str(tmp_path / "sd"))]
-    named = [file.path.name for file in open_sd15(str(tmp_path / "sd"), base_of(tmp_path / "runs/x"))]
-    assert first == ["diffusion_pytorch_model.safetensors"] * 2 and named == ["diffusion_pytorch_model.fp16.safetensors"] * 2
 
 
 def test_the_cache_is_used_again_and_repeating_the_command_goes_on(trained, small):
@@ -633,7 +614,7 @@ def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path)
     refused = program("sample.py", *arguments, cwd=tmp_path, check=False)
     assert refused.returncode == 2 and "another base" in refused.stderr and "--other-base" in refused.stderr
     assert not (tmp_path / "out").exists()
-    encoder = train.open_encoder(json.loads((trained / "config.json").read_text())["args"]["uni2h"])
+    encoder = train.open_encoder(json.loads((trained / "config.json").read_text())["args"]["uni2h"]).file
     (tmp_path / "encoder").mkdir()
     save_file({n: encoder.get(n) + (n == "norm.bias") for n in encoder.names}, tmp_path / "encoder/model.safetensors")
     refused = program("sample.py", *arguments, "--other-base", "--uni2h", tmp_path / "encoder", cwd=tmp_path, check=False)
@@ -713,37 +694,23 @@ class Hub:
 
 
 def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch, tmp_path, capsys):
-    from ldm.weights import hub_files
+    from ldm.weights import hub_file
     names = ["a16", "a32"]
     Hub(monkeypatch, tmp_path, {"a32": b"1234", "a16": b"12"}, cached=["a32"])
-    assert hub_files("x/y", names) == [tmp_path / "a32"] and capsys.readouterr().err == ""
+    assert hub_file("x/y", names) == tmp_path / "a32" and capsys.readouterr().err == ""
     Hub(monkeypatch, tmp_path, {"a32": b"1234", "a16": b"12"})
-    assert [path.read_bytes() for path in hub_files("x/y", names)] == [b"12"] and "downloading a16 of x/y" in capsys.readouterr().err
+    assert hub_file("x/y", names).read_bytes() == b"12" and "downloading a16 of x/y" in capsys.readouterr().err
     Hub(monkeypatch, tmp_path, {"a32": b"1234"})
-    assert [path.read_bytes() for path in hub_files("x/y", names)] == [b"1234"]
+    assert hub_file("x/y", names).read_bytes() == b"1234"
     with pytest.raises(train.Fail, match="sha256.*removed"):
-        hub_files("x/y", ["a32"], {"a32": "0" * 64})
+        hub_file("x/y", ["a32"], {"a32": "0" * 64})
     assert not (tmp_path / "a32").exists()
     with pytest.raises(train.Fail, match="cannot get b of x/y.*ask for access"):
-        hub_files("x/y", ["b"], gated="ask for access")
-
-
-def test_of_two_precisions_in_the_hubs_cache_the_one_that_is_named_is_taken_else_the_one_that_is_downloaded(monkeypatch, base, tmp_path):
-    from safetensors.torch import save_file
-    names = []
-    for part in ("unet", "vae"):
-        names += [f"{part}/diffusion_pytorch_model{kind}.safetensors" for kind in ("", ".fp16")]
-        (tmp_path / part).mkdir()
-        (tmp_path / names[-2]).write_bytes((base / names[-2]).read_bytes())
-        save_file({n: t.half() for n, t in load_file(base / names[-2]).items()}, tmp_path / names[-1])
-    Hub(monkeypatch, tmp_path, {}, cached=names)
-    assert [file.path for file in open_sd15("x/y")] == [tmp_path / name for name in names[1::2]]
-    wanted = [file.fingerprint() for file in open_sd15(str(base))]
-    assert [file.path for file in open_sd15("x/y", wanted)] == [tmp_path / name for name in names[::2]]
+        hub_file("x/y", ["b"], access="ask for access")
 
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
-    from projector import open_encoder
+    from ldm.encoder import open_encoder
     witness = tmp_path / "ran"
 
     class Attack:

@@ -18,10 +18,11 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from fid import Inception, extract_features, frechet_distance_of_features, open_inception, resize_pytorch_fid     # noqa: E402
+from fid import frechet_distance_of_features                                                                  # noqa: E402
 from ldm.data import CLASSES, list_images, load_rgb, to_images, to_tensor                                         # noqa: E402
+from ldm.encoder import Inception                                                                              # noqa: E402
 from ldm.toy.tissue import write_dataset                                                                           # noqa: E402
-from ldm.weights import load, load_vae, open_sd15                                                                  # noqa: E402
+from ldm.weights import load_vae, open_sd15                                                                  # noqa: E402
 
 VARIANTS = {"both": [], "projector only": ["--alpha", "1e-9"], "LoRA only": ["--lr-ratio", "0"]}
 
@@ -35,10 +36,10 @@ def matched(image):
 
 class Judge:
     def __init__(self, inception, folders, cpu=torch.device("cpu")):
-        network = load(Inception, open_inception(inception), cpu).to(memory_format=torch.channels_last)
+        space = Inception(inception)
         self.features = {
-            "plain": lambda files: extract_features(files, network, resize_pytorch_fid, cpu, 32),
-            "matched": lambda files: extract_features(files, network, lambda image: resize_pytorch_fid(matched(image)), cpu, 32)}
+            "plain": lambda files: space.extract(files, cpu),
+            "matched": lambda files: space.extract([matched(load_rgb(file)) for file in files], cpu)}
         files = [list_images(folder) for folder in folders]
         y = np.concatenate([labels(part, folder) for part, folder in zip(files, folders)])
         self.classifiers = {kind: ridge(np.concatenate([f(part) for part in files]), y) for kind, f in self.features.items()}

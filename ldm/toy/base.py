@@ -20,9 +20,10 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from projector import Projector, build_encoder, load_encoder, preprocess
+from projector import Projector
 from train import draw_noise, generator, noise_prediction_loss
 
+from ..encoder import Encoder, build_encoder, preprocess
 from ..files import Fail, Parser, number, read_csv, run, save_tensors, save_text
 from ..schedule import T, alpha_bar
 from ..unet import UNet
@@ -359,7 +360,7 @@ def main():
 
     makers = dict(vae=lambda *rest: fit_vae(make_pictures(0, worlds), *rest), encoder=lambda *rest: fit_encoder(make_pictures(0, worlds), *rest),
                   unet=lambda *rest: fit_unet(worlds, done["vae"], done["encoder"], *rest))
-    loaders = dict(vae=load_vae, encoder=load_encoder)
+    loaders = dict(vae=load_vae, encoder=lambda file: Encoder(file).load())
     for name, file in FILES.items():
         path = args.out / file
         if name in args.only and not path.exists():
