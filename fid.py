@@ -21,9 +21,25 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ldm import parallel
+from ldm.app import (
+    RANK0,
+    Fail,
+    Parser,
+    all_gather,
+    atomic_write,
+    broadcast,
+    check_same,
+    first_line,
+    join_processes,
+    number,
+    pick_device,
+    progress,
+    rank0_first,
+    run_program,
+    save_text,
+    shard,
+)
 from ldm.data import ahead, list_images, load_rgb
-from ldm.files import Fail, Parser, atomic_write, first_line, number, pick_device, progress, run, same_everywhere, save_text
 from ldm.runs import find, settings_of
 from ldm.weights import TensorFile, load
 from projector import load_encoder, open_encoder, preprocess
@@ -352,14 +368,14 @@ def extract_features(images, network, resizer, device, batch):
 
     The next batch is decoded and resized while one is in the network. Several processes share the images.
     """
-    share, features = parallel.shard(images), []
+    share, features = shard(images), []
     with ThreadPoolExecutor() as pool, progress(total=len(share), desc="features", unit="image", leave=False) as bar:
         for part in ahead(pool, lambda it: resizer(it if isinstance(it, Image.Image) else load_rgb(it)),
                           [share[i:i + batch] for i in range(0, len(share), batch)]):
             x = network(torch.stack(part).to(device).contiguous(memory_format=torch.channels_last))
             features.extend(x.cpu().double().numpy())       # in this order: Apple's GPUs have no float64
             bar.update(len(part))
-    return np.stack(parallel.all_gather(features))
+    return np.stack(all_gather(features))
 
 
 class Extractor:
@@ -429,7 +445,7 @@ def main():
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
     device = pick_device(args.device)
-    parallel.join(device)
+    join_processes(device)
     if not args.fake and not args.save:
         raise Fail("pass a second folder to compare with, or --save FILE.npz")
     if args.save and Path(args.save).suffix != ".npz":
@@ -441,29 +457,29 @@ def main():
         raise Fail("--json: nothing is compared; pass a second folder")
     if args.json not in (None, "-") and Path(args.json).suffix != ".json":
         raise Fail(f"--json {args.json}: the name must end in .json, or be -")
-    say = partial(print, file=sys.stderr if args.json == "-" and parallel.RANK0 else sys.stdout)
+    say = partial(print, file=sys.stderr if args.json == "-" and RANK0 else sys.stdout)
     # before any weights are asked for
     numbers = [len(images_of(path)) for path in (args.real, *args.fake) if path.suffix != ".npz" or not path.is_file()]
     encoder = encoder_of(args.real)
     if args.features is None:
-        args.features = parallel.broadcast("encoder" if encoder == "toy" and not inception_available(args.inception) else "inception")
+        args.features = broadcast("encoder" if encoder == "toy" and not inception_available(args.inception) else "inception")
     if args.features == "encoder":
         if encoder is None:
             raise Fail(f"--features encoder: {args.real} lies in no run of train.py, so that its encoder is not known")
         if args.resize != "pytorch-fid":
             raise Fail(f"--resize {args.resize} is for Inception's features; the encoder has a resizer of its own")
-    with parallel.rank0_first():          # which downloads what is missing
+    with rank0_first():          # which downloads what is missing
         source = open_encoder(encoder) if args.features == "encoder" else args.inception
         extract = Extractor(args.features, source, device, args.resize, args.batch)
     resize, weights = extract.resize, extract.weights
-    same_everywhere("weights or images", [weights, numbers])
+    check_same("weights or images", [weights, numbers])
     real = read_set(args.real, extract)
-    if args.save and parallel.RANK0:
+    if args.save and RANK0:
         save_set(args.save, real, resize, weights)
     results = []
     for path in args.fake:
         fake = read_set(path, extract)
-        if not parallel.RANK0:          # has given its share of the features
+        if not RANK0:          # has given its share of the features
             continue
         result = dict(real=str(args.real), fake=str(path), features=args.features, resize=resize, weights=weights)
         result |= compare(real, fake, args.kid_subset)
@@ -502,4 +518,4 @@ def describe_kid(row):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.files import Fail, Parser, first_line, run, save_tensors, save_text
+from ldm.app import Fail, Parser, first_line, run_program, save_tensors, save_text
 from ldm.unet import Attention
 from ldm.weights import TensorFile, licence
 from projector import Projector
@@ -294,4 +294,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from ldm.app import Fail
 from ldm.data import resize_crop
-from ldm.files import Fail
 from ldm.weights import BUILT_IN, TensorFile, hub_files, is_hub_name, load, refuse_numbers
 
 

@@ -19,8 +19,19 @@ from projector import open_encoder
 from sample import folder_name, name_references, save_image
 
 from . import metrics
+from .app import (
+    Fail,
+    Parser,
+    atomic_write,
+    call,
+    number,
+    pick_device,
+    read_csv,
+    run_program,
+    save_csv,
+    save_text,
+)
 from .data import contact_sheet, list_images, load_rgb, resize_crop, subsample, to_images, to_tensor
-from .files import Fail, Parser, atomic_write, call, number, pick_device, read_csv, run, save_csv, save_text
 from .runs import base_of, model_card, patches_of, settings_of
 from .vae import SCALE
 from .weights import file_sha256, load_vae, open_sd15
@@ -286,4 +297,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .files import Fail, first_line
+from .app import Fail, first_line
 from .unet import UNet
 from .vae import VAE
 

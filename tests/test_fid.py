@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fid
-from ldm.files import Fail
+from ldm.app import Fail
 from ldm.weights import load
 
 CPU = torch.device("cpu")

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from test_train import trainer
 
 import fid
+from ldm.app import Fail
 from ldm.data import load_rgb, read_dataset, read_split
-from ldm.files import Fail
 from ldm.unet import UNet
 from lora import inject, load_adapter, open_adapter, read_lora, save_adapter
 from projector import Projector, open_encoder

@@ -7,8 +7,8 @@ import torch
 from conftest import HEADER, ROOT, program
 from safetensors.torch import load_file, save_file
 
+from ldm.app import Fail
 from ldm.data import load_rgb
-from ldm.files import Fail
 from ldm.unet import UNet
 from ldm.weights import licence
 from lora import (

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from projector import Projector, build_encoder, load_encoder, preprocess
 from train import draw_noise, generator, noise_prediction_loss
 
-from ..files import Fail, Parser, number, read_csv, run, save_tensors, save_text
+from ..app import Fail, Parser, number, read_csv, run_program, save_tensors, save_text
 from ..schedule import T, alpha_bar
 from ..unet import UNet
 from ..vae import SCALE, VAE, draw_latent
@@ -370,4 +370,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)
