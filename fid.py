@@ -17,10 +17,9 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from ldm import parallel
 from ldm.data import list_images
 from ldm.encoder import RESIZERS, Inception, inception_available, open_encoder
-from ldm.files import Fail, Parser, atomic_write, foreign_file, number, pick_device, run, same_everywhere, save_text
+from ldm.app import RANK0, Fail, Parser, atomic_write, broadcast, check_same, foreign_file, join_processes, number, pick_device, rank0_first, run_program, save_text
 from ldm.runs import find, settings_of
 
 # ---- metrics of two sets, of features x (n, d) and y (m, d) ------------------------------------------------
@@ -310,12 +309,12 @@ def choose_space(args):
     encoder = encoder_of(args.real)
     if args.features is None:
         use_encoder = encoder == "toy" and not inception_available(args.inception)
-        args.features = parallel.broadcast("encoder" if use_encoder else "inception")
+        args.features = broadcast("encoder" if use_encoder else "inception")
     if args.features == "encoder" and encoder is None:
         raise Fail(f"--features encoder: {args.real} lies in no run of train.py, so that its encoder is unknown")
     if args.features == "encoder" and args.resize != "pytorch-fid":
         raise Fail(f"--resize {args.resize} is for Inception's features; the encoder has a resizer of its own")
-    with parallel.rank0_first():            # rank 0 downloads what is missing
+    with rank0_first():            # rank 0 downloads what is missing
         return open_encoder(encoder) if args.features == "encoder" else Inception(args.inception, args.resize)
 
 
@@ -358,17 +357,17 @@ def describe_metrics(row):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    parallel.join(device)
+    join_processes(device)
     # folders are read before any weights are needed
     counts = [len(images_of(p)) for p in (args.real, *args.fake) if p.suffix != ".npz" or not p.is_file()]
     space = choose_space(args)
-    same_everywhere("weights or images", [space.short_hash, counts])
+    check_same("weights or images", [space.short_hash, counts])
     real, results = read_set(args.real, space, device, args.batch), []
-    if args.save and parallel.RANK0:
+    if args.save and RANK0:
         save_set(args.save, real, space.resize, space.short_hash)
     for path in args.fake:
         fake = read_set(path, space, device, args.batch)
-        if not parallel.RANK0:              # its part of the features is done
+        if not RANK0:              # its part of the features is done
             continue
         result = dict(real=str(args.real), fake=str(path), features=space.kind, resize=space.resize,
                       weights=space.short_hash) | compare(real, fake, args.kid_subset)
@@ -378,9 +377,9 @@ def main():
         results.append(result)
         if args.json not in (None, "-"):    # after each, so that a later failure does not cost the earlier ones
             save_text(args.json, json.dumps(results, indent=1) + "\n")
-    if args.json == "-" and parallel.RANK0:
+    if args.json == "-" and RANK0:
         print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.files import Fail, Parser, foreign_file, run, save_tensors, save_text
+from ldm.app import Fail, Parser, foreign_file, run_program, save_tensors, save_text
 from ldm.unet import Attention
 from ldm.weights import TensorFile
 from projector import Projector
@@ -242,4 +242,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -18,23 +18,27 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm import parallel
-from ldm.data import contact_sheet, list_images, load_rgb, resize_crop, subsample, to_images
-from ldm.encoder import open_encoder
-from ldm.files import (
+from ldm.app import (
+    RANK0,
     Fail,
     Parser,
     atomic_write,
+    barrier,
+    check_same,
     frozen_dtype,
+    join_processes,
     number,
     pick_device,
     progress,
+    rank0_first,
     read_json,
-    run,
+    run_program,
     safe_name,
-    same_everywhere,
     save_text,
+    shard,
 )
+from ldm.data import contact_sheet, list_images, load_rgb, resize_crop, subsample, to_images
+from ldm.encoder import open_encoder
 from ldm.runs import find, newest_run, patches_of, settings_of
 from ldm.schedule import ddpm_step, timesteps
 from ldm.weights import file_sha256, load_unet, load_vae, open_sd15
@@ -108,7 +112,7 @@ def make_images(jobs, e, unet, projector, vae, steps, latent, batch, fill=False)
     as they are: in another one an image may round differently. PNGs are written while the next batch is made.
     """
     groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.w)]
-    parts = parallel.shard([group[i:i + batch] for group in groups for i in range(0, len(group), batch)])
+    parts = shard([group[i:i + batch] for group in groups for i in range(0, len(group), batch)])
     with progress(total=sum(map(len, parts)), desc="sampling", unit="image", leave=False) as bar, ThreadPoolExecutor(1) as writer:
         written = []
         for part in parts:
@@ -123,7 +127,7 @@ def make_images(jobs, e, unet, projector, vae, steps, latent, batch, fill=False)
             bar.update(len(part))
         for future in written:
             future.result()
-    parallel.barrier()
+    barrier()
 
 
 def is_sample_of(path, reference):
@@ -180,12 +184,12 @@ def main():
     if args.ref and (args.label or args.limit):
         raise Fail("--label and --limit choose among the patches of --split; with --ref, name the images themselves")
     device = pick_device(args.device)
-    parallel.join(device)
+    join_processes(device)
     adapter = find_adapter(args.run, args.adapter)
     header, config = adapter.header, settings_of(adapter.path.parent) or {}
     size = int(header["resolution"])
     found, chosen = find_references(args, config, adapter.path.parent)
-    with parallel.rank0_first():          # which downloads what is missing
+    with rank0_first():          # which downloads what is missing
         unet_file, vae_file = open_sd15(args.sd15 or config.get("sd15") or header["base"])
         encoder = open_encoder(args.uni2h or config.get("uni2h") or header["encoder"])
     base = refuse_others(adapter, unet_file, vae_file, encoder, args.other_base)
@@ -196,7 +200,7 @@ def main():
     if there and {key: there.get(key) for key in settings} != settings:
         raise Fail(f"{out} holds samples of another adapter, base, size or number of steps; pass another --out")
     references, known = name_references(found, there.get("references", {}))
-    same_everywhere("weights or references", [settings, known])
+    check_same("weights or references", [settings, known])
     place = {r: i for i, r in enumerate(references) if i in chosen}
     references = {r: references[r] for r in place}
     folder_of = {w: out / folder_name(w) for w in args.cfg}
@@ -214,12 +218,12 @@ def main():
         unet, projector = load_model(unet_file, adapter, device)
         vae = load_vae(vae_file, device)
         latent = latent_shape(unet, vae, size)
-        if parallel.RANK0:
+        if RANK0:
             save_text(out / "samples.json", json.dumps(settings | {"references": known}, indent=1, ensure_ascii=False) + "\n")
         worth = device.type == "cuda" and len(todo) >= COMPILE_FROM and not args.no_compile
         network = torch.compile(unet, dynamic=False) if worth else unet
         make_images(todo, e, network, projector, vae, args.steps, latent, args.batch, fill=worth)
-    if not parallel.RANK0:
+    if not RANK0:
         return
     for r in references:
         if not real[r].exists():
@@ -320,4 +324,4 @@ def load_model(unet_file, adapter, device):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

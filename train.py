@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from functools import partial
@@ -25,25 +24,44 @@ import torch
 import torch._functorch.config as functorch_config
 
 from fid import frechet_distance_of_features
-from ldm import parallel, toy
-from ldm.data import Cache, contact_sheet, describe_split, load_rgb, read_dataset, resize_crop, subsample
-from ldm.encoder import UNI2H, Inception, inception_available, open_encoder
-from ldm.files import (
+from ldm import toy
+from ldm.app import (
+    RANK0,
+    WORLD,
     Fail,
     Parser,
+    Signals,
+    all_max,
+    all_reduce,
+    barrier,
+    broadcast,
+    check_same,
     first_line,
     frozen_dtype,
+    join_processes,
     number,
+    peak_memory,
     pick_device,
     progress,
-    run,
+    rank0_first,
+    run_program,
     safe_name,
-    same_everywhere,
     save_csv,
     save_tensors,
     save_text,
+    shard,
 )
-from ldm.runs import VALIDATION_STEPS, Lock, check_or_create, model_card, public_name, settings_of, split_of_run
+from ldm.data import Cache, contact_sheet, describe_split, load_rgb, read_dataset, resize_crop, subsample
+from ldm.encoder import UNI2H, Inception, inception_available, open_encoder
+from ldm.runs import (
+    VALIDATION_STEPS,
+    Lock,
+    check_or_create,
+    model_card,
+    public_name,
+    settings_of,
+    split_of_run,
+)
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import write_dataset
 from ldm.unet import UNet
@@ -142,7 +160,7 @@ class Trainer:
         self.network = torch.compile(unet, dynamic=False) if self.compiled else unet
         functorch_config.activation_memory_budget = MEMORY_BUDGET
         self.hidden = (projector.shape["depth"] - 1, projector.shape["hidden"])
-        self.per_process = math.ceil(args.batch / parallel.WORLD)             # images at a time in each process
+        self.per_process = math.ceil(args.batch / WORLD)             # images at a time in each process
         self.steps_per_epoch = math.ceil(len(train) / args.batch)       # of whole batches, see batch_of_step
         self.total = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.warm_up = min(self.steps_per_epoch, max(1, self.total // 2))       # half of a run that is one epoch or shorter
@@ -178,13 +196,13 @@ class Trainer:
         args = self.args
         indices = batch_of_step(args.seed, self.step, args.batch, len(self.train))                      # 3
         whole = draw_noise(generator(args.seed, STEP, self.step), args.batch, self.latent, args.cfg_drop, self.hidden)
-        share = parallel.shard(range(args.batch))
+        share = shard(range(args.batch))
         images, r = self.load_batch([self.train[indices[i]][1] for i in share], subset(whole, share))
         loss = noise_prediction_loss(self.network, self.projector, *images, r).sum() / args.batch       # 4 to 10
         self.optimizer.zero_grad()
         loss.backward()
         loss = loss.detach()
-        parallel.all_reduce([loss, *(p.grad for p in self.parameters)])
+        all_reduce([loss, *(p.grad for p in self.parameters)])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
         value, norm = loss.item(), norm.item()
         if not (math.isfinite(value) and math.isfinite(norm)):
@@ -203,11 +221,11 @@ class Trainer:
         """Mean over the images on fixed noise and timesteps; batches are whole, the last one filled up and cut off again."""
         n, size = len(hashes), self.per_process
         draws, losses = draw_validation_noise(n, self.latent), torch.zeros(n, device=self.device)
-        for start in parallel.shard(range(0, n, size)):
+        for start in shard(range(0, n, size)):
             at = [i % n for i in range(start, start + size)]
             images, r = self.load_batch([hashes[i] for i in at], subset(draws, at))
             losses[start:start + size] = noise_prediction_loss(self.network, self.projector, *images, r)[:n - start]
-        parallel.all_reduce([losses])
+        all_reduce([losses])
         return losses.mean().item()
 
     def commit(self, folder, header, best=False):
@@ -218,7 +236,7 @@ class Trainer:
         if not all(p.isfinite().all() for p in self.parameters):
             raise Fail(f"step {self.step}: a trained parameter is not finite; the last good state is kept. Try a lower --lr")
         self.minutes, self.clock = self.spent(), time.perf_counter()
-        if not parallel.RANK0:
+        if not RANK0:
             return
         for name in ["adapter-best.safetensors"] * best + ["adapter.safetensors"]:
             save_adapter(folder / name, self.unet, self.projector, header | {"step": str(self.step)})
@@ -267,14 +285,14 @@ class ValidationSamples:
     The images at the model's size stay in the run's real/, the newest samples in fake/: fid.py gives the same number of them.
     """
 
-    def __init__(self, folder, references, hashes, extract, kind, size, anew):
+    def __init__(self, folder, references, hashes, space, device, size, anew):
         """references: {title: path}. hashes: of the same images, in the cache. anew: write real/ though it is there, and remove
         from real/ and fake/ what an earlier choice of images left there; whatever else lies there stays.
         """
-        self.folder, self.hashes, self.extract = folder, hashes, extract
-        self.column = "fid" if kind == "inception" else "fid_encoder"
+        self.folder, self.hashes, self.space, self.device = folder, hashes, space, device
+        self.column = "fid" if space.kind == "inception" else "fid_encoder"
         self.real, self.fake = ({title: folder / part / f"{title}.png" for title in references} for part in ("real", "fake"))
-        if parallel.RANK0:
+        if RANK0:
             for title, path in references.items():
                 if anew or not self.real[title].exists():
                     save_image(self.real[title], resize_crop(load_rgb(path), size), reference=title)
@@ -286,8 +304,8 @@ class ValidationSamples:
                         path.unlink()
             if references:
                 save_image(folder / "patch.png", load_rgb(next(iter(self.real.values()))))
-        parallel.barrier()
-        self.features = extract(list(self.real.values())) if len(references) > 1 else None
+        barrier()
+        self.features = space.extract(list(self.real.values()), device) if len(references) > 1 else None
         self.score = self.column if len(references) > 1 else "val_loss"         # the log's column whose lowest value is the best
 
     def make(self, trainer, vae_file, epoch):
@@ -299,11 +317,11 @@ class ValidationSamples:
         jobs = [Job(path, title, trainer.args.val_cfg, i) for i, (title, path) in enumerate(self.fake.items())]
         make_images(jobs, e, trainer.network, trainer.projector, load_vae(vae_file, trainer.device), VALIDATION_STEPS,
                     trainer.latent, trainer.per_process, fill=trainer.compiled)
-        if parallel.RANK0:
+        if RANK0:
             pairs = subsample(list(zip(self.real.values(), fake)), GRID)
             grid = contact_sheet([[load_rgb(path) for path in pair] for pair in pairs])
             save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", grid)
-        return frechet_distance_of_features(self.features, self.extract(fake)) if n > 1 else None
+        return frechet_distance_of_features(self.features, self.space.extract(fake, self.device)) if n > 1 else None
 
 
 # ---- the program ---------------------------------------------------------------------------------------------------
@@ -395,11 +413,11 @@ def main():
     if args.parameters:
         return print(count_parameters(args), file=sys.__stdout__ if args.quiet else None)
     device, folder = pick_device(args.device), Path(args.run)
-    parallel.join(device)
-    if parallel.WORLD > args.batch:
-        raise Fail(f"--batch {args.batch} gives {parallel.WORLD} processes less than an image each; start fewer")
-    args.features = parallel.broadcast(args.features)
-    with parallel.rank0_first():
+    join_processes(device)
+    if WORLD > args.batch:
+        raise Fail(f"--batch {args.batch} gives {WORLD} processes less than an image each; start fewer")
+    args.features = broadcast(args.features)
+    with rank0_first():
         if args.data != toy.DATA:       # a wrong folder is found before gigabytes are downloaded
             data, patches = Path(args.data), read_dataset(args.data)
         # what can be wrong with the arguments is found here, on the meta device, before anything is computed or written
@@ -413,7 +431,7 @@ def main():
                       flush=True)
             data = write_dataset(folder.parent / toy.DATA, **toy.TISSUE)
             patches = read_dataset(data)
-        lock = Lock(folder) if parallel.RANK0 and folder.is_dir() else None
+        lock = Lock(folder) if RANK0 and folder.is_dir() else None
         started = (folder / "state.safetensors").exists()
         if not started and (folder / "log.csv").exists():       # written after the first state
             raise Fail(f"{folder} has lost its state.safetensors, without which the run cannot go on; restore it, or pass "
@@ -425,10 +443,10 @@ def main():
         space = Inception(args.inception) if args.features == "inception" else encoder
         sha256["features"] = space.short_hash
         check_or_create(folder, args, sha256)
-        lock = lock or (Lock(folder) if parallel.RANK0 else None)           # noqa: F841: held until this function ends
-        if parallel.RANK0:
+        lock = lock or (Lock(folder) if RANK0 else None)           # noqa: F841: held until this function ends
+        if RANK0:
             save_text(folder / "split.json", describe_split(split, patches))
-    same_everywhere("weights", sha256)
+    check_same("weights", sha256)
     cases = len({p.case for p in patches})
     print(f"{len(patches)} patches of {cases} cases in {len({p.label for p in patches})} classes: "
           + ", ".join(f"{part} {len(ns)}" for part, ns in split.items())
@@ -437,11 +455,12 @@ def main():
     encoders = partial(load_encoders, vae_file, encoder, device)
     hashes = {part: cache.fill([data / name for name in names[part]], encoders, args.size) for part in names}
     sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    with parallel.rank0_first():
+    with rank0_first():
         check_or_create(folder, args, sha256)
 
     torch.manual_seed(args.seed)
-    unet = inject(load_unet(unet_file, device, frozen_dtype(device)), args.rank, args.alpha)
+    lora_init = torch.Generator().manual_seed(args.seed)            # apart from the projector's, whatever the rank
+    unet = inject(load_unet(unet_file, device, frozen_dtype(device)), args.rank, args.alpha, lora_init)
     projector = Projector(cache.width, args.hidden, args.tokens, unet.context, args.depth, args.token_norm).to(device)
     print(parameter_table(unet, projector))
     trainer = Trainer(args, unet, projector, cache, list(zip(names["train"], hashes["train"])), latent, device)
@@ -451,7 +470,7 @@ def main():
         licence=licence(args.sd15, encoder.recipe.terms), resolution=args.size, seed=args.seed).items()}
     if started:
         trainer.restore(folder / "state.safetensors")
-        if parallel.RANK0:
+        if RANK0:
             trainer.save_log(folder)        # which may have been written before or after the state
         print(f"{folder}: found, goes on after step {trainer.step} of {trainer.total}")
 
@@ -459,11 +478,11 @@ def main():
     chosen = subsample(sorted(names["val"], key=title.get), args.val_samples)
     references = name_references([(title[name], data / name) for name in chosen], {})[0]
     samples = ValidationSamples(folder, references, [hash_of[name] for name in chosen],
-                                partial(space.extract, device=device), space.kind, args.size, anew=not started)
+                                space, device, args.size, anew=not started)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)      # what caching took is another matter
     train_epochs(trainer, samples, hashes["val"], vae_file, folder, header, signals)
-    if parallel.RANK0:
+    if RANK0:
         save_text(folder / "README.md", model_card(folder))         # once more: a run may have been killed after its last commit
     peak = max(row["peak_memory_gb"] for row in trainer.history)
     print(f"{folder}: complete after {trainer.step} steps; best {samples.score} {trainer.best:.4f}; peak memory {peak:.2f} GB. "
@@ -482,7 +501,7 @@ def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals
                 best = trainer.best
                 row = end_epoch(trainer, samples, val_hashes, vae_file, signals, trainer.step - step_then, clock)
                 trainer.commit(folder, header, trainer.best < best)
-                if parallel.RANK0:
+                if RANK0:
                     save_text(folder / "README.md", model_card(folder))
                 words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None]
                 bar.write(" ".join(words))
@@ -494,12 +513,12 @@ def train_epochs(trainer, samples, val_hashes, vae_file, folder, header, signals
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.3f}", lr=f"{trainer.optimizer.param_groups[0]['lr']:.1e}",
                             images_per_s=f"{(trainer.step - step_then) * args.batch / max(now - clock, 1e-9):.1f}", refresh=False)
-            stop = parallel.all_max(signals.received, device)       # all processes leave after the same step
+            stop = all_max(signals.received, device)       # all processes leave after the same step
             if trainer.epoch_is_due() or stop or now - trainer.clock > COMMIT_SECONDS:
                 trainer.commit(folder, header)
             if stop:
                 bar.write(f"{folder}: saved at step {trainer.step} of {trainer.total}; the same command goes on")
-                parallel.barrier()             # for the first one, which writes
+                barrier()             # for the first one, which writes
                 sys.exit(128 + stop)
 
 
@@ -524,26 +543,6 @@ def end_epoch(trainer, samples, val_hashes, vae_file, signals, steps, clock):
     row["minutes"] = round(trainer.spent(), 2)
     trainer.history, trainer.losses = trainer.history + [row], []
     return row
-
-
-class Signals:
-    """SIGINT and SIGTERM end the program with 130 or 143: at once or, while `deferred`, at `leave`; a second Ctrl-C at once."""
-
-    def __init__(self):
-        self.received, self.deferred = 0, False
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, self.handle)
-
-    def handle(self, kind, frame):
-        if self.received and kind == signal.SIGINT:         # of SIGTERM schedulers and torchrun send several
-            os._exit(128 + kind)
-        self.received = self.received or kind
-        if not self.deferred:
-            self.leave()
-
-    def leave(self):
-        if self.received:
-            sys.exit(128 + self.received)
 
 
 def load_encoders(vae_file, encoder, device):
@@ -576,20 +575,5 @@ def parameter_table(unet, projector):
     return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in [("Component", "Parameters", "Share")] + rows)
 
 
-def peak_memory(device):
-    """Peak in GB (1e9 bytes): allocated on the GPU, or resident on the CPU (0 where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:        # Linux; getrusage would count what the parent process once had
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-    except (OSError, IndexError):
-        try:
-            import resource
-        except ImportError:     # Windows
-            return 0.0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

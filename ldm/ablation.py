@@ -10,7 +10,7 @@ import math
 import sys
 from pathlib import Path
 
-from .files import Fail, Parser, call, number, read_csv, run, save_csv
+from .app import Fail, Parser, call, number, read_csv, run_program, save_csv
 from .runs import MAY_CHANGE, best_epoch, settings_of
 from .weights import TensorFile
 
@@ -89,4 +89,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

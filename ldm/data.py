@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from . import parallel
-from .files import Fail, first_line, progress, safe_name, save_tensors
+from .app import WORLD, Fail, barrier, broadcast, first_line, progress, safe_name, save_tensors, shard
 from .weights import TensorFile, file_sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
@@ -367,21 +366,21 @@ class Cache:
         """
         with ThreadPoolExecutor() as pool:
             hashes = list(progress(pool.map(file_sha256, paths), "reading images", len(paths), leave=False))
-            todo = parallel.broadcast(list({h: path for h, path in zip(hashes, paths) if h not in self.rows}.items()))
-            shards = parallel.shard([todo[i:i + self.SHARD] for i in range(0, len(todo), self.SHARD)])
+            todo = broadcast(list({h: path for h, path in zip(hashes, paths) if h not in self.rows}.items()))
+            shards = shard([todo[i:i + self.SHARD] for i in range(0, len(todo), self.SHARD)])
             if shards:
                 encode, embed = encoders()
                 with progress(total=sum(map(len, shards)), desc="caching", unit="image") as bar:
-                    for shard, images in zip(shards, prefetch(pool, load_rgb, [[path for _, path in shard] for shard in shards])):
-                        self._write(shard, images, encode, embed, size, bar)
-            if todo and parallel.WORLD > 1:
-                parallel.barrier()
+                    for part, images in zip(shards, prefetch(pool, load_rgb, [[path for _, path in part] for part in shards])):
+                        self._write(part, images, encode, embed, size, bar)
+            if todo and WORLD > 1:
+                barrier()
                 self._read_all()
         if lost := [path for h, path in zip(hashes, paths) if h not in self.rows]:
             raise Fail(f"{lost[0]} is not in the cache {self.folder} of this process; all must see the same images and cache")
         return hashes
 
-    def _write(self, shard, images, encode, embed, size, bar):
+    def _write(self, part, images, encode, embed, size, bar):
         rows = []
         for i in range(0, len(images), 4):          # in fours: small enough for 12 GB at 512 px
             x = to_tensor(images[i:i + 4], size)
@@ -389,7 +388,7 @@ class Cache:
             rows.append([t.unflatten(0, (2, -1)).transpose(0, 1) for t in (mean, logvar)] + [embed(images[i:i + 4])])
             bar.update(len(x))
         tensors = dict(zip(("mean", "logvar", "embedding"), (torch.cat(column) for column in zip(*rows))))
-        names = json.dumps([h for h, _ in shard])
+        names = json.dumps([h for h, _ in part])
         path = self.folder / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.safetensors"
         save_tensors(path, tensors, {"images": names})
         self._read(path)

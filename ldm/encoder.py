@@ -19,9 +19,8 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from . import parallel
 from .data import load_rgb, prefetch, resize_crop
-from .files import Fail, first_line, progress
+from .app import Fail, all_gather, first_line, progress, shard
 from .weights import BUILT_IN, TensorFile, hub_file, is_hub_name, load, refuse_scalars
 
 
@@ -53,7 +52,7 @@ class FeatureSpace:
             return self.preprocess([image if isinstance(image, Image.Image) else load_rgb(image)])[0]
 
         network = self.load(device)
-        batches = parallel.shard([images[i:i + batch] for i in range(0, len(images), batch)])
+        batches = shard([images[i:i + batch] for i in range(0, len(images), batch)])
         features, total = [], sum(map(len, batches))
         # convolutions in full float32, as on the CPU
         with (ThreadPoolExecutor() as pool, torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
@@ -62,7 +61,7 @@ class FeatureSpace:
                 x = network(torch.stack(batch).to(device))
                 features.append(x.cpu().double().numpy())       # in this order: Apple's GPUs have no float64
                 bar.update(len(batch))
-        return np.concatenate(parallel.all_gather(features))
+        return np.concatenate(all_gather(features))
 
 
 # ---- the pathology encoder ---------------------------------------------------------------------------------

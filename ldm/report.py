@@ -22,7 +22,7 @@ from sample import folder_name, name_references, save_image
 
 from .data import contact_sheet, list_images, load_rgb, resize_crop, subsample, to_images, to_tensor
 from .encoder import Inception, inception_available, open_encoder
-from .files import Fail, Parser, atomic_write, call, number, pick_device, read_csv, run, save_csv, save_text
+from .app import Fail, Parser, atomic_write, call, number, pick_device, read_csv, run_program, save_csv, save_text
 from .runs import model_card, patches_of, settings_of
 from .vae import SCALE
 from .weights import file_sha256, load_vae, open_sd15
@@ -297,4 +297,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

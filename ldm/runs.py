@@ -8,9 +8,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from . import parallel, toy
+from . import toy
+from .app import RANK0, WORLD, Fail, read_csv, read_json, save_text
 from .data import make_split, read_dataset, read_split, subsample
-from .files import Fail, read_csv, read_json, save_text
 from .weights import BUILT_IN, TensorFile
 
 try:
@@ -45,7 +45,7 @@ def find(paths, run=None):
     if run and not any(path.exists() or path.is_absolute() for path in paths):
         inside = [Path(run) / path for path in paths]
         if all(path.exists() for path in inside):
-            if parallel.RANK0:
+            if RANK0:
                 print(f"using {', '.join(map(str, inside))}", file=sys.stderr)
             return inside
         if any(path.exists() for path in inside):
@@ -130,7 +130,7 @@ def check_or_create(folder, args, sha256):
         raise Fail(f"{path} is not of a run of train.py; pass another --run")
     if not path.exists() and any(p.name != "split.json" and not p.name.startswith(".") for p in folder.glob("*")):
         raise Fail(f"{folder} holds other files and no run of train.py; pass another --run")
-    if not parallel.RANK0:
+    if not RANK0:
         return
     if not any(folder.glob("[!.]*.safetensors")):
         config = dict(args=settings, sha256=sha256, command=sys.argv, environment=environment())
@@ -152,7 +152,7 @@ def environment():
     def git(*command):
         command = ["git", "-C", Path(__file__).parent, *command]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    found = dict(python=platform.python_version(), platform=platform.platform(), processes=parallel.WORLD)
+    found = dict(python=platform.python_version(), platform=platform.platform(), processes=WORLD)
     for name in ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow"):
         try:
             found[name] = version(name)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from .files import Fail, first_line, foreign_file
+from .app import Fail, first_line, foreign_file
 from .unet import UNet
 from .vae import VAE
 

@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fid  # noqa: E402
+from ldm.app import frozen_dtype, pick_device  # noqa: E402
 from ldm.data import Cache, list_images, load_rgb  # noqa: E402
-from ldm.files import frozen_dtype, pick_device  # noqa: E402
 from ldm.unet import UNet  # noqa: E402
 from ldm.vae import VAE  # noqa: E402
 from ldm.weights import open_sd15  # noqa: E402

@@ -25,7 +25,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ldm.files import run  # noqa: E402
+from ldm.app import run_program  # noqa: E402
 
 SHARED = Path(os.environ.get("MORPH_SHARED", ROOT.parent / "shared"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -134,7 +134,7 @@ def program(name, *args, cwd, check=True):
         sys.argv = [name, *map(str, args)]
         os.chdir(cwd)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(module.main)
+            run_program(module.main)
     except SystemExit as stop:
         code = stop.code or 0
     finally:

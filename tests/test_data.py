@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ldm.app import Fail, safe_name
 from ldm.data import (
     PROPORTIONS,
     Cache,
@@ -26,7 +27,6 @@ from ldm.data import (
     to_images,
     to_tensor,
 )
-from ldm.files import Fail, safe_name
 
 GREY = np.add.outer(np.arange(20), np.arange(30)).astype(np.uint16)
 

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 from ldm import encoder
-from ldm.files import Fail
+from ldm.app import Fail
 
 DATA = bytes(range(256)) * 100_000          # 26 MB: half of it is more than one chunk of the hub's client
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -71,7 +71,7 @@ def server():
 HUB = """
 import json, sys
 sys.path.insert(0, {root!r})
-from ldm.files import Fail
+from ldm.app import Fail
 from ldm.weights import hub_file
 for name, sha256, gated in {cases!r}:
     try:

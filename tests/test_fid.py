@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fid
 from ldm.encoder import RESIZERS, Inception, build_inception
-from ldm.files import Fail
+from ldm.app import Fail
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,9 @@ from PIL import PngImagePlugin
 from safetensors.torch import load_file
 
 import train
-from ldm import data, parallel
+from ldm import app, data
+from ldm.app import Fail, check_same, pick_device, run_program, save_tensors, save_text
 from ldm.encoder import open_encoder
-from ldm.files import Fail, pick_device, run, same_everywhere, save_tensors, save_text
 from ldm.runs import public_name
 from ldm.weights import TensorFile, is_hub_name, load_unet, open_sd15
 from sample import is_sample_of, save_image
@@ -23,10 +23,10 @@ from sample import is_sample_of, save_image
 
 def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
     """The limit of the system on a file's size stands in for a full disk."""
-    code = ("import resource, sys, torch; sys.path.insert(0, sys.argv[1]); from ldm.files import run, save_tensors;"
+    code = ("import resource, sys, torch; sys.path.insert(0, sys.argv[1]); from ldm.app import run_program, save_tensors;"
             "save_tensors('x.safetensors', {'a': torch.ones(3)}, {});"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
-            "run(lambda: save_tensors('x.safetensors', {'a': torch.ones(9999)}, {}))")
+            "run_program(lambda: save_tensors('x.safetensors', {'a': torch.ones(9999)}, {}))")
     result = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "x.safetensors" in result.stderr and "Traceback" not in result.stderr
     assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [1, 1, 1] and len(list(tmp_path.iterdir())) == 1
@@ -53,7 +53,7 @@ def test_a_failure_is_one_line(problem, words, capsys):
     def main():
         raise problem
     with pytest.raises(SystemExit) as stop:
-        run(main)
+        run_program(main)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and words in err and err.count("\n") == 1
 
@@ -63,14 +63,14 @@ def test_help_is_printed_on_a_console_without_greek_letters(monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
     with pytest.raises(SystemExit) as stop:
-        run(train.main)
+        run_program(train.main)
     out.flush()
     assert stop.value.code == 0 and b"? of LoRA (default: the rank)" in out.buffer.getvalue()
 
 
 def test_several_processes_do_without_apples_gpu(monkeypatch):
     """Its tensors cannot be exchanged between processes."""
-    monkeypatch.setattr(parallel, "WORLD", 2)
+    monkeypatch.setattr(app, "WORLD", 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert pick_device().type == "cpu"
     with pytest.raises(Fail, match="one process"):
@@ -78,10 +78,11 @@ def test_several_processes_do_without_apples_gpu(monkeypatch):
 
 
 def test_a_process_that_sees_other_files_than_the_first_one_says_so(tmp_path, monkeypatch):
-    same_everywhere("weights", {"base": "a"})
-    monkeypatch.setattr(parallel, "broadcast", lambda value: {"base": "b"} if isinstance(value, dict) else [])
+    check_same("weights", {"base": "a"})
+    monkeypatch.setattr(app, "broadcast", lambda value: {"base": "b"})
     with pytest.raises(Fail, match="other weights"):
-        same_everywhere("weights", {"base": "a"})
+        check_same("weights", {"base": "a"})
+    monkeypatch.setattr(data, "broadcast", lambda value: [])
     texture(0).save(tmp_path / "a.png")
     with pytest.raises(Fail, match="a.png is not in the cache"):        # the first process sees no image that is not cached
         data.Cache(tmp_path / "cache", "vae", "encoder", 64).fill([tmp_path / "a.png"], None, 64)
@@ -184,7 +185,7 @@ def test_a_folder_of_patches_may_be_called_toy(tmp_path, monkeypatch):
 def test_only_a_runs_own_pictures_of_an_earlier_choice_are_removed_and_only_at_its_beginning(tmp_path):
     """Not the user's, not by way of links, not those of another run that is linked to."""
     def samples(run, references, anew):
-        train.ValidationSamples(tmp_path / run, references, [], SimpleNamespace(kind="encoder"), 32, anew)
+        train.ValidationSamples(tmp_path / run, references, [], SimpleNamespace(kind="encoder"), "cpu", 32, anew)
 
     def there():
         return {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png") if path.parent.parent.name == "real"}

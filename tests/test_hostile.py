@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from test_train import trainer
 
 import fid
+from ldm.app import Fail
 from ldm.data import load_rgb, read_dataset, read_split
 from ldm.encoder import open_encoder
-from ldm.files import Fail
 from ldm.unet import UNet
 from lora import inject, load_adapter, open_adapter, save_adapter
 from projector import Projector
@@ -75,7 +75,7 @@ def adapter(tmp_path_factory):
 
 def read_as_adapter(path):
     file = open_adapter(path)
-    assert int(file.header["resolution"]) >= 0 <= int(file.header["step"]) and HEADER.keys() - {"seed"} <= file.header.keys()
+    assert int(file.header["resolution"]) >= 0 <= int(file.header["step"]) and HEADER.keys() - {"seed", "licence"} <= file.header.keys()
     with torch.device("meta"):
         unet = UNet(CHANNELS, context=8)
     load_adapter(file, unet)

@@ -7,9 +7,9 @@ import torch
 from conftest import HEADER, ROOT, program
 from safetensors.torch import save_file
 
+from ldm.app import Fail
 from ldm.data import load_rgb
 from ldm.encoder import TOY, UNI2H
-from ldm.files import Fail
 from ldm.unet import UNet
 from ldm.weights import licence
 from lora import (

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, process, program
 from safetensors.torch import load_file
 
-from ldm.files import read_csv
+from ldm.app import read_csv
 from ldm.weights import TensorFile
 
 
@@ -115,7 +115,7 @@ def test_a_node_with_other_weights_than_the_first_one_says_so(small, base, tmp_p
         jobs.append(subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], cwd=tmp_path, stdout=subprocess.PIPE,
                                      stderr=subprocess.PIPE, text=True, env=os.environ | environment))
     (_, first), (_, second) = (finish(job, code=2) for job in jobs)
-    assert "process 1 of 2 finds other weights than the first one" in second and "another process has ended" in first
+    assert "process 1 of 2 reads other weights than rank 0" in second and "another process has ended" in first
     assert not list(tmp_path.rglob("adapter*"))
 
 

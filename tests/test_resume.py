@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from ldm.files import read_csv
+from ldm.app import read_csv
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ import os, random, runpy, signal, sys, threading, time
 sys.path.insert(0, {root!r})
 place, nth, delay, seed = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 sys.argv = [{root!r} + "/train.py", *sys.argv[5:]]
-import fid, ldm.data, ldm.files, sample, train
+import fid, ldm.data, ldm.app, sample, train
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -39,8 +39,8 @@ if mine and place == "clock":
     threading.Timer(delay, kill).start()
 elif mine and place != "nowhere":
     watch(*dict(caching=(ldm.data.Cache, "_write"), step=(train.Trainer, "train_step"), validation=(train.Trainer, "validation_loss"),
-                samples=(train, "make_images"), write=(ldm.files, "save"), rename=(os, "replace"))[place])
-ldm.files.run(train.main)
+                samples=(train, "make_images"), write=(ldm.app, "save"), rename=(os, "replace"))[place])
+ldm.app.run_program(train.main)
 """
 PLACES = ("caching", "step", "validation", "samples", "write", "rename", "clock")
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from projector import Projector
 from train import draw_noise, generator, noise_prediction_loss
 
+from ..app import Fail, Parser, number, read_csv, run_program, save_tensors, save_text
 from ..encoder import Encoder, build_encoder, preprocess
-from ..files import Fail, Parser, number, read_csv, run, save_tensors, save_text
 from ..schedule import T, alpha_bar
 from ..unet import UNet
 from ..vae import SCALE, VAE, draw_latent
@@ -371,4 +371,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

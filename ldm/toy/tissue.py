@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ..data import CLASSES
-from ..files import atomic_write
 from . import TISSUE
+from ..app import atomic_write
 
 VIEW = 36       # side of a patch in the units that everything below is drawn in
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])     # optical density of H and E (Ruifrok and Johnston 2001)

@@ -1,0 +1,386 @@
+"""Shared by the programs: clear failures, arguments, atomic files, device and memory, processes, signals.
+
+Under torchrun every process runs the whole program on its shard of the images:
+
+    torchrun --nproc-per-node 4 -- train.py --data chaoyang/ --rank 4 --tokens 4
+
+All processes must see the same folders. Rank 0 writes what a run has once; every process writes its own
+images and cache shards. Without torchrun there is one process, and the collective functions return their
+argument.
+"""
+import argparse
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import uuid
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+from tqdm import tqdm
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+RANK0 = RANK == 0
+TIMEOUT = timedelta(hours=2)            # the others wait that long while rank 0 prepares alone
+quiet = False                           # --quiet
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+class Fail(Exception):
+    """An error that the user can fix. Its message, one line, names the object, the problem, the remedy."""
+
+
+def run_program(main):
+    """Call main() as a program. Exit codes: 2 with one line for what the user can fix, 130, 143."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")        # a console without α prints another character for it
+    # SIGTERM becomes an exception, so that temporary files are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (Fail, OSError, MemoryError, RuntimeError) as problem:
+        message = explain(problem)
+        if message is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(problem):
+    """The message for an exception that the user can act on, or None for an error of the program itself."""
+    if isinstance(problem, Fail):
+        return str(problem)
+    if isinstance(problem, OSError):                    # disk full, read-only folder, no permission
+        return f"{problem.strerror or problem}: {problem.filename or 'no file named'}"
+    words = str(problem)
+    full = "DefaultCPUAllocator" in words or "out of memory" in words   # torch's RuntimeError on CPU and MPS
+    if full or isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
+        return f"out of memory; try a smaller --batch or --size ({first_line(problem)})"
+    if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile cannot compile here; pass --no-compile ({first_line(problem)})"
+    if WORLD > 1 and (isinstance(problem, dist.DistError) or "gloo" in words):
+        return ("another process has ended, so this one stops too; fix the error printed above, then repeat "
+                "the command to resume")
+    return None
+
+
+def first_line(problem):
+    """The first line of an exception's message, at most 160 characters; its type where it is empty."""
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:160]
+
+
+@contextmanager
+def foreign_file(path, problem="is damaged", advice="restore or remove it"):
+    """Turn any exception of the block, which reads a foreign file, into one line with the file's name and the advice."""
+    try:
+        yield
+    except Fail:
+        raise
+    except FileNotFoundError:
+        raise Fail(f"{path} does not exist") from None
+    except Exception as cause:          # decoders of images, archives, pickles and JSON raise dozens of kinds
+        raise Fail(f"{path} {problem} ({first_line(cause)}); {advice}") from None
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in --help, and one line instead of the usage for a wrong argument.
+
+    prints_results: whether stdout is the program's result, so that --quiet keeps it.
+    """
+
+    def __init__(self, description, prints_results=True):
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        self.prints_results = prints_results
+        self.add_argument("--quiet", action="store_true", help="print only results and failures")
+
+    def parse_known_args(self, *args, **kwargs):
+        for text in sys.argv:
+            if text != text.encode(errors="replace").decode():
+                raise Fail(f"the argument {text!r} is not valid UTF-8; rename the file or folder")
+        found, rest = super().parse_known_args(*args, **kwargs)
+        global quiet
+        quiet = found.quiet
+        if quiet and not self.prints_results:
+            sys.stdout = null_stream()
+        return found, rest
+
+    def error(self, message):
+        raise Fail(f"{message}; --help lists the arguments")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=26, width=110)
+
+    def _get_help_string(self, action):
+        # compared by identity, since 0 equals False
+        hidden = any(action.default is x for x in (None, False, argparse.SUPPRESS))
+        shown = not hidden and "default" not in action.help
+        return action.help + (" (default: %(default)s)" if shown else "")
+
+
+def number(kind, low, high=10 ** 6, open_low=False):
+    """An argparse type: an int or float from low to high, without low itself where open_low. Refuses nan."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high or (open_low and value == low):
+            article = "a whole number" if kind is int else "a number"
+            bounds = f"{'above' if open_low else 'from'} {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {article} {bounds}")
+        return value
+    return parse
+
+
+def safe_name(text):
+    """A file name valid on every system: letters of any alphabet, digits, ".-_"; at most 150 bytes."""
+    name = re.sub(r"[^\w.-]+", "_", text).strip("._")
+    return name.encode()[:150].decode(errors="ignore") or "image"
+
+
+def progress(*args, **kwargs):
+    """tqdm's bar; silent off a terminal, with --quiet, and in every process but rank 0."""
+    return tqdm(*args, disable=None if RANK0 and not quiet else True, **kwargs)
+
+
+def null_stream():
+    """A text stream that discards what is written to it."""
+    return open(os.devnull, "w", encoding="utf-8", errors="replace")
+
+
+def call(program, *args, **options):
+    """Run one of our programs in its own process -> its exit code. Stopping this process stops it first."""
+    script = Path(__file__).resolve().parents[1] / program
+    child = subprocess.Popen([sys.executable, str(script), *map(str, args)], **options)
+    try:
+        return child.wait()
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+@contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside `path`; on success flush it and rename it to `path`, else remove it.
+
+    A file under its final name is therefore complete, and an old one stays until the new one is.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException as problem:
+        temporary.unlink(missing_ok=True)
+        if isinstance(problem, OSError):
+            problem.filename = path     # a full disk names no file, a read-only folder the temporary one
+        raise
+
+
+def save_tensors(path, tensors, header):
+    """Write {name: tensor} and a header of strings as a safetensors file; equal content, equal bytes."""
+    data = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata=header)
+    size = 8 + int.from_bytes(data[:8], "little")
+    # the library's order of keys changes from call to call
+    text = json.dumps(json.loads(data[8:size]), sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as temporary, open(temporary, "wb") as f:
+        f.writelines((len(text).to_bytes(8, "little"), text, memoryview(data)[size:]))
+
+
+def save_text(path, text):
+    """Write a text file atomically, in UTF-8."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_json(path, data):
+    """Write a JSON file atomically, in UTF-8."""
+    save_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path):
+    """The object in a JSON file of this program; {} where the file does not exist."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, RecursionError) as problem:
+        raise Fail(f"{path} is damaged ({first_line(problem)}); restore or remove it") from None
+    if not isinstance(data, dict):
+        raise Fail(f"{path} was not written by this program; restore or remove it")
+    return data
+
+
+def save_csv(path, rows):
+    """Write [{column: value}], all with the same columns; None as an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    save_text(path, text.getvalue())
+
+
+def read_csv(path):
+    """The rows of a table that `save_csv` wrote, every value as text; [] where the file does not exist."""
+    path = Path(path)
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+
+
+# ---- device and memory ---------------------------------------------------------------------------
+
+def pick_device(name="auto"):
+    """'auto' (CUDA, then MPS, then CPU) or a name -> torch.device; under torchrun one GPU per process."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available() and WORLD == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if WORLD > 1 and name == "mps":
+        raise Fail("--device mps supports one process: start without torchrun, or pass --device cpu")
+    if WORLD > 1 and name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
+    known = name.partition(":")[0] in ("cuda", "mps", "cpu")
+    try:
+        if not known:
+            raise RuntimeError("it is none of cuda, mps and cpu")
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as problem:
+        raise Fail(f"--device {name} cannot be used here: {first_line(problem)}") from None
+
+
+def frozen_dtype(device):
+    """The dtype of the frozen U-Net: bfloat16 where the GPU supports it, else float32."""
+    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def peak_memory(device):
+    """Peak in GB (1e9 bytes): allocated on the GPU, or resident on the CPU (0 where it is not reported)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:        # Linux; getrusage would include the parent process's peak
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
+# ---- one process or many -------------------------------------------------------------------------
+
+def join_processes(device):
+    """Join the other processes of torchrun, where there are any; only rank 0 prints more than failures."""
+    if WORLD > 1:
+        if not RANK0:
+            sys.stdout = null_stream()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+
+
+def barrier():
+    """Wait until every process arrives here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+@contextmanager
+def rank0_first():
+    """Rank 0 runs the block, then the others do, and find the files that it made."""
+    if not RANK0:
+        barrier()
+    yield
+    if RANK0:
+        barrier()
+
+
+def broadcast(value):
+    """Rank 0's value, in every process."""
+    values = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def check_same(what, value):
+    """Fail where this process read other content than rank 0 under the same path, as on another node."""
+    if broadcast(value) != value:
+        raise Fail(f"process {RANK} of {WORLD} reads other {what} than rank 0; all must see the same files")
+
+
+def shard(items):
+    """This process's share of a list: every WORLD-th item."""
+    return items[RANK::WORLD]
+
+
+def all_gather(rows):
+    """Each process's results for its `shard` of a list -> the results for the whole list, in its order."""
+    if WORLD == 1:
+        return rows
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, rows)
+    return [parts[i % WORLD][i // WORLD] for i in range(sum(map(len, parts)))]
+
+
+@torch.no_grad()
+def all_reduce(tensors):
+    """Sum each tensor over the processes, in place, in one message."""
+    if WORLD > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+
+
+def all_max(value, device):
+    """The largest of the processes' integers."""
+    if WORLD > 1:
+        value = torch.tensor(value, device=device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
+class Signals:
+    """SIGINT and SIGTERM end the program with 130 or 143: at once or, while `deferred`, at `leave`.
+
+    A second Ctrl-C always ends it at once.
+    """
+
+    def __init__(self):
+        self.received, self.deferred = 0, False
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self._handle)
+
+    def _handle(self, kind, frame):
+        if self.received and kind == signal.SIGINT:     # not SIGTERM: schedulers and torchrun send several
+            os._exit(128 + kind)
+        self.received = self.received or kind
+        if not self.deferred:
+            self.leave()
+
+    def leave(self):
+        """End the program if a signal was received."""
+        if self.received:
+            sys.exit(128 + self.received)
