@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
-from .app import WORLD, Fail, barrier, broadcast, first_line, progress, safe_name, save_tensors, shard
+from .app import (atomic_write, Fail, WORLD, barrier, broadcast, first_line, progress, safe_name,
+                  save_tensors, shard)
 from .weights import TensorFile, file_sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
@@ -97,6 +99,15 @@ def contact_sheet(groups, columns=8, gap=4):
         for j, image in enumerate(row):
             sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (j * (side + gap), i * (side + gap)))
     return sheet
+
+
+def save_image(path, image, **text):
+    """Write a PNG atomically, with the text chunks {key: value}."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, str(value))
+    with atomic_write(path) as temporary:
+        image.save(temporary, pnginfo=info)
 
 
 def list_images(folder):
@@ -371,7 +382,7 @@ class Cache:
             if shards:
                 encode, embed = encoders()
                 with progress(total=sum(map(len, shards)), desc="caching", unit="image") as bar:
-                    for part, images in zip(shards, prefetch(pool, load_rgb, [[path for _, path in part] for part in shards])):
+                    for part, images in zip(shards, prefetch(pool, load_rgb, [[p for _, p in part] for part in shards])):
                         self._write(part, images, encode, embed, size, bar)
             if todo and WORLD > 1:
                 barrier()

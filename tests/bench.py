@@ -19,7 +19,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+
 
 import numpy as np
 import torch
@@ -33,16 +33,16 @@ sys.path.insert(0, str(ROOT))
 import fid  # noqa: E402
 from ldm.app import frozen_dtype, pick_device  # noqa: E402
 from ldm.data import Cache, list_images, load_rgb  # noqa: E402
+from ldm.runs import Settings  # noqa: E402
 from ldm.unet import UNet  # noqa: E402
 from ldm.vae import VAE  # noqa: E402
 from ldm.weights import open_sd15  # noqa: E402
 from lora import fold, inject, save_adapter  # noqa: E402
 from projector import Projector, build_encoder, embed, open_encoder  # noqa: E402
-from sample import sample  # noqa: E402
+from sample import Sampling, sample  # noqa: E402
 from train import Trainer  # noqa: E402
 
 NARROW = dict(channels=(64, 128, 256, 256))
-RECIPE = SimpleNamespace(lr=5e-5, lr_ratio=10.0, seed=0, cfg_drop=0.1, epochs=12, max_steps=None, no_compile=False)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def train(args):
         unet = inject(our_unet(args, state, dtype), 4)
         projector = Projector().to(args.device)
         names = [(str(i), str(i)) for i in range(64)]
-        return Trainer(SimpleNamespace(**vars(RECIPE), batch=args.batch), unet, projector, Memory(args), names, (4, args.size // 8, args.size // 8), args.device).train_step
+        return Trainer(Settings(batch=args.batch), unet, projector, Memory(args), names, (4, args.size // 8, args.size // 8), args.device).train_step
 
     def peer(checkpointing=False, channels_last=False, compiled=False):
         from diffusers import DDPMScheduler
@@ -263,7 +263,7 @@ def sampling(args):
     def ours():
         unet, projector = fold(inject(our_unet(args, state, dtype), 4)), Projector().to(args.device).requires_grad_(False)
         network = torch.compile(unet, dynamic=False) if cuda else unet
-        return lambda: sample(e, projector, network, 1.3, args.steps, range(args.batch), latent)
+        return lambda: sample(e, projector, network, Sampling(1.3, args.steps), range(args.batch), latent)
 
     def peer(channels_last=False, fused=False, compiled=False):
         from diffusers import DDPMScheduler
