@@ -453,7 +453,7 @@ def main():
           + ("; nothing tells which patches are of one case, so one may be in two parts" if cases == len(patches) else ""))
     cache = Cache(folder.parent / "cache", sha256["vae"], sha256["encoder"], args.size)
     encoders = partial(load_encoders, vae_file, encoder, device)
-    hashes = {part: cache.fill([data / name for name in names[part]], encoders, args.size) for part in names}
+    hashes = {part: cache.fill([data / name for name in names[part]], encoders) for part in names}
     sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     with rank0_first():
         check_or_create(folder, args, sha256)
