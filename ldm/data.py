@@ -204,7 +204,7 @@ def _read_folders(root):
     if names and all("/" in n and n.split("/")[0].lower() in PART_NAMES for n in names):
         part = names[0].split("/")[0]
         raise Fail(f"{root} has a folder per part ({part}/...), not one per class: pass one of them, or "
-                   " put the classes on top; --split FILE keeps a split of yours")
+                   "put the classes on top; --split FILE keeps a split of yours")
     return [Patch(name, name.split("/")[0] if "/" in name else "all", _case_of(name)) for name in names]
 
 
@@ -389,7 +389,7 @@ class Cache:
             images = json.loads(file.header["images"])
             self.rows |= {image: [tensor[i] for tensor in tensors] for i, image in enumerate(images)}
         except Exception:       # Fail among them: restoring or downloading is not the remedy here
-            raise Fail(f"{path} is no complete shard of the cache; remove it, it will be computed again") from None
+            raise Fail(f"{path} is no complete shard of the cache; remove it, to compute it again") from None
 
     def fill(self, paths, encoders):
         """Add the images that are missing -> the hash of each path's file.
@@ -413,8 +413,8 @@ class Cache:
                 barrier()
                 self._read_all()
         if lost := [path for h, path in zip(hashes, paths) if h not in self.rows]:
-            raise Fail(f"{lost[0]} is not in the cache {self.folder} of this process; all processes must see the "
-                       "same images and cache")
+            raise Fail(f"{lost[0]} is not in the cache {self.folder} of this process; all must see the same "
+                       "images and cache")
         return hashes
 
     def _write(self, hashes, images, encode, embed, bar):
