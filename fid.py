@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """FID and KID between folders of images, or saved statistics of them; and every other metric of the report.
 
-    python fid.py real/ fake/                           # prints FID as pytorch-fid does, and KID
-    python fid.py real/ fake1/ fake2/ --per-class       # and KID for every subfolder that both have (the paper's Table 8)
-    python fid.py real/ --save real.npz                 # statistics for later; pytorch-fid reads them too
+    python fid.py real/ fake/                       # prints FID as pytorch-fid does, and KID
+    python fid.py real/ fake1/ fake2/ --per-class   # and KID for every common subfolder (the paper's Table 8)
+    python fid.py real/ --save real.npz             # statistics for later; pytorch-fid reads them too
 
 The number depends on the resizer: --resize pytorch-fid, clean (clean-fid) or tf1 (torch-fidelity,
 torchmetrics).
@@ -19,7 +19,7 @@ import scipy.optimize
 
 from ldm.data import list_images
 from ldm.encoder import RESIZERS, Inception, inception_available, open_encoder
-from ldm.app import (Fail, Parser, RANK0, atomic_write, broadcast, check_same, foreign_file, join_processes,
+from ldm.app import (RANK0, Fail, Parser, atomic_write, broadcast, check_same, foreign_file, join_processes,
                      number, pick_device, rank0_first, run_program, save_text)
 from ldm.runs import find, read_settings
 
@@ -27,9 +27,7 @@ from ldm.runs import find, read_settings
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), the definition, by scipy's sqrtm. Slow, and inexact for singular
-    Σ.
-    """
+    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), by definition, with scipy's sqrtm. Inexact for singular Σ."""
     root = scipy.linalg.sqrtm(sigma1 @ sigma2)
     if not np.isfinite(root).all():             # singular: pytorch-fid's remedy
         offset = 1e-6 * np.eye(len(sigma1))
@@ -70,12 +68,12 @@ def kid(x, y, subset=1000, subsets=100, seed=2020):
     if size == len(x) == len(y):
         return dict(kid=float(squared_mmd(x, y)), kid_std=0.0, kid_subset=size)
     rng = np.random.RandomState(seed)
-    values = [squared_mmd(x[rng.choice(len(x), size, replace=False)], y[rng.choice(len(y), size, replace=False)])
-              for _ in range(subsets)]
+    draws = [[f[rng.choice(len(f), size, replace=False)] for f in (x, y)] for _ in range(subsets)]
+    values = [squared_mmd(*pair) for pair in draws]
     return dict(kid=float(np.mean(values)), kid_std=float(np.std(values)), kid_subset=size)
 
 
-# Beside FID: (x, y, subset) -> {column: value}. What is added here appears in fid.py's lines and in Tables 7 and 8.
+# (x, y, subset) -> {column: value}. A metric added here appears in fid.py's output and in Tables 7 and 8.
 METRICS = (kid,)
 
 
@@ -124,7 +122,7 @@ def nearest(x, train):
     """
     squared = np.square(x).sum(1)[:, None] - 2 * x @ train.T + np.square(train).sum(1)
     index = squared.argmin(1)
-    return index, np.linalg.norm(x - train[index], axis=1)      # the expansion is inexact where the two are equal
+    return index, np.linalg.norm(x - train[index], axis=1)      # the expansion is inexact for near-equal rows
 
 
 def fit_linear(x, labels, penalty=1.0):
@@ -144,8 +142,8 @@ def fit_linear(x, labels, penalty=1.0):
         log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
         slope = weight[:, None] * (np.exp(log_p) - target)
         gradient = np.hstack([slope.sum(0)[:, None], slope.T @ z + penalty / len(z) * w[:, 1:]])
-        value = -(weight * log_p[np.arange(len(z)), y]).sum() + penalty / (2 * len(z)) * np.square(w[:, 1:]).sum()
-        return value, gradient.ravel()
+        entropy = -(weight * log_p[np.arange(len(z)), y]).sum()
+        return entropy + penalty / (2 * len(z)) * np.square(w[:, 1:]).sum(), gradient.ravel()
 
     start = np.zeros(len(names) * (z.shape[1] + 1))
     w = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x.reshape(len(names), -1)
@@ -197,7 +195,8 @@ def read_set(path, space, device="cpu", batch=32):
     if path.suffix == ".npz":
         return load_set(path, space.resize, space.short_hash)
     files = images_of(path)
-    return ImageSet.of_features(space.extract(files, device, batch), [f.relative_to(path).as_posix() for f in files])
+    names = [file.relative_to(path).as_posix() for file in files]
+    return ImageSet.of_features(space.extract(files, device, batch), names)
 
 
 def save_set(path, images, resize, weights):
@@ -209,13 +208,14 @@ def save_set(path, images, resize, weights):
                  names=images.names, resize=resize, weights=weights)
 
 
+ARRAYS = ("mu", "sigma", "n", "features", "names", "resize", "weights")
+
+
 def load_set(path, resize, weights):
-    """Read what `save_set` wrote, or any .npz with mu and sigma. Fails where it was made in another feature
-    space.
-    """
+    """Read an .npz of `save_set`, or any with mu and sigma -> ImageSet. Fails if it is of another space."""
     with foreign_file(path, "contains no statistics of features", "make them with --save"):
         with np.load(path, allow_pickle=False) as f:
-            data = {key: f[key] for key in ("mu", "sigma", "n", "features", "names", "resize", "weights") if key in f}
+            data = {key: f[key] for key in ARRAYS if key in f}
         images = _check_statistics(data)
     for key, value in (("resize", resize), ("weights", weights)):
         if key in data and str(data[key]) != value:
@@ -245,7 +245,7 @@ def compare(real, fake, subset=1000):
     """Two ImageSets -> {"fid", "n_real", "n_fake"} and, where the features are known, the columns of METRICS.
     """
     if real.mu.shape != fake.mu.shape:
-        raise Fail(f"one has {len(real.mu)} features, the other {len(fake.mu)}: they come from different networks")
+        raise Fail(f"one has {len(real.mu)} features, the other {len(fake.mu)}: use the same network for both")
     both = real.features is not None and fake.features is not None
     if both and min(real.n, fake.n) < len(real.mu):
         distance = frechet_distance_of_features(real.features, fake.features)
@@ -274,17 +274,17 @@ def compare_classes(real, fake, subset=1000):
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("real", metavar="REAL", help="folder of images (at any depth), or statistics in an .npz file")
+    parser.add_argument("real", metavar="REAL", help="folder of images at any depth, or .npz file of statistics")
     parser.add_argument("fake", metavar="FAKE", nargs="*", help="folders or .npz files to compare with it")
-    parser.add_argument("--per-class", action="store_true", help="KID x 1000 for every subfolder that both have")
+    parser.add_argument("--per-class", action="store_true", help="KID x 1000 for every common subfolder")
     parser.add_argument("--resize", choices=RESIZERS, default="pytorch-fid", help="whose number to reproduce")
     parser.add_argument("--kid-subset", type=number(int, 2), default=1000, metavar="N",
                         help="images per subset of KID, at most those that there are")
     parser.add_argument("--inception", metavar="FILE",
                         help="pytorch-fid's weights, .pth or .safetensors (default: torch.hub's cache)")
     parser.add_argument("--features", choices=("inception", "encoder"),
-                        help="encoder: of the run that REAL lies in (default: inception; encoder for a toy run without "
-                             "Inception's weights)")
+                        help="encoder: of the run that REAL is in (default: inception; for a toy run without its "
+                             "weights, encoder)")
     parser.add_argument("--save", metavar="FILE", help="write the statistics of REAL to this .npz file")
     parser.add_argument("--json", metavar="FILE",
                         help="write the results to this .json file; - prints them, and all else to stderr")
@@ -312,9 +312,9 @@ def choose_space(args):
         use_encoder = encoder == "toy" and not inception_available(args.inception)
         args.features = broadcast("encoder" if use_encoder else "inception")
     if args.features == "encoder" and encoder is None:
-        raise Fail(f"--features encoder: {args.real} lies in no run of train.py, so that its encoder is unknown")
+        raise Fail(f"--features encoder: {args.real} is in no run of train.py; pass --features inception")
     if args.features == "encoder" and args.resize != "pytorch-fid":
-        raise Fail(f"--resize {args.resize} is for Inception's features; the encoder has a resizer of its own")
+        raise Fail(f"--resize {args.resize} is for Inception's features; the encoder has its own resizer")
     with rank0_first():            # rank 0 downloads what is missing
         return open_encoder(encoder) if args.features == "encoder" else Inception(args.inception, args.resize)
 
@@ -346,10 +346,11 @@ def describe_metrics(row):
     """KID x 1000 with its spread, and every other column of METRICS; "" where there are none."""
     texts = []
     for key, value in row.items():
-        if key == "kid":
-            subsets = f"one subset, all {row['kid_subset']}" if row["kid_std"] == 0 else f"100 subsets of {row['kid_subset']}"
-            spread = "" if row["kid_std"] == 0 else f" ± {1000 * row['kid_std']:.3f}"
-            texts.append(f"KID x 1000 {1000 * value:.3f}{spread} ({subsets})")
+        if key == "kid" and row["kid_std"] == 0:
+            texts.append(f"KID x 1000 {1000 * value:.3f} (one subset, all {row['kid_subset']})")
+        elif key == "kid":
+            texts.append(f"KID x 1000 {1000 * value:.3f} ± {1000 * row['kid_std']:.3f} "
+                         f"(100 subsets of {row['kid_subset']})")
         elif isinstance(value, float) and key not in ("fid", "kid_std"):
             texts.append(f"{key} {value:.4f}")
     return ", ".join(texts)
@@ -376,7 +377,7 @@ def main():
             result["classes"] = compare_classes(real, fake, args.kid_subset)
         print(*describe(result), sep="\n", file=sys.stderr if args.json == "-" else sys.stdout)
         results.append(result)
-        if args.json not in (None, "-"):    # after each, so that a later failure does not cost the earlier ones
+        if args.json not in (None, "-"):    # after each: a later failure keeps the earlier ones
             save_text(args.json, json.dumps(results, indent=1) + "\n")
     if args.json == "-" and RANK0:
         print(json.dumps(results))

@@ -33,7 +33,7 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, rank, alpha, generator=None):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias         # W, under its own name
-        A = torch.empty(rank, linear.in_features)                   # drawn on the CPU, to be the same everywhere
+        A = torch.empty(rank, linear.in_features)               # drawn on the CPU, to be the same everywhere
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         device = linear.weight.device
         self.A = nn.Parameter(A.to(device))
@@ -42,7 +42,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         BAx = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + self.scale * BAx                           # W' x, by (eq. 6)
+        return F.linear(x, self.weight, self.bias) + self.scale * BAx                       # W' x, by (eq. 6)
 
     @torch.no_grad()
     def folded(self):
@@ -60,8 +60,8 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 def target_layers(unet):
     """{name: linear layer} of Q, K, V and O of every attention, in the order of the network."""
-    attentions = {name: m for name, m in unet.named_modules() if isinstance(m, Attention)}
-    return {f"{name}.{target}": m.get_submodule(target) for name, m in attentions.items() for target in TARGETS}
+    return {f"{name}.{target}": m.get_submodule(target) for name, m in unet.named_modules()
+            if isinstance(m, Attention) for target in TARGETS}
 
 
 def inject(unet, rank, alpha=None, generator=None):
@@ -163,9 +163,8 @@ def load_adapter(file, unet):
     wanted = {name: (linear.in_features, linear.out_features) for name, linear in target_layers(unet).items()}
     wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
     if wrong:
-        raise Fail(f"{file.path} does not fit this base: {len(wrong)} layers of its attention are missing or of "
-                   f"another shape, such as {min(wrong)}; pass the one that it was trained on "
-                   f"({file.header['base']}) with --sd15")
+        raise Fail(f"{file.path} does not fit this base: {len(wrong)} layers are missing or of another shape, such "
+                   f"as {min(wrong)}; pass the one that it was trained on ({file.header['base']}) with --sd15")
     with torch.no_grad():
         for name, layer in lora_layers(inject(unet, rank, alpha)).items():
             layer.A.copy_(layers[name]["A"])

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 
+SHAPE = ("embedding", "hidden", "tokens", "context", "depth", "token_norm")     # in an adapter's header
+
+
 class Projector(nn.Module):
     """f_φ: e (B, d_e) -> c (B, n_c, d_c). The defaults are the paper's baseline: 4,724,736 parameters.
 
@@ -21,7 +24,7 @@ class Projector(nn.Module):
 
     def __init__(self, d_e=1536, d_h=1024, n_c=4, d_c=768, depth=2, token_norm=False):
         super().__init__()
-        self.shape = dict(embedding=d_e, hidden=d_h, tokens=n_c, context=d_c, depth=depth, token_norm=int(token_norm))
+        self.shape = dict(zip(SHAPE, (d_e, d_h, n_c, d_c, depth, int(token_norm))))
         self.linear = nn.ModuleList(nn.Linear(d_e if k == 0 else d_h, d_h) for k in range(depth - 1))
         self.norm = nn.ModuleList(nn.LayerNorm(d_h) for _ in range(depth - 1))
         self.out = nn.Linear(d_h, n_c * d_c)
@@ -32,7 +35,7 @@ class Projector(nn.Module):
     def from_header(cls, header):
         """Rebuild from the strings of an adapter's header. Raises KeyError or ValueError where they are none.
         """
-        shape = [int(header[key]) for key in ("embedding", "hidden", "tokens", "context", "depth", "token_norm")]
+        shape = [int(header[key]) for key in SHAPE]
         if min(shape[:4]) < 1 or shape[4] not in (2, 3):
             raise ValueError(f"no projector has the sizes {shape}")
         return cls(*shape)

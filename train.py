@@ -398,14 +398,14 @@ def build(settings, inputs, device):
     folder, sha256 = inputs.folder, inputs.sha256
     cache = Cache(folder.parent / "cache", sha256["vae"], sha256["encoder"], settings.size)
     encoders = partial(load_encoders, inputs.vae_file, inputs.encoder, device)
-    hashes = {part: cache.fill([inputs.data / name for name in names], encoders, settings.size)
+    hashes = {part: cache.fill([inputs.data / name for name in names], encoders)
               for part, names in inputs.names.items()}
     sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     with rank0_first():
         check_or_create(folder, settings, sha256)
-    torch.manual_seed(settings.seed)
-    unet = inject(load_unet(inputs.unet_file, device, frozen_dtype(device)), settings.rank, settings.alpha)
-    torch.manual_seed(seed_of(settings.seed, INITIAL))      # whatever the rank, and so the draws for A
+    unet = load_unet(inputs.unet_file, device, frozen_dtype(device))
+    inject(unet, settings.rank, settings.alpha, torch.Generator().manual_seed(settings.seed))
+    torch.manual_seed(seed_of(settings.seed, INITIAL))      # of the projector alone, whatever LoRA's rank is
     projector = build_projector(settings, cache.width, unet.context).to(device)
     print(parameter_table(unet, projector))
     images = list(zip(inputs.names["train"], hashes["train"]))

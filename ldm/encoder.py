@@ -73,7 +73,7 @@ class Recipe:
     terms: str                      # a phrase for the adapter's header and the model card
     licence: str                    # its name on the Hugging Face hub
     model: str                      # timm's name of the architecture
-    arguments: tuple                # of timm.create_model, as (name, value); width, depth and heads come from the tensors
+    arguments: tuple                # (name, value) for timm.create_model; width and depth are the tensors'
     head_width: int = 64
     pooling: str = "token"          # timm's global_pool: the class token
     size: int = 224
@@ -84,17 +84,17 @@ class Recipe:
     access: str = field(default="", repr=False)     # advice where a download is refused
 
 
-# Source of the arguments, mean and std: https://huggingface.co/MahmoodLab/UNI2-h. timm's own `resolve_data_config`
-# gives mean 0.5 and bicubic for a model that is built locally.
+# Source: https://huggingface.co/MahmoodLab/UNI2-h. For a model built locally, timm's own `resolve_data_config`
+# gives mean 0.5 and bicubic.
 UNI2H = Recipe(
     repository="MahmoodLab/UNI2-h", licence="cc-by-nc-nd-4.0",
     terms="UNI2-h (CC BY-NC-ND 4.0, gated: non-commercial research only)",
     model="vit_giant_patch14_224", arguments=(
-        ("img_size", 224), ("patch_size", 14), ("init_values", 1e-5), ("mlp_ratio", 2.66667 * 2), ("num_classes", 0),
-        ("no_embed_class", True), ("mlp_layer", "SwiGLUPacked"), ("act_layer", "silu"), ("reg_tokens", 8),
-        ("dynamic_img_size", True)),
-    access="UNI2-h is gated: request access on https://huggingface.co/MahmoodLab/UNI2-h with an institutional e-mail "
-           "address, then log in with `hf auth login` or set HF_TOKEN; or pass --uni2h with the folder or file")
+        ("img_size", 224), ("patch_size", 14), ("init_values", 1e-5), ("mlp_ratio", 2.66667 * 2),
+        ("num_classes", 0), ("no_embed_class", True), ("mlp_layer", "SwiGLUPacked"), ("act_layer", "silu"),
+        ("reg_tokens", 8), ("dynamic_img_size", True)),
+    access="UNI2-h is gated: request access on https://huggingface.co/MahmoodLab/UNI2-h with an "
+           "institutional e-mail address, then run `hf auth login` or set HF_TOKEN; or pass --uni2h")
 TOY = replace(UNI2H, repository="toy", terms="the toy encoder (MIT)", licence="mit", access="")
 RECIPES = {recipe.repository: recipe for recipe in (UNI2H, TOY)}
 
@@ -113,7 +113,7 @@ class Encoder(FeatureSpace):
         self.width = file.shapes.get("patch_embed.proj.weight", (0,))[0]
         self.depth = len({name.split(".")[1] for name in file.shapes if name.startswith("blocks.")})
         if not self.width or self.width % recipe.head_width or not self.depth:
-            raise Fail(f"{file.path} is not an encoder: no patch_embed and blocks of a vision transformer with "
+            raise Fail(f"{file.path} is no vision transformer with patch_embed, blocks and "
                        f"{recipe.head_width}-wide heads. {self.hint}")
 
     def fingerprint(self):
@@ -131,7 +131,8 @@ class Encoder(FeatureSpace):
 
     def load(self, device="cpu"):
         """The frozen network in float32: (B, 3, size, size) -> (B, d_e)."""
-        return load(partial(build_encoder, self.width, self.depth, self.recipe), self.file, device, hint=self.hint)
+        build = partial(build_encoder, self.width, self.depth, self.recipe)
+        return load(build, self.file, device, hint=self.hint)
 
     @torch.no_grad()
     def embed(self, network, images):
@@ -145,8 +146,8 @@ def preprocess(images, recipe=UNI2H):
     states.
     """
     filter = Image.Resampling[recipe.interpolation]
-    x = np.stack([np.asarray(resize_crop(image, recipe.size, filter), dtype=np.float32) for image in images]) / 255
-    x = (x - np.float32(recipe.mean)) / np.float32(recipe.std)
+    x = np.stack([np.asarray(resize_crop(image, recipe.size, filter)) for image in images])
+    x = (x.astype(np.float32) / 255 - np.float32(recipe.mean)) / np.float32(recipe.std)
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 
@@ -169,7 +170,7 @@ def open_encoder(source=UNI2H.repository):
     if path.is_dir():
         found = [path / name for name in reversed(recipe.files) if (path / name).is_file()]
         if not found:
-            raise Fail(f"{path} contains neither {' nor '.join(recipe.files)}; pass the folder or file of the weights")
+            raise Fail(f"{path} contains no {' or '.join(recipe.files)}; pass a folder or file of weights")
         path = found[0]
     elif not path.is_file():
         if not is_hub_name(source):
@@ -225,7 +226,7 @@ def build_inception():
             _exchange_pool(block, maximum if name == "Mixed_7c" else average)
     for m in network.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.num_batches_tracked, m.track_running_stats = None, False      # a counter that the file need not have
+            m.num_batches_tracked, m.track_running_stats = None, False      # the file need not have a counter
     return network
 
 
@@ -256,10 +257,10 @@ def _download_inception():
         print(f"downloading {INCEPTION_URL} (96 MB) to {path}", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(INCEPTION_URL, str(path), path.stem[-8:], progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as problem:      # URLError is an OSError; a wrong hash is a RuntimeError
-            raise Fail(f"cannot get the Inception weights ({first_line(problem)}); download that file elsewhere and "
-                       "pass --inception FILE") from None
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), path.stem[-8:], sys.stderr.isatty())
+        except (OSError, RuntimeError) as problem:      # URLError is an OSError, a wrong hash a RuntimeError
+            raise Fail(f"cannot get the Inception weights ({first_line(problem)}); download that file and "
+                       "pass it with --inception FILE") from None
     return path
 
 

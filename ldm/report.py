@@ -20,10 +20,12 @@ import fid
 from fid import ImageSet
 from sample import Sampling
 
-from .data import save_image, contact_sheet, list_images, load_rgb, resize_crop, subsample, to_images, to_tensor
+from .data import (contact_sheet, list_images, load_rgb, resize_crop, save_image, subsample, to_images,
+                   to_tensor)
 from .encoder import Inception, inception_available, open_encoder
-from .app import Fail, Parser, atomic_write, call, number, pick_device, read_csv, run_program, save_csv, save_text
-from .runs import name_references, model_card, patches_of, read_settings
+from .app import (Fail, Parser, atomic_write, call, number, pick_device, read_csv, run_program, save_csv,
+                  save_text)
+from .runs import model_card, name_references, patches_of, read_settings
 from .vae import SCALE
 from .weights import file_sha256, load_vae, open_sd15
 
@@ -47,7 +49,7 @@ class Evaluation:
             names = name_references([(patch.title, path) for patch, path in found], {})[0]
             self.patches[part] = [(patch.label, *item) for (patch, _), item in zip(found, names.items())]
             if len(found) < 2:
-                raise Fail(f"{folder}: the {part} part of its split has fewer than two images; a report needs all three")
+                raise Fail(f"{folder}: the {part} part of its split needs two images or more for a report")
         self.encoder = open_encoder(settings.uni2h)
         self.spaces = [Inception(inception)] if inception_available(inception) else []
         self.spaces.append(self.encoder)
@@ -113,8 +115,9 @@ class Evaluation:
 def table4(ev):
     """Table 4: validation FID at the end of every epoch"""
     log = read_csv(ev.folder / "log.csv")
-    rows = [{k: row[k] for k in row if k in ("epoch", "train_loss", "val_loss") or k.startswith("fid")} for row in log]
-    plot(ev.out / "table4.png", rows, "epoch", [k for k in rows[0] if k.startswith("fid")])
+    keys = [k for k in log[0] if k in ("epoch", "train_loss", "val_loss") or k.startswith("fid")]
+    rows = [{k: row[k] for k in keys} for row in log]
+    plot(ev.out / "table4.png", rows, "epoch", [k for k in keys if k.startswith("fid")])
     return rows
 
 
@@ -175,26 +178,30 @@ def fidelity(ev):
     real, fake, train = (ev.features(ev.encoder, *args)
                          for args in (("real", "test"), ("fake", "test"), ("real", "train")))
     own, others = fid.fidelity(fake, real)
-    ours, theirs = (float((fid.nearest_centroid(train, train_labels, x) == labels).mean()) for x in (fake, real))
-    return [dict(n=len(fake), cosine_own=own, cosine_others=others, consistency=ours, consistency_real=theirs)]
+    of_fake, of_real = (
+        (fid.nearest_centroid(train, train_labels, x) == labels).mean().item() for x in (fake, real))
+    return [dict(n=len(fake), cosine_own=own, cosine_others=others, consistency=of_fake,
+                 consistency_real=of_real)]
 
 
 def memorisation(ev):
     """Memorisation: distance from a sample to the nearest training image, in embedding and in pixels; real
     validation images are the yardstick. `closer` is the share of samples nearer than 99 % of these"""
     n, rows = ev.limit, []
-    sets = {"real val": ("real", "val"), "samples of val": ("fake", "val"), "samples of train": ("fake", "train", n)}
+    sets = {"real val": ("real", "val"), "samples of val": ("fake", "val"),
+            "samples of train": ("fake", "train", n)}
     for space in (ev.encoder, Pixels()):
         train, limit = ev.features(space, "real", "train"), None
         for name, images in sets.items():
             index, distance = fid.nearest(ev.features(space, *images), train)
             limit = np.quantile(distance, 0.01) if limit is None else limit
-            rows.append(dict(space=space.kind, images=name, n=len(distance), median=float(np.median(distance)),
-                             lowest=float(distance.min()), closer=float((distance < limit).mean())))
+            rows.append(dict(space=space.kind, images=name, n=len(distance),
+                             median=np.median(distance).item(), lowest=distance.min().item(), closer=(distance < limit).mean().item()))
             if (space.kind, name) == ("encoder", "samples of train"):
                 paths, nearest = ev.fake("train", n), ev.real("train")
                 pairs = [(paths[i], nearest[index[i]]) for i in distance.argsort()[:10]]
-                save_image(ev.out / "closest.png", contact_sheet([[load_rgb(p) for p in pair] for pair in pairs], 4))
+                sheet = contact_sheet([[load_rgb(path) for path in pair] for pair in pairs], 4)
+                save_image(ev.out / "closest.png", sheet)
     return rows
 
 
@@ -209,8 +216,9 @@ def usefulness(ev):
                        ("both", np.concatenate([real, fake]), np.tile(labels, 2)),
                        ("all real", ev.features(e, "real", "train"), ev.labels("train"))):
         recall = fid.recalls(truth, fid.fit_linear(x, y)(test))
-        rows.append(dict(train=name, n=len(x), test_n=len(test), balanced_accuracy=float(np.mean(list(recall.values()))),
-                         **{f"recall_{name}": share for name, share in recall.items()}))
+        accuracy = float(np.mean(list(recall.values())))
+        rows.append(dict(train=name, n=len(x), test_n=len(test), balanced_accuracy=accuracy)
+                    | {f"recall_{label}": share for label, share in recall.items()})
     return rows
 
 
@@ -240,14 +248,14 @@ def labelled(columns, tiles):
 def plot(path, rows, x, columns):
     """A line for each column over column x, where matplotlib is installed; rows without a value are omitted.
     """
-    lines = {column: [(float(row[x]), float(row[column])) for row in rows if row[column]] for column in columns}
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.subplots()
-    for column, points in lines.items():
+    for column in columns:
+        points = [(float(row[x]), float(row[column])) for row in rows if row[column]]
         axes.plot(*np.array(points).reshape(-1, 2).T, marker="o", label=column)
     axes.set_xlabel(x)
     axes.legend()
@@ -278,7 +286,8 @@ def main():
     parser.add_argument("--cfg", type=number(float, 0), default=1.3, help="guidance of all but the sweep")
     parser.add_argument("--limit", type=number(int, 8), default=400, metavar="N",
                         help="training images that are sampled from, for usefulness")
-    parser.add_argument("--inception", metavar="FILE", help="pytorch-fid's weights (default: torch.hub's cache)")
+    parser.add_argument("--inception", metavar="FILE",
+                        help="pytorch-fid's weights (default: torch.hub's cache)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
     evaluation = Evaluation(args.run, args.cfg, args.limit, args.inception, pick_device(args.device))

@@ -5,7 +5,8 @@ from torch import nn
 
 from .unet import Attention, Downsample, Level, ResBlock, Upsample
 
-SCALE = 0.18215     # brings z_0 to unit variance (CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml)
+# Brings z_0 to unit variance. Source: CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml
+SCALE = 0.18215
 EPS = 1e-6          # of every GroupNorm here; the U-Net's residual blocks have 1e-5
 
 

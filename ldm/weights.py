@@ -22,12 +22,14 @@ from .vae import VAE
 
 BUILT_IN = {"toy": Path(__file__).parent / "toy"}       # names that stand for weights in this repository
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SD15_SHA256 = {     # of the files of that repository
-    "unet/diffusion_pytorch_model.safetensors": "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
-    "unet/diffusion_pytorch_model.fp16.safetensors": "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21",
-    "vae/diffusion_pytorch_model.safetensors": "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
-    "vae/diffusion_pytorch_model.fp16.safetensors": "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c",
+SD15_SHA256 = {     # (part, ".fp16" or ""): of the files of that repository
+    ("unet", ""): "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+    ("unet", ".fp16"): "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21",
+    ("vae", ""): "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+    ("vae", ".fp16"): "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c",
 }
+SD15_SHA256 = {f"{part}/diffusion_pytorch_model{kind}.safetensors": sha256
+               for (part, kind), sha256 in SD15_SHA256.items()}
 _HINT = f"It does not fit Stable Diffusion 1.5; the reference files are those of {SD15}"
 
 
@@ -56,7 +58,7 @@ class TensorFile:
         self.shapes = {ours: shapes[name] for ours, name in self.names.items()}
 
     def _open(self):
-        with foreign_file(self.path, "is not a complete safetensors file", "restore it, or download it again"):
+        with foreign_file(self.path, "is no complete safetensors file", "restore it, or download it again"):
             return safe_open(self.path, "pt")
 
     def get(self, name):
@@ -103,10 +105,10 @@ def check_download(path):
     with open(path, "rb") as f:
         head = f.read(40)
     if head.startswith(b"version https://git-lfs"):
-        raise Fail(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` there, or download the file itself")
+        raise Fail(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` there, or download it")
     size, header = path.stat().st_size, int.from_bytes(head[:8], "little")
     if path.suffix == ".safetensors" and (size < 8 or header + 8 > size):
-        raise Fail(f"{path} is truncated or no safetensors file ({size} bytes); restore it, or download it again")
+        raise Fail(f"{path} is truncated or no safetensors file ({size} bytes); download it again")
 
 
 def _unpickle(path):
@@ -146,8 +148,8 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     state = {}
     for name, tensor in file.read(wanted):
         if not tensor.dtype.is_floating_point:
-            raise Fail(f"{file.path}: {name} is {tensor.dtype}, not floating point (a quantised file?). {hint}")
-        tensor = tensor.reshape(wanted[name])           # CompVis stores the VAE's attention as 1x1 convolutions
+            raise Fail(f"{file.path}: {name} is {tensor.dtype}, not floating point (quantised?). {hint}")
+        tensor = tensor.reshape(wanted[name])           # CompVis: the VAE's attention is of 1x1 convolutions
         state[name] = tensor.to(device, dtype)
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval().requires_grad_(False)
@@ -170,17 +172,18 @@ def open_sd15(source):
     if path.is_file():
         files = [TensorFile(path, _compvis_unet_name), TensorFile(path, _compvis_vae_name)]
         if not files[0].names:
-            raise Fail(f"{path} contains no `model.diffusion_model.*` tensors: pass the complete Stable Diffusion 1.5 "
-                       "file, or the folder that contains unet/ and vae/")
+            raise Fail(f"{path} contains no `model.diffusion_model.*` tensors: pass the complete Stable "
+                       "Diffusion 1.5 file, or the folder that contains unet/ and vae/")
     elif path.is_dir() or source in BUILT_IN:
         files = [TensorFile(_find(path, part), rename) for part, rename in parts.items()]
     elif is_hub_name(source):
         sha256 = SD15_SHA256 if source == SD15 else {}
         # float16 first: half as large, and finer than the bfloat16 that it is used in
-        files = [TensorFile(hub_file(source, _candidates(part)[::-1], sha256), rename) for part, rename in parts.items()]
+        files = [TensorFile(hub_file(source, _candidates(part)[::-1], sha256), rename)
+                 for part, rename in parts.items()]
     else:
-        raise Fail(f"--sd15 {source}: no such folder or file; pass a Diffusers folder, a CompVis .safetensors file, or a "
-                   f"Hugging Face repository such as {SD15}")
+        raise Fail(f"--sd15 {source}: no such folder or file; pass a Diffusers folder, a CompVis .safetensors "
+                   f"file, or a Hugging Face repository such as {SD15}")
     for file in files:
         refuse_scalars(file, _HINT)
     _refuse_other_models(files[0])
@@ -190,7 +193,8 @@ def open_sd15(source):
 def load_unet(file, device="cpu", dtype=torch.float32):
     """The U-Net of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
     channels, layers = _geometry(file, "down_blocks")
-    context = file.shapes.get("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", (0, 768))[-1]
+    to_k = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    context = file.shapes.get(to_k, (0, 768))[-1]
     latent = file.shapes.get("conv_in.weight", (0, 4))[1]
     return load(lambda: UNet(channels, layers, context, latent=latent), file, device, dtype, _HINT)
 
@@ -214,14 +218,16 @@ def _geometry(file, prefix):
 
 
 def _refuse_other_models(unet):
-    s = unet.shapes
-    attention = [s[f"down_blocks.{i}.attentions.0.proj_in.weight"] for i in (0, 1)
-                 if f"down_blocks.{i}.attentions.0.proj_in.weight" in s]
-    other = ("SDXL" if any(n.startswith(("add_embedding", "label_emb")) for n in s) else
-             "Stable Diffusion 2" if attention and len(attention[0]) == 2 else
-             "an inpainting or image-editing variant" if s.get("conv_in.weight", (0, 4))[1] in (8, 9) else None)
-    if other:
-        raise Fail(f"{unet.path} looks like {other}; this program needs Stable Diffusion 1.5 ({SD15})")
+    attention = [shape for name, shape in unet.shapes.items() if name.endswith("attentions.0.proj_in.weight")]
+    if any(name.startswith(("add_embedding", "label_emb")) for name in unet.shapes):
+        other = "SDXL"
+    elif attention and len(attention[0]) == 2:
+        other = "Stable Diffusion 2"
+    elif unet.shapes.get("conv_in.weight", (0, 4))[1] in (8, 9):
+        other = "an inpainting or image-editing variant"
+    else:
+        return
+    raise Fail(f"{unet.path} looks like {other}; this program needs Stable Diffusion 1.5 ({SD15})")
 
 
 def _candidates(part):
@@ -231,7 +237,7 @@ def _candidates(part):
 def _find(folder, part):
     if found := [folder / name for name in _candidates(part) if (folder / name).is_file()]:
         return found[0]
-    raise Fail(f"{folder} contains neither {' nor '.join(_candidates(part))}; pass the folder that contains unet/ and vae/")
+    raise Fail(f"{folder} contains no {' or '.join(_candidates(part))}; pass a folder with unet/ and vae/")
 
 
 def licence(base, encoder_terms):
@@ -248,15 +254,14 @@ _COMPVIS_UNET = {
     r"^time_embed\.0": "time_embedding.linear_1", r"^time_embed\.2": "time_embedding.linear_2",
     r"^out\.0": "conv_norm_out", r"^out\.2": "conv_out", r"^input_blocks\.0\.0": "conv_in",
     r"^middle_block\.0": "mid_block.resnets.0", r"^middle_block\.1": "mid_block.attentions.0",
-    r"^middle_block\.2": "mid_block.resnets.1", r"\.in_layers\.0\.": ".norm1.", r"\.in_layers\.2\.": ".conv1.",
-    r"\.emb_layers\.1\.": ".time_emb_proj.", r"\.out_layers\.0\.": ".norm2.", r"\.out_layers\.3\.": ".conv2.",
-    r"\.skip_connection\.": ".conv_shortcut."}
+    r"^middle_block\.2": "mid_block.resnets.1", r"in_layers\.0": "norm1", r"in_layers\.2": "conv1",
+    r"emb_layers\.1": "time_emb_proj", r"out_layers\.0": "norm2", r"out_layers\.3": "conv2",
+    r"skip_connection": "conv_shortcut"}
 _COMPVIS_VAE = {
     r"mid\.block_1": "mid_block.resnets.0", r"mid\.block_2": "mid_block.resnets.1",
-    r"mid\.attn_1\.norm": "mid_block.attentions.0.group_norm", r"mid\.attn_1\.q": "mid_block.attentions.0.to_q",
-    r"mid\.attn_1\.k": "mid_block.attentions.0.to_k", r"mid\.attn_1\.v": "mid_block.attentions.0.to_v",
-    r"mid\.attn_1\.proj_out": "mid_block.attentions.0.to_out.0", r"nin_shortcut": "conv_shortcut",
-    r"norm_out": "conv_norm_out", r"down\.(\d)\.block\.(\d)": r"down_blocks.\1.resnets.\2",
+    r"mid\.attn_1": "mid_block.attentions.0", r"0\.norm": "0.group_norm", r"0\.([qkv])\.": r"0.to_\1.",
+    r"0\.proj_out": "0.to_out.0", r"nin_shortcut": "conv_shortcut", r"norm_out": "conv_norm_out",
+    r"down\.(\d)\.block\.(\d)": r"down_blocks.\1.resnets.\2",
     r"down\.(\d)\.downsample": r"down_blocks.\1.downsamplers.0"}
 
 
@@ -300,8 +305,8 @@ def _compvis_vae_name(name):
 
 def is_hub_name(source):
     """Whether this is a name of a repository, owner/name, by the hub's rules."""
-    name = str(source)
-    return re.fullmatch(r"\b[\w.-]+\b/\b[\w.-]{1,96}\b", name) is not None and not re.search(r"--|\.\.|\.git$", name)
+    fits = re.fullmatch(r"\b[\w.-]+\b/\b[\w.-]{1,96}\b", str(source))
+    return fits is not None and not re.search(r"--|\.\.|\.git$", str(source))
 
 
 def hub_file(repository, candidates, sha256=None, access=""):
@@ -319,7 +324,7 @@ def hub_file(repository, candidates, sha256=None, access=""):
     name, *others = candidates
     try:
         size = (get_hf_file_metadata(hf_hub_url(repository, name)).size or 0) / 1e9
-        print(f"downloading {name} of {repository} ({size:.2f} GB) to {HF_HUB_CACHE}", file=sys.stderr, flush=True)
+        print(f"downloading {name} of {repository} ({size:.2f} GB) to {HF_HUB_CACHE}", file=sys.stderr)
         for attempt in range(3, 0, -1):
             try:
                 path = Path(hf_hub_download(repository, name))
@@ -327,15 +332,17 @@ def hub_file(repository, candidates, sha256=None, access=""):
             except Exception as problem:    # a broken connection: the next attempt resumes the download
                 if isinstance(problem, (HfHubHTTPError, OSError)) or attempt == 1:
                     raise
-    except Exception as problem:            # the hub's client has a dozen kinds, and several libraries beneath it
+    except Exception as problem:            # of the hub's client and the libraries beneath it
         if others and isinstance(problem, EntryNotFoundError):
             return hub_file(repository, others, sha256, access)
-        advice = access or "Check the name and the connection, or download it elsewhere and pass the local path."
-        raise Fail(f"cannot get {name} of {repository} ({type(problem).__name__}: {first_line(problem)}). {advice}") from None
+        reason = f"{type(problem).__name__}: {first_line(problem)}"
+        advice = access or "Check the name and the connection, or download it and pass the local path."
+        raise Fail(f"cannot get {name} of {repository} ({reason}). {advice}") from None
     expected = (sha256 or {}).get(name)
     if expected and expected != (found := file_sha256(path)):
         path.resolve().unlink()
-        raise Fail(f"the download of {name} has sha256 {found[:12]}..., not {expected[:12]}...; it was removed, try again")
+        raise Fail(f"the download of {name} has sha256 {found[:12]}..., not {expected[:12]}...; it was removed, "
+                   "try again")
     return path
 
 

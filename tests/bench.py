@@ -450,7 +450,7 @@ def caching(args):
             @torch.no_grad()
             def encode(x):
                 return [part.cpu() for part in vae.encode(x.to(args.device))]
-            return lambda: Cache(f"{out}/{next(count)}", "vae", "encoder", args.size).fill(files, lambda: (encode, partial(embed, network)), args.size)
+            return lambda: Cache(f"{out}/{next(count)}", "vae", "encoder", args.size).fill(files, lambda: (encode, partial(embed, network)))
 
         def peer():
             vae = diffusers_vae(channels).to(args.device).requires_grad_(False)

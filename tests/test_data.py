@@ -197,7 +197,7 @@ def test_a_safe_name_fits_every_file_system():
     ('[{"name": "../x.JPG", "label": 0}]', "outside"), ('[{"name": "/etc/passwd", "label": 0}]', "outside"),
     ('[{"name": "link/x.JPG", "label": 0}]', "outside"), ('[{"name": "train/no.JPG", "label": 0}]', "not there"),
     ('[{"name": "train/a.JPG", "label": 7}]', "label 7"), ('[{"name": "train/a.JPG", "label": NaN}]', "label nan"),
-    ('[{"name": "train/a.JPG", "label": true}]', "label True"), ('{"name": 1}', "must hold a list"), ("[", "not valid JSON"),
+    ('[{"name": "train/a.JPG", "label": true}]', "label True"), ('{"name": 1}', "must contain a list"), ("[", "not valid JSON"),
     ('[{"label": 0}]', "entry 0"), ('[{"name": "train/a.JPG", "label": 0}, {"name": "train/a.JPG", "label": 0}]', "listed twice"),
     ("[]", "no images"), ("[" * 100_000, "not valid JSON")])
 def test_a_wrong_list_is_refused_by_entry(text, words, tmp_path):
@@ -294,7 +294,7 @@ def forty(tmp_path):
 
 def test_the_cache_holds_what_the_encoders_say_of_an_image_and_of_its_mirror_image(forty, tmp_path):
     cache = Cache(tmp_path / "cache", "vae", "encoder", 16)
-    hashes = cache.fill(forty, Encoders(), 16)
+    hashes = cache.fill(forty, Encoders())
     mean, logvar, e = Cache(tmp_path / "cache", "vae", "encoder", 16).batch(hashes, [i % 2 for i in range(40)])
     for i, path in enumerate(forty):
         x = to_tensor([load_rgb(path)], 16)[0]
@@ -305,23 +305,23 @@ def test_the_cache_holds_what_the_encoders_say_of_an_image_and_of_its_mirror_ima
 
 def test_nothing_is_computed_twice_and_nothing_stale_is_used(forty, tmp_path):
     first, second, third = Encoders(), Encoders(), Encoders()
-    Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, first, 16)
+    Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, first)
     texture(99, 16).save(forty[3])
-    Cache(tmp_path / "cache", "vae", "encoder", 16).fill([*forty, forty[3]], second, 16)
-    Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, third, 16)
+    Cache(tmp_path / "cache", "vae", "encoder", 16).fill([*forty, forty[3]], second)
+    Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, third)
     assert (first.images, second.images, third.images) == (40, 1, 0)
     for key in (("other", "encoder", 16), ("vae", "other", 16), ("vae", "encoder", 8)):
         again = Encoders()
-        Cache(tmp_path / "cache", *key).fill(forty, again, key[2])
+        Cache(tmp_path / "cache", *key).fill(forty, again)
         assert again.images == 40
 
 
 def test_an_interrupted_cache_keeps_what_it_has_and_goes_on(forty, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, Encoders(fail_after=36), 16)
+        Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, Encoders(fail_after=36))
     files = list((tmp_path / "cache").rglob("*.*"))
     assert len(files) == 1 and not files[0].name.startswith(".")
     (files[0].parent / ".0123-killed.safetensors").write_bytes(files[0].read_bytes()[:50])     # what SIGKILL leaves behind
     rest = Encoders()
-    Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, rest, 16)
+    Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, rest)
     assert rest.images == 8

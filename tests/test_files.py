@@ -81,7 +81,7 @@ def test_a_process_that_sees_other_files_than_the_first_one_says_so(tmp_path, mo
     monkeypatch.setattr(data, "broadcast", lambda value: [])
     texture(0).save(tmp_path / "a.png")
     with pytest.raises(Fail, match="a.png is not in the cache"):        # the first process sees no image that is not cached
-        data.Cache(tmp_path / "cache", "vae", "encoder", 64).fill([tmp_path / "a.png"], None, 64)
+        data.Cache(tmp_path / "cache", "vae", "encoder", 64).fill([tmp_path / "a.png"], None)
 
 
 @pytest.mark.parametrize("source, public", [
@@ -147,7 +147,7 @@ def test_a_damaged_shard_of_the_cache_is_named(images, cut, tmp_path):
     path = cache.folder / "x.safetensors"
     save_tensors(path, {name: torch.ones(2, 2, 4, 8, 8) for name in ("mean", "logvar", "embedding")}, {"images": images})
     path.write_bytes(path.read_bytes()[:path.stat().st_size - cut])
-    with pytest.raises(Fail, match="x.safetensors is no whole shard of the cache; remove it"):
+    with pytest.raises(Fail, match="x.safetensors is no complete shard of the cache; remove it"):
         data.Cache(tmp_path, "vae", "encoder", 64)
 
 

@@ -7,19 +7,25 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, texture
+from make_sd15 import make_sd15
+from timm.layers import SwiGLUPacked
 
 from ldm.encoder import open_encoder
 from ldm.weights import load_unet, load_vae, open_sd15
 
 pytestmark = pytest.mark.slow
+UNI2H = dict(           # from MahmoodLab/UNI2-h's page
+    img_size=224, patch_size=14, depth=24, num_heads=24, init_values=1e-5, embed_dim=1536, mlp_ratio=2.66667 * 2,
+    num_classes=0, no_embed_class=True, mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU, reg_tokens=8,
+    dynamic_img_size=True)
 
 
 @pytest.fixture(scope="module")
-def expected(shared, tmp_path_factory):
+def expected(tmp_path_factory):
     """(folder of the Diffusers layout, inputs, Diffusers' outputs)."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     folder = tmp_path_factory.mktemp("full") / "new"
-    subprocess.run([sys.executable, shared("tools/make_sd15.py"), folder], check=True, capture_output=True)
+    make_sd15(folder)
     torch.manual_seed(0)
     inputs = torch.randn(1, 4, 32, 32), torch.tensor([501]), torch.randn(1, 4, 768), torch.rand(1, 3, 128, 128) * 2 - 1
     z, t, c, x = inputs
@@ -34,11 +40,11 @@ def expected(shared, tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "diffusers-old", "compvis"])
-def test_full_size_outputs_equal_diffusers_from_every_layout(layout, expected, shared, tmp_path):
+def test_full_size_outputs_equal_diffusers_from_every_layout(layout, expected, tmp_path):
     folder, (z, t, c, x), outputs = expected
     if layout != "diffusers":
         folder = tmp_path / ("one.safetensors" if layout == "compvis" else "old")
-        subprocess.run([sys.executable, shared("tools/make_sd15.py"), folder, "--layout", layout], check=True, capture_output=True)
+        make_sd15(folder, layout)
     files = open_sd15(str(folder))
     unet, vae = load_unet(files[0]), load_vae(files[1])
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964 and len(unet.state_dict()) == 686
@@ -64,20 +70,18 @@ def test_loading_in_bfloat16_peaks_at_the_networks_size(expected):
     assert 2 * 859_520_964 < grown < 1.1 * 2 * 859_520_964
 
 
-def test_the_full_size_encoder_loads_and_equals_timms_pipeline(shared, tmp_path):
+def test_the_full_size_encoder_loads_and_equals_timms_pipeline(tmp_path):
     import timm
     from timm.data import create_transform
-    subprocess.run([sys.executable, shared("tools/make_uni2h.py"), tmp_path], check=True, capture_output=True)
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_giant_patch14_224", **UNI2H).state_dict(), tmp_path / "pytorch_model.bin")
     encoder = open_encoder(tmp_path)
     network = encoder.load()
     assert sum(p.numel() for p in network.parameters()) == 681_394_176 and len(network.state_dict()) == 343
     image = texture(0, 512)
     ours = encoder.embed(network, [image])
     del network
-    theirs = timm.create_model(                     # the call of MahmoodLab/UNI2-h's page
-        "vit_giant_patch14_224", img_size=224, patch_size=14, depth=24, num_heads=24, init_values=1e-5, embed_dim=1536,
-        mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True, mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU,
-        reg_tokens=8, dynamic_img_size=True)
+    theirs = timm.create_model("vit_giant_patch14_224", **UNI2H)
     theirs.load_state_dict(torch.load(tmp_path / "pytorch_model.bin", weights_only=True), strict=True)
     transform = create_transform((3, 224, 224), is_training=False, interpolation="bilinear", mean=(0.485, 0.456, 0.406),
                                  std=(0.229, 0.224, 0.225), crop_pct=1.0)

@@ -1,9 +1,9 @@
 """The U-Net and the VAE equal Diffusers', from every layout in which Stable Diffusion 1.5 is met."""
-import runpy
 import sys
 
 import pytest
 import torch
+from make_sd15 import make_sd15
 from safetensors.torch import load_file, save_file
 
 from ldm.unet import FEW, Conv, UNet
@@ -122,14 +122,12 @@ def test_a_diffusers_folder_loads_with_new_and_old_attention_names(base, diffuse
 
 
 @pytest.fixture(scope="session")
-def layouts(shared, tmp_path_factory):
-    """One network of random weights in the three layouts, written by the maker of checkpoints."""
-    maker, folder = shared("tools/make_sd15.py"), tmp_path_factory.mktemp("layouts")
+def layouts(tmp_path_factory):
+    """One network of random weights in the three layouts."""
+    folder = tmp_path_factory.mktemp("layouts")
     paths = {"diffusers": folder / "new", "diffusers-old": folder / "old", "compvis": folder / "one.safetensors"}
-    with pytest.MonkeyPatch.context() as patch:
-        for layout, path in paths.items():
-            patch.setattr(sys, "argv", [str(maker), str(path), "--layout", layout, "--width", "32"])
-            runpy.run_path(str(maker), run_name="__main__")
+    for layout, path in paths.items():
+        make_sd15(path, layout, width=32)
     return paths
 
 

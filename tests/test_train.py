@@ -137,7 +137,7 @@ def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, m
     root, (unet_file, vae_file), encoder_file = shared("data/ebhi-colon"), open_sd15(str(base)), open_encoder(uni2h)
     names = [p.name for p in read_dataset(root)][::200][:8]
     cache = Cache(tmp_path, "vae", "encoder", 64)
-    hashes = cache.fill([root / n for n in names], lambda: train.load_encoders(vae_file, encoder_file, torch.device("cpu")), 64)
+    hashes = cache.fill([root / n for n in names], lambda: train.load_encoders(vae_file, encoder_file, torch.device("cpu")))
     torch.manual_seed(0)
     unet = inject(load_unet(unet_file), 16)
     frozen = {n: p.clone() for n, p in unet.state_dict().items() if not n.endswith((".A", ".B"))}
