@@ -234,7 +234,8 @@ _COMPVIS_UNET = {
 _COMPVIS_VAE = {
     r"mid\.block_1": "mid_block.resnets.0", r"mid\.block_2": "mid_block.resnets.1",
     r"mid\.attn_1": "mid_block.attentions.0", r"(attentions\.0)\.norm\.": r"\1.group_norm.",
-    r"(attentions\.0)\.([qkv])\.": r"\1.to_\2.", r"(attentions\.0)\.proj_out": r"\1.to_out.0", r"nin_shortcut": "conv_shortcut", r"norm_out": "conv_norm_out",
+    r"(attentions\.0)\.([qkv])\.": r"\1.to_\2.", r"(attentions\.0)\.proj_out": r"\1.to_out.0",
+    r"nin_shortcut": "conv_shortcut", r"norm_out": "conv_norm_out",
     r"down\.(\d)\.block\.(\d)": r"down_blocks.\1.resnets.\2",
     r"down\.(\d)\.downsample": r"down_blocks.\1.downsamplers.0"}
 
