@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .data import load_rgb, prefetch, resize_crop
-from .app import Fail, all_gather, first_line, progress, shard
-from .weights import BUILT_IN, TensorFile, hub_file, is_hub_name, load, refuse_scalars
+from .app import Fail, all_gather, first_line, foreign_file, progress, shard
+from .weights import BUILT_IN, TensorFile, hub_file, is_hub_name, load
 
 
 class FeatureSpace:
@@ -84,8 +84,8 @@ class Recipe:
     access: str = field(default="", repr=False)     # advice where a download is refused
 
 
-# Source: https://huggingface.co/MahmoodLab/UNI2-h. For a model built locally, timm's own `resolve_data_config`
-# gives mean 0.5 and bicubic.
+# Source: https://huggingface.co/MahmoodLab/UNI2-h. For a model built locally timm's own
+# `resolve_data_config` gives mean 0.5 and bicubic.
 UNI2H = Recipe(
     repository="MahmoodLab/UNI2-h", licence="cc-by-nc-nd-4.0",
     terms="UNI2-h (CC BY-NC-ND 4.0, gated: non-commercial research only)",
@@ -109,12 +109,11 @@ class Encoder(FeatureSpace):
     def __init__(self, file, recipe=UNI2H):
         self.file, self.recipe, self.resize = file, recipe, str(recipe.size)
         self.hint = f"It does not fit {recipe.repository}"
-        refuse_scalars(file, self.hint)
-        self.width = file.shapes.get("patch_embed.proj.weight", (0,))[0]
-        self.depth = len({name.split(".")[1] for name in file.shapes if name.startswith("blocks.")})
-        if not self.width or self.width % recipe.head_width or not self.depth:
-            raise Fail(f"{file.path} is no vision transformer with patch_embed, blocks and "
-                       f"{recipe.head_width}-wide heads. {self.hint}")
+        with foreign_file(file.path, "is no vision transformer with patch_embed and blocks", self.hint):
+            self.width = file.shapes["patch_embed.proj.weight"][0]
+            self.depth = len({name.split(".")[1] for name in file.shapes if name.startswith("blocks.")})
+            if not self.width or self.width % recipe.head_width or not self.depth:
+                raise ValueError(f"its width is no multiple of {recipe.head_width}")
 
     def fingerprint(self):
         """sha256 of weights and recipe. For UNI2-h and the toy it is the weights' alone, as in earlier

@@ -1,9 +1,7 @@
-"""Weights from files: read lazily, renamed to Diffusers' names, loaded strictly into a network on the meta
-device.
+"""Weights from files: read lazily, renamed to Diffusers' names, loaded strictly, tensor by tensor.
 
 Stable Diffusion 1.5 is found in three layouts: a Diffusers folder whose VAE attention is named `to_q`, the
-same with `query` (the official float32 file), and one CompVis file (`model.diffusion_model.*`,
-`first_stage_model.*`).
+same with `query` (the official float32 file), and one CompVis file (`model.*`, `first_stage_model.*`).
 """
 import hashlib
 import math
@@ -22,25 +20,22 @@ from .vae import VAE
 
 BUILT_IN = {"toy": Path(__file__).parent / "toy"}       # names that stand for weights in this repository
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SD15_SHA256 = {     # (part, ".fp16" or ""): of the files of that repository
-    ("unet", ""): "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
-    ("unet", ".fp16"): "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21",
-    ("vae", ""): "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
-    ("vae", ".fp16"): "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c",
+FILE = "{}/diffusion_pytorch_model{}.safetensors"
+SD15_SHA256 = {     # of the files of that repository
+    FILE.format("unet", ""): "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+    FILE.format("unet", ".fp16"): "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21",
+    FILE.format("vae", ""): "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+    FILE.format("vae", ".fp16"): "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c",
 }
-SD15_SHA256 = {f"{part}/diffusion_pytorch_model{kind}.safetensors": sha256
-               for (part, kind), sha256 in SD15_SHA256.items()}
-_HINT = f"It does not fit Stable Diffusion 1.5; the reference files are those of {SD15}"
+HINT = f"It does not fit Stable Diffusion 1.5; the reference files are those of {SD15}"
 
 
 # ---- files of tensors --------------------------------------------------------------------------------------
 
 class TensorFile:
-    """The tensors of a safetensors file or of a pickled state dict, under our names; memory-mapped, read on
-    demand.
+    """The tensors of a safetensors file or a pickled state dict, under our names; mapped, read on demand.
 
-    rename: name in the file -> our name, or None to omit the tensor. shapes: {our name: shape}. header: {str:
-    str}.
+    rename: name in the file -> our name, or None to omit the tensor. shapes: {our name: shape}.
     """
 
     def __init__(self, path, rename=lambda name: name):
@@ -67,10 +62,7 @@ class TensorFile:
         return tensor
 
     def read(self, names):
-        """(name, tensor) of each in turn, mapped.
-
-        The file is reopened every 128 MB, so that tensors no longer in use are unmapped.
-        """
+        """(name, tensor) of each in turn, mapped; reopens the file every 128 MB, to unmap earlier ones."""
         f, size = None, math.inf
         for name in names:
             if self._pickled is not None:
@@ -86,20 +78,17 @@ class TensorFile:
         """sha256 over our names and the tensors' bytes: the same for every layout of the same network."""
         def digest(name):
             data = self.get(name).contiguous().flatten().view(torch.uint8).numpy()
-            return hashlib.sha256(data).hexdigest()
+            return f"{name} {hashlib.sha256(data).hexdigest()}"
 
         if self._fingerprint is None:
-            names = sorted(self.names)
             with ThreadPoolExecutor() as pool:
-                lines = "\n".join(f"{name} {hex}" for name, hex in zip(names, pool.map(digest, names)))
+                lines = "\n".join(pool.map(digest, sorted(self.names)))
             self._fingerprint = hashlib.sha256(lines.encode()).hexdigest()
         return self._fingerprint
 
 
 def check_download(path):
-    """Fail on what is no weights file at all: missing, a Git LFS pointer, or shorter than its own header
-    states.
-    """
+    """Fail where a file is missing, a Git LFS pointer, or shorter than its own header states."""
     if not path.is_file():
         raise Fail(f"{path} does not exist or is not a file")
     with open(path, "rb") as f:
@@ -112,35 +101,32 @@ def check_download(path):
 
 
 def _unpickle(path):
-    with foreign_file(path, "is not a plain file of tensors, or is truncated",
-                      "download it again, or pass a .safetensors file"):
+    with foreign_file(path, "is not a plain file of tensors, or is truncated", "download it again"):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as problem:
-            if "mmap" not in str(problem):
+        except RuntimeError as error:
+            if "mmap" not in str(error):
                 raise
             state = torch.load(path, map_location="cpu", weights_only=True)     # the format before torch 1.6
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()) \
-            or not all(isinstance(name, str) for name in state):
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()):
         raise Fail(f"{path} contains no state dict of tensors; pass the file that holds only the weights")
     return state
 
 
 def load(build, file, device="cpu", dtype=torch.float32, hint=""):
-    """build() -> a frozen network with the tensors of `file`, which must match it name by name and shape by
-    shape.
+    """build() -> a frozen network with the tensors of `file`, which must match it by name and shape.
 
-    Built on the meta device and filled tensor by tensor: memory peaks at the network's size in `dtype` plus
-    one tensor, and nothing is copied where the file has that dtype and the device is the CPU. hint: what to
-    do on a mismatch.
+    Memory peaks at the network's size in `dtype` plus one tensor; nothing is copied where the file has that
+    dtype and the device is the CPU. hint: advice on a mismatch.
     """
     with foreign_file(file.path, "has tensors of impossible shapes", hint), torch.device("meta"):
         network = build()
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    missing = [n for n in wanted if n not in file.shapes]
-    unexpected = [n for n in file.shapes if n not in wanted]
-    wrong = [f"{n} {file.shapes[n]} instead of {shape}" for n, shape in wanted.items()
-             if n in file.shapes and file.shapes[n] not in (shape, (*shape, 1, 1))]
+    missing = [name for name in wanted if name not in file.shapes]
+    unexpected = [name for name in file.shapes if name not in wanted]
+    wrong = [f"{name} {file.shapes[name]} instead of {shape}" for name, shape in wanted.items()
+             if name in file.shapes and file.shapes[name] not in (shape, (*shape, 1, 1))]
     for what, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", wrong)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -149,61 +135,51 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     for name, tensor in file.read(wanted):
         if not tensor.dtype.is_floating_point:
             raise Fail(f"{file.path}: {name} is {tensor.dtype}, not floating point (quantised?). {hint}")
-        tensor = tensor.reshape(wanted[name])           # CompVis: the VAE's attention is of 1x1 convolutions
-        state[name] = tensor.to(device, dtype)
+        # CompVis stores the VAE's attention as 1x1 convolutions
+        state[name] = tensor.reshape(wanted[name]).to(device, dtype)
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval().requires_grad_(False)
-
-
-def refuse_scalars(file, hint):
-    """Fail where a tensor is a single number: no network here has one."""
-    if names := [name for name, shape in file.shapes.items() if not shape]:
-        raise Fail(f"{file.path}: {min(names)} has no dimensions. {hint}")
 
 
 # ---- Stable Diffusion 1.5 ----------------------------------------------------------------------------------
 
 def open_sd15(source):
-    """A Diffusers folder, a CompVis .safetensors file, a Hugging Face repository or "toy" -> (U-Net, VAE)
-    TensorFiles.
-    """
+    """A Diffusers folder, CompVis file, Hugging Face repository or "toy" -> TensorFiles (U-Net, VAE)."""
     path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
-    parts = {"unet": str, "vae": _vae_attention_name}
+    candidates = {part: [FILE.format(part, kind) for kind in ("", ".fp16")] for part in ("unet", "vae")}
     if path.is_file():
         files = [TensorFile(path, _compvis_unet_name), TensorFile(path, _compvis_vae_name)]
         if not files[0].names:
-            raise Fail(f"{path} contains no `model.diffusion_model.*` tensors: pass the complete Stable "
-                       "Diffusion 1.5 file, or the folder that contains unet/ and vae/")
-    elif path.is_dir() or source in BUILT_IN:
-        files = [TensorFile(_find(path, part), rename) for part, rename in parts.items()]
+            raise Fail(f"{path} contains no `model.diffusion_model.*` tensors: pass the complete file, or "
+                       "a folder with unet/ and vae/")
+        return _refuse_other_models(files)
+    if path.is_dir() or source in BUILT_IN:
+        paths = [_find(path, names) for names in candidates.values()]
     elif is_hub_name(source):
-        sha256 = SD15_SHA256 if source == SD15 else {}
         # float16 first: half as large, and finer than the bfloat16 that it is used in
-        files = [TensorFile(hub_file(source, _candidates(part)[::-1], sha256), rename)
-                 for part, rename in parts.items()]
+        sha256 = SD15_SHA256 if source == SD15 else {}
+        paths = [hub_file(source, names[::-1], sha256) for names in candidates.values()]
     else:
-        raise Fail(f"--sd15 {source}: no such folder or file; pass a Diffusers folder, a CompVis .safetensors "
-                   f"file, or a Hugging Face repository such as {SD15}")
-    for file in files:
-        refuse_scalars(file, _HINT)
-    _refuse_other_models(files[0])
-    return files
+        raise Fail(f"--sd15 {source}: no such folder or file; pass a Diffusers folder, a CompVis file, or a "
+                   f"Hugging Face repository such as {SD15}")
+    return _refuse_other_models([TensorFile(paths[0]), TensorFile(paths[1], _vae_attention_name)])
 
 
 def load_unet(file, device="cpu", dtype=torch.float32):
     """The U-Net of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
-    channels, layers = _geometry(file, "down_blocks")
-    to_k = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    context = file.shapes.get(to_k, (0, 768))[-1]
-    latent = file.shapes.get("conv_in.weight", (0, 4))[1]
-    return load(lambda: UNet(channels, layers, context, latent=latent), file, device, dtype, _HINT)
+    def build():
+        channels, layers = _geometry(file, "down_blocks")
+        context = file.shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1]
+        return UNet(channels, layers, context, latent=file.shapes["conv_in.weight"][1])
+    return load(build, file, device, dtype, HINT)
 
 
 def load_vae(file, device="cpu", dtype=torch.float32):
     """The VAE of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
-    channels, layers = _geometry(file, "encoder.down_blocks")
-    latent = file.shapes.get("post_quant_conv.weight", (4,))[0]
-    return load(lambda: VAE(channels, layers, latent), file, device, dtype, _HINT)
+    def build():
+        channels, layers = _geometry(file, "encoder.down_blocks")
+        return VAE(channels, layers, latent=file.shapes["post_quant_conv.weight"][0])
+    return load(build, file, device, dtype, HINT)
 
 
 def _geometry(file, prefix):
@@ -211,33 +187,31 @@ def _geometry(file, prefix):
     channels = []
     while shape := file.shapes.get(f"{prefix}.{len(channels)}.resnets.0.conv1.weight"):
         channels.append(shape[0])
-    layers = sum(bool(re.fullmatch(rf"{prefix}\.0\.resnets\.\d+\.conv1\.weight", n)) for n in file.shapes)
+    first = re.compile(rf"{prefix}\.0\.resnets\.\d+\.conv1\.weight")
+    layers = sum(first.fullmatch(name) is not None for name in file.shapes)
     if not channels or any(c % 32 for c in channels):
-        raise Fail(f"{file.path}: no {prefix}.*.resnets with widths that are multiples of 32. {_HINT}")
+        raise ValueError(f"no {prefix}.*.resnets with widths that are multiples of 32")
     return tuple(channels), layers
 
 
-def _refuse_other_models(unet):
-    attention = [shape for name, shape in unet.shapes.items() if name.endswith("attentions.0.proj_in.weight")]
-    if any(name.startswith(("add_embedding", "label_emb")) for name in unet.shapes):
+def _refuse_other_models(files):
+    shapes = files[0].shapes
+    attention = [shape for name, shape in shapes.items() if name.endswith("attentions.0.proj_in.weight")]
+    if any(name.startswith(("add_embedding", "label_emb")) for name in shapes):
         other = "SDXL"
     elif attention and len(attention[0]) == 2:
         other = "Stable Diffusion 2"
-    elif unet.shapes.get("conv_in.weight", (0, 4))[1] in (8, 9):
+    elif shapes.get("conv_in.weight", ())[1:2] in ((8,), (9,)):
         other = "an inpainting or image-editing variant"
     else:
-        return
-    raise Fail(f"{unet.path} looks like {other}; this program needs Stable Diffusion 1.5 ({SD15})")
+        return files
+    raise Fail(f"{files[0].path} looks like {other}; this program needs Stable Diffusion 1.5 ({SD15})")
 
 
-def _candidates(part):
-    return [f"{part}/diffusion_pytorch_model.safetensors", f"{part}/diffusion_pytorch_model.fp16.safetensors"]
-
-
-def _find(folder, part):
-    if found := [folder / name for name in _candidates(part) if (folder / name).is_file()]:
+def _find(folder, names):
+    if found := [folder / name for name in names if (folder / name).is_file()]:
         return found[0]
-    raise Fail(f"{folder} contains no {' or '.join(_candidates(part))}; pass a folder with unet/ and vae/")
+    raise Fail(f"{folder} contains no {' or '.join(names)}; pass a folder with unet/ and vae/")
 
 
 def licence(base, encoder_terms):
@@ -259,8 +233,9 @@ _COMPVIS_UNET = {
     r"skip_connection": "conv_shortcut"}
 _COMPVIS_VAE = {
     r"mid\.block_1": "mid_block.resnets.0", r"mid\.block_2": "mid_block.resnets.1",
-    r"mid\.attn_1": "mid_block.attentions.0", r"0\.norm": "0.group_norm", r"0\.([qkv])\.": r"0.to_\1.",
-    r"0\.proj_out": "0.to_out.0", r"nin_shortcut": "conv_shortcut", r"norm_out": "conv_norm_out",
+    r"mid\.attn_1": "mid_block.attentions.0", r"(attentions\.0)\.norm\.": r"\1.group_norm.",
+    r"(attentions\.0)\.([qkv])\.": r"\1.to_\2.", r"(attentions\.0)\.proj_out": r"\1.to_out.0",
+    r"nin_shortcut": "conv_shortcut", r"norm_out": "conv_norm_out",
     r"down\.(\d)\.block\.(\d)": r"down_blocks.\1.resnets.\2",
     r"down\.(\d)\.downsample": r"down_blocks.\1.downsamplers.0"}
 
@@ -310,8 +285,7 @@ def is_hub_name(source):
 
 
 def hub_file(repository, candidates, sha256=None, access=""):
-    """The first of the candidate files in the hub's cache, or else in the repository: downloaded after an
-    announcement.
+    """The first of the candidates in the hub's cache, or else in the repository: announced, then downloaded.
 
     sha256: {file: hash} to check a download against. access: advice where the repository refuses.
     """
@@ -335,14 +309,13 @@ def hub_file(repository, candidates, sha256=None, access=""):
     except Exception as problem:            # of the hub's client and the libraries beneath it
         if others and isinstance(problem, EntryNotFoundError):
             return hub_file(repository, others, sha256, access)
-        reason = f"{type(problem).__name__}: {first_line(problem)}"
         advice = access or "Check the name and the connection, or download it and pass the local path."
-        raise Fail(f"cannot get {name} of {repository} ({reason}). {advice}") from None
+        raise Fail(f"cannot get {name} of {repository} ({type(problem).__name__}: {first_line(problem)}). "
+                   f"{advice}") from None
     expected = (sha256 or {}).get(name)
     if expected and expected != (found := file_sha256(path)):
         path.resolve().unlink()
-        raise Fail(f"the download of {name} has sha256 {found[:12]}..., not {expected[:12]}...; it was removed, "
-                   "try again")
+        raise Fail(f"{name} came with sha256 {found[:12]}..., not {expected[:12]}...; removed, try again")
     return path
 
 
