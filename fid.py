@@ -21,7 +21,7 @@ from ldm.data import list_images
 from ldm.encoder import RESIZERS, Inception, inception_available, open_encoder
 from ldm.app import (RANK0, Fail, Parser, atomic_write, broadcast, check_same, foreign_file, join_processes,
                      number, pick_device, rank0_first, run_program, save_text)
-from ldm.runs import find, settings_of
+from ldm.runs import find, read_settings
 
 # ---- metrics of two sets, of features x (n, d) and y (m, d) ------------------------------------------------
 
@@ -322,8 +322,8 @@ def choose_space(args):
 def encoder_of(path):
     """The encoder (--uni2h) of the run of train.py that a folder lies in, or None."""
     for parent in Path(path).resolve().parents:
-        if (parent / "adapter.safetensors").is_file() and (settings := settings_of(parent)):
-            return settings.get("uni2h")
+        if (parent / "adapter.safetensors").is_file() and (settings := read_settings(parent)):
+            return settings.uni2h
     return None
 
 

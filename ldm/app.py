@@ -11,6 +11,7 @@ argument.
 import argparse
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import uuid
 from contextlib import contextmanager
+from dataclasses import field, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -76,14 +78,9 @@ def explain(problem):
     return None
 
 
-def first_line(problem):
-    """The first line of an exception's message, at most 160 characters; its type where it is empty."""
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:160]
-
-
 @contextmanager
 def foreign_file(path, problem="is damaged", advice="restore or remove it"):
-    """Turn any exception of the block, which reads a foreign file, into one line with the file's name and the advice."""
+    """Turn any exception of the block, which reads a foreign file, into one line with its name and the advice."""
     try:
         yield
     except Fail:
@@ -92,6 +89,11 @@ def foreign_file(path, problem="is damaged", advice="restore or remove it"):
         raise Fail(f"{path} does not exist") from None
     except Exception as cause:          # decoders of images, archives, pickles and JSON raise dozens of kinds
         raise Fail(f"{path} {problem} ({first_line(cause)}); {advice}") from None
+
+
+def first_line(problem):
+    """The first line of an exception's message, at most 160 characters; its type where it is empty."""
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:160]
 
 
 # ---- arguments -----------------------------------------------------------------------------------
@@ -146,6 +148,51 @@ def number(kind, low, high=10 ** 6, open_low=False):
             raise argparse.ArgumentTypeError(f"{text!r} is not {article} {bounds}")
         return value
     return parse
+
+
+def option(group, default, help, kind=None, low=0, high=10 ** 6, open_low=False, **more):
+    """A dataclass field that is also an argument --name of a program; see `add_options` and `from_saved`.
+
+    kind: its type where the default is None; low, high: the range of a number; more: argparse's metavar and
+    choices, and whatever else the dataclass records about its fields.
+    """
+    kind = kind or type(default)
+    parse = number(kind, low, high, open_low) if kind in (int, float) else kind
+    return field(default=default, metadata=dict(group=group, help=help, kind=kind, parse=parse, **more))
+
+
+def add_options(parser, record):
+    """Add an argument for each field of a dataclass of options; the result has only those that are given."""
+    for title, members in itertools.groupby(fields(record), key=lambda f: f.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for f in members:
+            default = None if f.default is None or f.default is False else f.default
+            shown = "" if default is None or "default" in f.metadata["help"] else f" (default: {default})"
+            how = {key: f.metadata[key] for key in ("metavar", "choices", "nargs") if key in f.metadata}
+            how |= dict(action="store_true") if f.metadata["kind"] is bool else dict(type=f.metadata["parse"])
+            flag = f"--{f.name.replace('_', '-')}"
+            group.add_argument(flag, help=f.metadata["help"] + shown, default=argparse.SUPPRESS, **how)
+
+
+def from_saved(record, values):
+    """A dataclass of options from the values in a JSON file; a missing one has its default.
+
+    Raises ValueError for an unknown name, and for a value that the argument would not accept.
+    """
+    options = {f.name: f for f in fields(record)}
+    for name, value in values.items():
+        if name not in options:
+            raise ValueError(f"the setting {name} is unknown")
+        m = options[name].metadata
+        try:
+            text = m["kind"] in (str, bool)
+            right = isinstance(value, m["kind"]) if text else m["parse"](repr(value)) == value
+            right = right and value in m.get("choices", [value])
+        except argparse.ArgumentTypeError:
+            right = False
+        if not (right or value is options[name].default is None):
+            raise ValueError(f"the setting {name} is {value!r}")
+    return record(**values)
 
 
 def safe_name(text):
@@ -308,7 +355,7 @@ def barrier():
 
 @contextmanager
 def rank0_first():
-    """Rank 0 runs the block, then the others do, and find the files that it made."""
+    """Rank 0 runs the block first; the others then find the files that it made."""
     if not RANK0:
         barrier()
     yield

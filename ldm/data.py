@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
-from .app import WORLD, Fail, barrier, broadcast, foreign_file, progress, safe_name, save_tensors, shard
+from .app import (WORLD, Fail, atomic_write, barrier, broadcast, foreign_file, progress, safe_name, save_tensors,
+                  shard)
 from .weights import TensorFile, file_sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
@@ -98,6 +100,15 @@ def contact_sheet(groups, columns=8, gap=4):
         for j, image in enumerate(row):
             sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (j * step, i * step))
     return sheet
+
+
+def save_image(path, image, **text):
+    """Write a PNG atomically, with the text chunks {key: value}."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, str(value))
+    with atomic_write(path) as temporary:
+        image.save(temporary, pnginfo=info)
 
 
 def list_images(folder):

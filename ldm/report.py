@@ -18,13 +18,14 @@ from PIL import Image, ImageDraw
 
 import fid
 from fid import ImageSet
-from sample import folder_name, name_references, save_image
+from sample import Sampling
 
-from .data import contact_sheet, list_images, load_rgb, resize_crop, subsample, to_images, to_tensor
+from .data import (contact_sheet, list_images, load_rgb, resize_crop, save_image, subsample, to_images,
+                   to_tensor)
 from .encoder import Inception, inception_available, open_encoder
 from .app import (Fail, Parser, atomic_write, call, number, pick_device, read_csv, run_program, save_csv,
                   save_text)
-from .runs import model_card, patches_of, settings_of
+from .runs import model_card, name_references, patches_of, read_settings
 from .vae import SCALE
 from .weights import file_sha256, load_vae, open_sd15
 
@@ -36,11 +37,11 @@ class Evaluation:
     """A finished run with its images, samples and features; each is made on first use and kept."""
 
     def __init__(self, folder, cfg, limit, inception, device):
-        settings = settings_of(folder)
+        settings = read_settings(folder)
         if settings is None or not (folder / "adapter-best.safetensors").is_file():
             raise Fail(f"{folder} is no run of train.py with an adapter; pass one")
         self.folder, self.out, self.cfg, self.device = folder, folder / "report", f"{cfg:g}", device
-        self.settings, self.size, self.limit = settings, settings["size"], limit
+        self.settings, self.size, self.limit = settings, settings.size, limit
         self.samples = self.out / "samples" / file_sha256(folder / "adapter-best.safetensors")[:8]
         self.patches = {}           # part -> [(label, name, path)], named as sample.py does
         for part in PARTS:
@@ -49,7 +50,7 @@ class Evaluation:
             self.patches[part] = [(patch.label, *item) for (patch, _), item in zip(found, names.items())]
             if len(found) < 2:
                 raise Fail(f"{folder}: the {part} part of its split needs two images or more for a report")
-        self.encoder = open_encoder(settings["uni2h"])
+        self.encoder = open_encoder(settings.uni2h)
         self.spaces = [Inception(inception)] if inception_available(inception) else []
         self.spaces.append(self.encoder)
         self._features = {}
@@ -69,7 +70,7 @@ class Evaluation:
     def fake(self, part, n=None, cfg=None):
         """One sample for each image of a part -> files in the order of `real`."""
         cfg, names = cfg or self.cfg, [name for _, name, _ in subsample(self.patches[part], n)]
-        folder = self.samples / part / folder_name(float(cfg))
+        folder = self.samples / part / Sampling(cfg=float(cfg)).name
         seed = re.compile(rf"_seed\d+_{re.escape(folder.name)}$")
         for attempt in range(2):
             found = list_images(folder) if folder.is_dir() else []
@@ -87,7 +88,7 @@ class Evaluation:
 
     def reconstructed(self, part):
         """The images of a part through the VAE and back -> PIL images."""
-        vae, images = load_vae(open_sd15(self.settings["sd15"])[1], self.device), []
+        vae, images = load_vae(open_sd15(self.settings.sd15)[1], self.device), []
         paths = self.real(part)
         with torch.no_grad():
             for i in range(0, len(paths), 4):

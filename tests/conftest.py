@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ldm.app import run_program  # noqa: E402
+from ldm.runs import Settings  # noqa: E402
+from ldm.unet import UNet  # noqa: E402
+from lora import inject  # noqa: E402
+from projector import Projector  # noqa: E402
+from train import Trainer  # noqa: E402
 
 SHARED = Path(os.environ.get("MORPH_SHARED", ROOT.parent / "shared"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -65,7 +71,7 @@ def diffusers_networks():
                         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     with torch.no_grad():
         for network in (unet, vae):         # the norms start as identities, which would hide a norm left out or exchanged
-            for name, p in network.named_parameters():
+            for _name, p in network.named_parameters():
                 if p.ndim == 1:
                     p.add_(0.1 * torch.randn_like(p))
     return unet.eval().requires_grad_(False), vae.eval().requires_grad_(False)
@@ -121,6 +127,30 @@ def dataset(tmp_path_factory):
     for part, entries in rows.items():
         (root / f"{part}.json").write_text(json.dumps(entries))
     return root
+
+
+SETTINGS = Settings(batch=4, no_compile=True)
+
+
+class Memory:
+    """A stand-in for the cache: named latents and embeddings."""
+
+    def __init__(self, n, d_e):
+        g = torch.Generator().manual_seed(0)
+        self.rows = {f"h{i}": (torch.randn(2, 4, 16, 16, generator=g), torch.full((2, 4, 16, 16), -9.0), torch.randn(d_e, generator=g))
+                     for i in range(n)}
+
+    def batch(self, hashes, mirrored):
+        rows = [self.rows[h] for h in hashes]
+        return (*(torch.stack([row[k][int(m)] for row, m in zip(rows, mirrored)]) for k in (0, 1)),
+                torch.stack([row[2] for row in rows]))
+
+
+def trainer(n=8, widths=(32, 64, 64, 64), layers=2, **changes):
+    torch.manual_seed(0)
+    unet = inject(UNet(widths, layers).requires_grad_(False), 2)
+    projector = Projector(d_e=12, d_h=16, n_c=2)
+    return Trainer(replace(SETTINGS, **changes), unet, projector, Memory(n, 12), [(f"{i}.png", f"h{i}") for i in range(n)], (4, 16, 16), torch.device("cpu"))
 
 
 def program(name, *args, cwd, check=True):

@@ -12,21 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.app import Fail, safe_name
-from ldm.data import (
-    PROPORTIONS,
-    Cache,
-    Patch,
-    describe_split,
-    list_images,
-    load_rgb,
-    make_split,
-    read_dataset,
-    read_split,
-    resize_crop,
-    split_patches,
-    to_images,
-    to_tensor,
-)
+from ldm.data import (PROPORTIONS, Cache, Patch, describe_split, list_images, load_rgb, make_split,
+                      read_dataset, read_split, resize_crop, split_patches, to_images, to_tensor)
 
 GREY = np.add.outer(np.arange(20), np.arange(30)).astype(np.uint16)
 

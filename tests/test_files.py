@@ -3,22 +3,18 @@ import io
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, program, texture
-from PIL import PngImagePlugin
 from safetensors.torch import load_file
 
 import train
 from ldm import app, data
 from ldm.app import Fail, check_same, pick_device, run_program, save_tensors, save_text
 from ldm.encoder import open_encoder
-from ldm.runs import public_name
+from ldm.runs import parse_settings, public_name
 from ldm.weights import TensorFile, is_hub_name, load_unet, open_sd15
-from sample import is_sample_of, save_image
 
 
 def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
@@ -162,43 +158,9 @@ def test_a_list_that_names_a_link_to_itself_is_refused(tmp_path):
         data.read_dataset(tmp_path)
 
 
-@pytest.mark.parametrize("problem", [OSError, IndexError, OverflowError, MemoryError, SyntaxError])
-def test_a_damaged_picture_is_not_ours(problem, tmp_path, monkeypatch):
-    """Whatever Pillow raises when it looks for the text: of these it did, on PNGs with changed bytes."""
-    save_image(tmp_path / "a.png", texture(0, 32), reference="a")
-    assert is_sample_of(tmp_path / "a.png", "a") and not is_sample_of(tmp_path / "a.png", "b")
-
-    def text(image):
-        raise problem
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "text", property(text))
-    assert not is_sample_of(tmp_path / "a.png", "a")
-
-
 def test_a_folder_of_patches_may_be_called_toy(tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--sd15", "toy", "--data", "toy"])
-    args = train.parse_args()
+    args, _, _ = parse_settings("")
     assert args.data == str(tmp_path / "toy") and args.sd15 == "toy"        # found again from any other folder
-
-
-def test_only_a_runs_own_pictures_of_an_earlier_choice_are_removed_and_only_at_its_beginning(tmp_path):
-    """Not the user's, not by way of links, not those of another run that is linked to."""
-    def samples(run, references, anew):
-        train.ValidationSamples(tmp_path / run, references, [], SimpleNamespace(kind="encoder"), "cpu", 32, anew)
-
-    def there():
-        return {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png") if path.parent.parent.name == "real"}
-    a, b = tmp_path / "a.png", tmp_path / "b.png"
-    texture(0).save(a), texture(1).save(b)
-    samples("x", {"one/a": a}, anew=True)
-    samples("other", {"two/a": a}, anew=True)
-    texture(3).save(tmp_path / "x/real/one/mine.png")
-    os.symlink(tmp_path / "other/real/two", tmp_path / "x/real/two")
-    before = there()
-    assert {"x/real/one/a.png", "x/real/one/mine.png", "other/real/two/a.png"} <= before
-    samples("x", {"one/b": b}, anew=False)
-    assert there() == before | {"x/real/one/b.png"}
-    samples("x", {"one/b": b}, anew=True)
-    assert there() == (before | {"x/real/one/b.png"}) - {"x/real/one/a.png"}
-    assert np.array_equal(np.asarray(data.load_rgb(tmp_path / "x/real/one/mine.png")), np.asarray(texture(3)))

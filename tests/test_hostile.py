@@ -11,13 +11,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import HEADER, program, texture
+from conftest import HEADER, program, texture, trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_train import trainer
 
 import fid
 from ldm.app import Fail
@@ -155,7 +154,7 @@ def state(tmp_path_factory):
     folder, t = tmp_path_factory.mktemp("state"), trainer(n=6)
     t.train_step(), t.train_step()
     t.history, t.losses = [{"epoch": 1, "step": 2, "val_loss": 0.5, "minutes": 0.1}], []
-    t.commit(folder, HEADER)
+    t.save(folder, HEADER)
     return t, (folder / "state.safetensors").read_bytes()
 
 

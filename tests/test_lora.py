@@ -12,16 +12,8 @@ from ldm.data import load_rgb
 from ldm.encoder import TOY, UNI2H
 from ldm.unet import UNet
 from ldm.weights import licence
-from lora import (
-    adapter_tensors,
-    fold,
-    inject,
-    load_adapter,
-    lora_layers,
-    lora_parameters,
-    open_adapter,
-    save_adapter,
-)
+from lora import (adapter_tensors, fold, inject, load_adapter, lora_layers, lora_parameters, open_adapter,
+                  save_adapter)
 from projector import Projector
 
 CHANNELS = (32, 64, 128, 128)

@@ -96,7 +96,7 @@ def test_a_process_that_dies_ends_the_job_which_goes_on_later(small, tmp_path):
         time.sleep(0.2)
     job.send_signal(signal.SIGTERM)         # what a scheduler sends: all processes leave after the same step
     out, _ = finish(job, code=1)
-    assert "found, goes on after step" in out and len(read_csv(log)) > done
+    assert "found, resumes after step" in out and len(read_csv(log)) > done
 
 
 @pytest.mark.slow

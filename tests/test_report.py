@@ -93,11 +93,12 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
 
 def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
     assert len(ablation.ROWS) == 12
-    factors = ("rank", "tokens", "depth", "width", "ratio")
-    changed = [[f for f in factors if row[f] != ablation.ROWS[0][f]] for row in ablation.ROWS]
+    rows = [factors for factors, *_ in ablation.ROWS]
+    changed = [[i for i, value in enumerate(factors) if value != rows[0][i]] for factors in rows]
     assert changed[0] == [] and all(len(c) == 1 for c in changed[1:])
-    values = {f: sorted({row[f] for row in ablation.ROWS}) for f in factors}
-    assert values == dict(rank=[4, 8, 16], tokens=[1, 2, 4, 8], depth=[2, 3], width=[512, 1024, 2048], ratio=[1, 5, 10, 20])
+    values = {name: sorted(set(column)) for name, column in zip(ablation.FACTORS, zip(*rows))}
+    assert values == dict(rank=[4, 8, 16], tokens=[1, 2, 4, 8], depth=[2, 3], hidden=[512, 1024, 2048],
+                          lr_ratio=[1, 5, 10, 20])
 
 
 @pytest.mark.slow
@@ -109,7 +110,7 @@ def test_a_row_of_the_ablation_is_trained_once_and_tabulated(small, tmp_path):
     program("ldm.ablation", "out", "--row", 2, *arguments, cwd=tmp_path)
     assert (tmp_path / "out/r4-t4-d2-w1024-x10/log.csv").read_text() == before
     table = list(csv.DictReader(open(tmp_path / "out/table6.csv")))
-    assert sorted((row["rank"], row["ratio"]) for row in table) == [("4", "10"), ("8", "1")]
+    assert sorted((row["rank"], row["lr_ratio"]) for row in table) == [("4", "10"), ("8", "1")]
     assert float(table[0]["fid_encoder"]) <= float(table[1]["fid_encoder"])
     config = json.loads((tmp_path / "out/r4-t4-d2-w1024-x10/config.json").read_text())["args"]
     assert (config["rank"], config["alpha"], config["hidden"], config["lr_ratio"], config["val_cfg"]) == (4, 4.0, 1024, 10.0, 1.3)

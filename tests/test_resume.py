@@ -39,7 +39,7 @@ if mine and place == "clock":
     threading.Timer(delay, kill).start()
 elif mine and place != "nowhere":
     watch(*dict(caching=(ldm.data.Cache, "_write"), step=(train.Trainer, "train_step"), validation=(train.Trainer, "validation_loss"),
-                samples=(train, "make_images"), write=(ldm.app, "save"), rename=(os, "replace"))[place])
+                samples=(sample, "make_images"), write=(ldm.app, "save"), rename=(os, "replace"))[place])
 ldm.app.run_program(train.main)
 """
 PLACES = ("caching", "step", "validation", "samples", "write", "rename", "clock")

@@ -7,7 +7,7 @@ import torch
 from ldm import schedule
 from ldm.unet import UNet
 from projector import Projector
-from sample import guide, sample
+from sample import Sampling, guide, sample
 
 CONFIG = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, clip_sample=False,
               steps_offset=1, timestep_spacing="leading", prediction_type="epsilon", variance_type="fixed_small")
@@ -79,7 +79,7 @@ def model():
 def test_the_guided_trajectory_equals_diffusers_fed_the_same_noise(model, scheduler):
     unet, projector = model
     e, seed, w = torch.randn(1, 16), 11, 1.3
-    ours = sample(e, projector, unet, w, 30, [seed], (4, 8, 8))
+    ours = sample(e, projector, unet, Sampling(w, 30), [seed], (4, 8, 8))
 
     g = torch.Generator().manual_seed(seed)         # Diffusers draws from it what our generator of the image draws
     c, c_null = projector(e), projector(projector.null)
@@ -93,10 +93,10 @@ def test_the_guided_trajectory_equals_diffusers_fed_the_same_noise(model, schedu
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(model):
     unet, projector = model
     e = torch.randn(3, 16)
-    together = sample(e, projector, unet, 1.5, 4, [7, 8, 9], (4, 8, 8))
-    alone = torch.cat([sample(e[i:i + 1], projector, unet, 1.5, 4, [7 + i], (4, 8, 8)) for i in (2, 0, 1)])[[1, 2, 0]]
+    together = sample(e, projector, unet, Sampling(1.5, 4), [7, 8, 9], (4, 8, 8))
+    alone = torch.cat([sample(e[i:i + 1], projector, unet, Sampling(1.5, 4), [7 + i], (4, 8, 8)) for i in (2, 0, 1)])[[1, 2, 0]]
     assert (together - alone).abs().max() < 1e-4 * together.abs().max()
-    assert (together[0] - sample(e[:1], projector, unet, 1.5, 4, [10], (4, 8, 8))[0]).abs().max() > 0.1
+    assert (together[0] - sample(e[:1], projector, unet, Sampling(1.5, 4), [10], (4, 8, 8))[0]).abs().max() > 0.1
 
 
 def test_guidance_1_makes_no_null_pass_and_equals_eq_5_at_1(model):
@@ -107,8 +107,8 @@ def test_guidance_1_makes_no_null_pass_and_equals_eq_5_at_1(model):
         batches.append(len(z))
         return unet(z, t, c)
     e = torch.randn(2, 16)
-    plain = sample(e, projector, spy, 1, 3, [1, 2], (4, 8, 8))
+    plain = sample(e, projector, spy, Sampling(1, 3), [1, 2], (4, 8, 8))
     assert batches == [2, 2, 2]
-    almost = sample(e, projector, spy, 1 + 1e-7, 3, [1, 2], (4, 8, 8))
+    almost = sample(e, projector, spy, Sampling(1 + 1e-7, 3), [1, 2], (4, 8, 8))
     assert batches[3:] == [4, 4, 4]
     assert (plain - almost).abs().max() < 1e-4 * plain.abs().max()

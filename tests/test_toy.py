@@ -10,11 +10,12 @@ from PIL import Image
 
 from ldm.data import CLASSES, load_rgb, read_dataset, split_patches, to_images, to_tensor
 from ldm.encoder import open_encoder
+from ldm.runs import parse_settings
 from ldm.schedule import alpha_bar
 from ldm.toy.base import draw_world, pictures_of, small_picture
 from ldm.toy.tissue import draw_patch, draw_slide, write_dataset
 from ldm.vae import SCALE
-from ldm.weights import BUILT_IN, load_unet, load_vae, open_sd15
+from ldm.weights import BUILT_IN, SD15, load_unet, load_vae, open_sd15
 
 WEIGHTS = BUILT_IN["toy"]
 needs_weights = pytest.mark.skipif(not (WEIGHTS / "unet").is_dir(), reason="the toy base is not trained yet (python -m ldm.toy.base)")
@@ -66,7 +67,7 @@ def test_the_dataset_is_split_by_slide_and_written_once(tmp_path):
 
 @needs_weights
 def test_the_weights_are_small_and_of_the_very_classes():
-    files = [p for p in WEIGHTS.rglob("*.safetensors")]
+    files = list(WEIGHTS.rglob("*.safetensors"))
     assert len(files) == 3 and sum(p.stat().st_size for p in files) <= 15e6
     unet_file, vae_file = open_sd15("toy")
     unet, vae = load_unet(unet_file, "meta"), load_vae(vae_file, "meta")
@@ -158,7 +159,7 @@ def test_the_readmes_three_lines_work_on_what_they_leave_behind(tmp_path):
     assert float(result.stdout.split("FID ")[1].split()[0]) > 0 and "not Inception's" in result.stdout
     before = {p: p.stat().st_mtime_ns for folder in ("toy-tissue", "cache") for p in (tmp_path / "runs" / folder).rglob("*.*")}
     again = program("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 4, "--limit", 40, "--val-samples", 8, cwd=tmp_path)
-    assert "goes on after step 4 of 4" in again.stdout
+    assert "resumes after step 4 of 4" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
@@ -171,13 +172,12 @@ def test_a_wrong_argument_without_data_writes_nothing(wrong, culprit, tmp_path):
 
 
 def test_flags_beat_the_toys_table_and_other_bases_have_the_papers(monkeypatch):
-    import train
     monkeypatch.setattr(sys, "argv", ["train.py", "--sd15", "toy", "--data", str(ROOT), "--epochs", "3"])
-    args = train.parse_args()
+    args, _, _ = parse_settings("")
     assert (args.epochs, args.size, args.uni2h) == (3, 64, "toy")
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(ROOT)])
-    args = train.parse_args()
-    assert (args.epochs, args.size, args.lr, args.hidden, args.sd15) == (12, 512, 5e-5, 1024, train.SD15)
+    args, _, _ = parse_settings("")
+    assert (args.epochs, args.size, args.lr, args.hidden, args.sd15) == (12, 512, 5e-5, 1024, SD15)
 
 
 @pytest.mark.slow
