@@ -403,9 +403,9 @@ def build(settings, inputs, device):
     sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     with rank0_first():
         check_or_create(folder, settings, sha256)
-    generator = torch.Generator().manual_seed(settings.seed)
-    unet = inject(load_unet(inputs.unet_file, device, frozen_dtype(device)), settings.rank, settings.alpha, generator)
-    torch.manual_seed(seed_of(settings.seed, INITIAL))      # whatever the rank, and so the draws for A
+    unet = load_unet(inputs.unet_file, device, frozen_dtype(device))
+    inject(unet, settings.rank, settings.alpha, torch.Generator().manual_seed(settings.seed))
+    torch.manual_seed(seed_of(settings.seed, INITIAL))      # of the projector alone, whatever LoRA's rank is
     projector = build_projector(settings, cache.width, unet.context).to(device)
     print(parameter_table(unet, projector))
     images = list(zip(inputs.names["train"], hashes["train"]))

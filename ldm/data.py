@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from .app import (WORLD, Fail, atomic_write, barrier, broadcast, foreign_file, progress, safe_name, save_tensors,
-                  shard)
+from .app import (WORLD, Fail, atomic_write, barrier, broadcast, foreign_file, progress, safe_name,
+                  save_tensors, shard)
 from .weights import TensorFile, file_sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}

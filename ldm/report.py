@@ -1,13 +1,17 @@
 """The paper's evaluation of a finished run, and what it asked for: tables (CSV), pictures and report.md in
-RUN/report/.
+RUN/report/. And its ablation study (Tables 3 and 6): twelve runs of train.py that differ in one factor.
 
-    python -m ldm.report runs/x                         # everything
-    python -m ldm.report runs/x --only sweep            # Table 5
+    python -m ldm.report runs/x                                 # everything
+    python -m ldm.report runs/x --only sweep                    # Table 5
+    python -m ldm.report --ablation OUT --data chaoyang/        # trains all twelve; all else goes to train.py
+    python -m ldm.report --ablation OUT --row 3 --data ...      # only this one, for an array job of a cluster
+    python -m ldm.report --ablation OUT --table                 # only the table of the finished runs
 
-Samples are made by sample.py and kept, so that an interrupted report resumes. FID and KID are Inception's
-where its weights are available (--inception, or torch.hub's cache), and the encoder's in any case, comparable
-with nothing else.
+Samples are made by sample.py and kept: an interrupted report resumes, as an ablation does. FID and KID are
+Inception's where its weights are available (--inception, or torch.hub's cache), and the encoder's in any
+case, comparable with nothing else.
 """
+import math
 import re
 import sys
 from pathlib import Path
@@ -25,9 +29,9 @@ from .data import (contact_sheet, list_images, load_rgb, resize_crop, save_image
 from .encoder import Inception, inception_available, open_encoder
 from .app import (Fail, Parser, atomic_write, call, number, pick_device, read_csv, run_program, save_csv,
                   save_text)
-from .runs import model_card, name_references, patches_of, read_settings
+from .runs import best_epoch, model_card, name_references, patches_of, read_settings
 from .vae import SCALE
-from .weights import file_sha256, load_vae, open_sd15
+from .weights import TensorFile, file_sha256, load_vae, open_sd15
 
 SWEEP = [f"{1 + k / 10:.1f}" for k in range(11)]        # Table 5
 PARTS = ("train", "val", "test")
@@ -231,6 +235,81 @@ class Pixels:
         return np.stack([x.ravel() / 255 for x in small])
 
 
+# ---- the ablation study -----------------------------------------------------------------------------------
+
+FACTORS = ("rank", "tokens", "depth", "hidden", "lr_ratio")
+# The first row is the baseline, each other changes one factor (Table 3). Then the paper's result (Table 6).
+ROWS = [
+    #  factors             best epoch, FID
+    ((8, 4, 2, 1024, 10), 8, 79.74),
+    ((4, 4, 2, 1024, 10), 12, 77.59),
+    ((16, 4, 2, 1024, 10), 6, 82.98),
+    ((8, 1, 2, 1024, 10), 6, 85.09),
+    ((8, 2, 2, 1024, 10), 5, 83.69),
+    ((8, 8, 2, 1024, 10), 12, 80.87),
+    ((8, 4, 3, 1024, 10), 8, 83.66),
+    ((8, 4, 2, 512, 10), 6, 84.61),
+    ((8, 4, 2, 2048, 10), 5, 83.57),
+    ((8, 4, 2, 1024, 1), 11, 90.72),
+    ((8, 4, 2, 1024, 5), 6, 79.94),
+    ((8, 4, 2, 1024, 20), 5, 80.64),
+]
+
+
+def row_folder(out, factors):
+    return out / "r{}-t{}-d{}-w{}-x{}".format(*factors)
+
+
+def train_row(out, factors, rest):
+    """Run train.py for a row -> its exit code. α follows the rank, which is its default."""
+    flags = [text for name, value in zip(FACTORS, factors) for text in (f"--{name.replace('_', '-')}", value)]
+    return call("train.py", *rest, *flags, "--val-cfg", 1.3, "--run", row_folder(out, factors))
+
+
+def table6(out):
+    """The finished rows -> [{column of Table 6: value}], sorted by FID. Fails if they are not comparable."""
+    table, first, column = [], None, None
+    for factors, paper_epoch, paper_fid in ROWS:
+        folder = row_folder(out, factors)
+        log, settings = read_csv(folder / "log.csv"), read_settings(folder)
+        if not log:
+            continue
+        if int(log[-1]["epoch"]) < settings.epochs and int(log[-1]["step"]) != settings.max_steps:
+            continue
+        first = first or settings
+        for name in set(settings.differing(first)) - {*FACTORS, "alpha"}:
+            raise Fail(f"{folder} was trained with {name} {getattr(settings, name)}, other rows with "
+                       f"{getattr(first, name)}: they are not comparable; remove it, and train the row again")
+        column, best = best_epoch(log)
+        shapes = TensorFile(folder / "adapter.safetensors").shapes.values()
+        table.append(dict(zip(FACTORS, factors)) | {
+            "best_epoch": int(best["epoch"]), column: round(float(best[column]), 4),
+            "parameters": sum(map(math.prod, shapes)), "minutes": log[-1]["minutes"],
+            "paper_epoch": paper_epoch, "paper_fid": paper_fid})
+    return sorted(table, key=lambda row: row[column])
+
+
+def ablation():
+    """Tables 3 and 6: train the rows that are not finished, and tabulate those that are."""
+    parser = Parser(__doc__)
+    parser.add_argument("--ablation", type=Path, metavar="OUT", help="holds a run per row, and table6.csv")
+    parser.add_argument("--row", type=number(int, 1, len(ROWS)), metavar="N",
+                        help="only this row of ROWS in ldm/report.py, 1 (the baseline) to 12")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    args, rest = parser.parse_known_args()
+    rows = [] if args.table else ROWS[args.row - 1:args.row] if args.row else ROWS
+    for factors, *_ in rows:
+        if code := train_row(args.ablation, factors, rest + ["--quiet"] * args.quiet):
+            sys.exit(code)              # train.py has printed why; it returns at once where a run is complete
+    table = table6(args.ablation)
+    if not table:
+        raise Fail(f"{args.ablation} contains no finished run of the ablation study")
+    save_csv(args.ablation / "table6.csv", table)
+    print((args.ablation / "table6.csv").read_text(encoding="utf-8").replace(",", "\t"), end="")
+    print(f"{len(table)} of {len(ROWS)} rows; the paper's FIDs are on Chaoyang at 512 px with Stable "
+          "Diffusion 1.5 and UNI2-h")
+
+
 # ---- pictures and the program ------------------------------------------------------------------------------
 
 def labelled(columns, tiles):
@@ -279,6 +358,8 @@ SECTIONS = dict(
 
 
 def main():
+    if any(argument.split("=")[0] == "--ablation" for argument in sys.argv):
+        return ablation()
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS),

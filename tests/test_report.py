@@ -8,7 +8,7 @@ from conftest import program
 from PIL import Image
 
 import fid
-from ldm import ablation, report
+from ldm import report
 
 RNG = np.random.default_rng
 
@@ -92,11 +92,11 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
 
 
 def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
-    assert len(ablation.ROWS) == 12
-    rows = [factors for factors, *_ in ablation.ROWS]
+    assert len(report.ROWS) == 12
+    rows = [factors for factors, *_ in report.ROWS]
     changed = [[i for i, value in enumerate(factors) if value != rows[0][i]] for factors in rows]
     assert changed[0] == [] and all(len(c) == 1 for c in changed[1:])
-    values = {name: sorted(set(column)) for name, column in zip(ablation.FACTORS, zip(*rows))}
+    values = {name: sorted(set(column)) for name, column in zip(report.FACTORS, zip(*rows))}
     assert values == dict(rank=[4, 8, 16], tokens=[1, 2, 4, 8], depth=[2, 3], hidden=[512, 1024, 2048],
                           lr_ratio=[1, 5, 10, 20])
 
@@ -105,9 +105,9 @@ def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
 def test_a_row_of_the_ablation_is_trained_once_and_tabulated(small, tmp_path):
     arguments = small[:small.index("--rank")] + ["--batch", 4, "--epochs", 1, "--val-samples", 2]
     for row in (2, 10):
-        program("ldm.ablation", "out", "--row", row, *arguments, cwd=tmp_path)
+        program("ldm.report", "--ablation", "out", "--row", row, *arguments, cwd=tmp_path)
     before = (tmp_path / "out/r4-t4-d2-w1024-x10/log.csv").read_text()
-    program("ldm.ablation", "out", "--row", 2, *arguments, cwd=tmp_path)
+    program("ldm.report", "--ablation", "out", "--row", 2, *arguments, cwd=tmp_path)
     assert (tmp_path / "out/r4-t4-d2-w1024-x10/log.csv").read_text() == before
     table = list(csv.DictReader(open(tmp_path / "out/table6.csv")))
     assert sorted((row["rank"], row["lr_ratio"]) for row in table) == [("4", "10"), ("8", "1")]
@@ -116,5 +116,5 @@ def test_a_row_of_the_ablation_is_trained_once_and_tabulated(small, tmp_path):
     assert (config["rank"], config["alpha"], config["hidden"], config["lr_ratio"], config["val_cfg"]) == (4, 4.0, 1024, 10.0, 1.3)
     config = tmp_path / "out/r8-t4-d2-w1024-x1/config.json"
     config.write_text(config.read_text().replace('"size": 64', '"size": 32'))
-    result = program("ldm.ablation", "out", "--table", cwd=tmp_path, check=False)
+    result = program("ldm.report", "--ablation", "out", "--table", cwd=tmp_path, check=False)
     assert result.returncode == 2 and "size" in result.stderr
