@@ -5,8 +5,7 @@
     python fid.py real/ fake1/ fake2/ --per-class   # and KID for every common subfolder (the paper's Table 8)
     python fid.py real/ --save real.npz             # statistics for later; pytorch-fid reads them too
 
-The number depends on the resizer: --resize pytorch-fid, clean (clean-fid) or tf1 (torch-fidelity,
-torchmetrics).
+The number depends on --resize: pytorch-fid, clean (clean-fid) or tf1 (torch-fidelity, torchmetrics).
 """
 import json
 import sys
@@ -78,13 +77,11 @@ METRICS = (kid,)
 
 
 def bootstrap_interval(distance, x, y, repeats=200, level=0.95, seed=0):
-    """Interval of distance(x, y) over the choice of images -> (low, high). Row i of y was made from row i of
-    x.
+    """Bootstrap of distance(x, y), where row i of y was made from row i of x -> (low, high).
 
     Pairs are resampled: separately, they would spread more than they do. (Patches of one case are no
-    independent choice: the interval is too narrow for that.) A Fréchet distance is quoted at its n, with the
-    bias of so few images. Resampled sets, which repeat images, have that bias twice: only their spread is
-    used, around the estimate.
+    independent choice: the interval is too narrow for that.) A Fréchet distance has the bias of its n.
+    Resampled sets, which repeat images, have it twice: only their spread is used, around the estimate.
     """
     rng, estimate = np.random.default_rng(seed), distance(x, y)
     values = [distance(x[i], y[i]) for i in rng.integers(len(x), size=(repeats, len(x)))]
@@ -101,8 +98,7 @@ def cosine(x, y):
 
 
 def fidelity(samples, references):
-    """Row i of samples (n, d) was made from row i of references -> mean cosine with its own reference, with
-    all others.
+    """Mean cosine of row i of samples (n, d) with row i of references, its own; with all others.
     """
     c = cosine(samples, references)
     n = len(c)
@@ -117,17 +113,14 @@ def nearest_centroid(train, labels, x):
 
 
 def nearest(x, train):
-    """For each row of x (n, d) its nearest row of train (m, d) in Euclidean distance -> (index, distance),
-    both (n,).
-    """
+    """The Euclidean nearest row of train (m, d) to each row of x (n, d) -> (index, distance), both (n,)."""
     squared = np.square(x).sum(1)[:, None] - 2 * x @ train.T + np.square(train).sum(1)
     index = squared.argmin(1)
     return index, np.linalg.norm(x - train[index], axis=1)      # the expansion is inexact for near-equal rows
 
 
 def fit_linear(x, labels, penalty=1.0):
-    """Multinomial logistic regression on standardised features x (n, d) -> a function from features to
-    labels.
+    """Multinomial logistic regression on standardised features x (n, d) -> a function, features to labels.
 
     Minimises the mean cross-entropy plus penalty/(2n) |W|², classes weighted equally, by scipy's L-BFGS.
     """
@@ -159,8 +152,7 @@ def recalls(labels, guesses):
 
 @dataclass
 class ImageSet:
-    """Statistics of n images: mean (d,), covariance (d, d) and, but for foreign statistics, features (n, d).
-    """
+    """Statistics of n images: mean (d,), covariance (d, d); features (n, d) unless they are foreign."""
     n: int | None
     mu: np.ndarray
     sigma: np.ndarray
@@ -200,9 +192,7 @@ def read_set(path, space, device="cpu", batch=32):
 
 
 def save_set(path, images, resize, weights):
-    """Write statistics as pytorch-fid reads them (mu, sigma), with the features and the space that they are
-    of.
-    """
+    """Write statistics as pytorch-fid reads them (mu, sigma), with the features and their space."""
     with atomic_write(path) as temporary, open(temporary, "wb") as f:
         np.savez(f, mu=images.mu, sigma=images.sigma, n=images.n, features=images.features.astype(np.float32),
                  names=images.names, resize=resize, weights=weights)
@@ -242,10 +232,9 @@ def _check_statistics(data):
 
 
 def compare(real, fake, subset=1000):
-    """Two ImageSets -> {"fid", "n_real", "n_fake"} and, where the features are known, the columns of METRICS.
-    """
+    """Two ImageSets -> {"fid", "n_real", "n_fake"}; where the features are known, METRICS' columns too."""
     if real.mu.shape != fake.mu.shape:
-        raise Fail(f"one has {len(real.mu)} features, the other {len(fake.mu)}: use the same network for both")
+        raise Fail(f"one has {len(real.mu)} features, the other {len(fake.mu)}: use one network for both")
     both = real.features is not None and fake.features is not None
     if both and min(real.n, fake.n) < len(real.mu):
         distance = frechet_distance_of_features(real.features, fake.features)
@@ -258,9 +247,7 @@ def compare(real, fake, subset=1000):
 
 
 def compare_classes(real, fake, subset=1000):
-    """{class: {"n_real", "n_fake", columns of METRICS}} for every subfolder of both sets (the paper's Table
-    8).
-    """
+    """{class: {"n_real", "n_fake", columns of METRICS}} for every common subfolder (Table 8)."""
     result, others = {}, fake.by_class()
     for name, x in real.by_class().items():
         if name in others:
@@ -274,7 +261,7 @@ def compare_classes(real, fake, subset=1000):
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("real", metavar="REAL", help="folder of images at any depth, or .npz file of statistics")
+    parser.add_argument("real", metavar="REAL", help="folder of images (any depth), or .npz of statistics")
     parser.add_argument("fake", metavar="FAKE", nargs="*", help="folders or .npz files to compare with it")
     parser.add_argument("--per-class", action="store_true", help="KID x 1000 for every common subfolder")
     parser.add_argument("--resize", choices=RESIZERS, default="pytorch-fid", help="whose number to reproduce")
@@ -283,8 +270,8 @@ def parse_args():
     parser.add_argument("--inception", metavar="FILE",
                         help="pytorch-fid's weights, .pth or .safetensors (default: torch.hub's cache)")
     parser.add_argument("--features", choices=("inception", "encoder"),
-                        help="encoder: of the run that REAL is in (default: inception; for a toy run without its "
-                             "weights, encoder)")
+                        help="encoder: that of REAL's run (default: inception; encoder for a toy run without "
+                             "Inception's weights)")
     parser.add_argument("--save", metavar="FILE", help="write the statistics of REAL to this .npz file")
     parser.add_argument("--json", metavar="FILE",
                         help="write the results to this .json file; - prints them, and all else to stderr")
@@ -327,7 +314,7 @@ def encoder_of(path):
     return None
 
 
-def describe(result):
+def result_lines(result):
     """A result of `compare` as lines of text."""
     if result["features"] == "inception":
         space = f"resize {result['resize']}, Inception {result['weights']}"
@@ -375,7 +362,7 @@ def main():
                       weights=space.short_hash) | compare(real, fake, args.kid_subset)
         if args.per_class:
             result["classes"] = compare_classes(real, fake, args.kid_subset)
-        print(*describe(result), sep="\n", file=sys.stderr if args.json == "-" else sys.stdout)
+        print(*result_lines(result), sep="\n", file=sys.stderr if args.json == "-" else sys.stdout)
         results.append(result)
         if args.json not in (None, "-"):    # after each: a later failure keeps the earlier ones
             save_text(args.json, json.dumps(results, indent=1) + "\n")

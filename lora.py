@@ -3,8 +3,8 @@
 
     W' = W + (α/r) B A                                                                                 (eq. 6)
 
-on the projections Q, K, V and O of all 32 attentions, self and cross: 128 layers, 199,296 parameters per unit
-of rank.
+on the projections Q, K, V and O of all 32 attentions, self and cross: 128 layers, 199,296 parameters
+per unit of rank.
 
     python lora.py ADAPTER --export kohya       # for ComfyUI, A1111 and kohya; or peft, diffusers
 """
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.app import Fail, Parser, foreign_file, run_program, save_tensors, save_text
-from ldm.unet import Attention
 from ldm.weights import TensorFile
 from projector import Projector
 
@@ -60,8 +59,8 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 def target_layers(unet):
     """{name: linear layer} of Q, K, V and O of every attention, in the order of the network."""
-    return {f"{name}.{target}": m.get_submodule(target) for name, m in unet.named_modules()
-            if isinstance(m, Attention) for target in TARGETS}
+    found = {name: m for name, m in unet.named_modules() if name.endswith((".attn1", ".attn2"))}
+    return {f"{name}.{target}": m.get_submodule(target) for name, m in found.items() for target in TARGETS}
 
 
 def inject(unet, rank, alpha=None, generator=None):
@@ -103,8 +102,7 @@ REQUIRED = {"base", "base_sha256", "vae_sha256", "encoder", "encoder_sha256"}
 def adapter_tensors(unet, projector):
     """{name in the file: tensor}. LoRA has PEFT's names under Diffusers' `unet.` prefix.
 
-    Diffusers' pipelines refuse a file in which a name lacks "lora": hence `lora_projector.` for the rest,
-    which they skip.
+    Diffusers' pipelines refuse a name without "lora": hence `lora_projector.` for the rest, which they skip.
     """
     tensors = {f"unet.{name[:-1]}lora_{name[-1]}.weight": p for name, p in lora_parameters(unet).items()}
     return tensors | {f"lora_projector.{name}": p for name, p in projector.state_dict().items()}
@@ -163,8 +161,8 @@ def load_adapter(file, unet):
     wanted = {name: (linear.in_features, linear.out_features) for name, linear in target_layers(unet).items()}
     wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
     if wrong:
-        raise Fail(f"{file.path} does not fit this base: {len(wrong)} layers are missing or of another shape, such "
-                   f"as {min(wrong)}; pass the one that it was trained on ({file.header['base']}) with --sd15")
+        raise Fail(f"{file.path} does not fit this base: {len(wrong)} layers are missing or of another shape "
+                   f"({min(wrong)}); with --sd15 pass the one it was trained on ({file.header['base']})")
     with torch.no_grad():
         for name, layer in lora_layers(inject(unet, rank, alpha)).items():
             layer.A.copy_(layers[name]["A"])

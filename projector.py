@@ -16,10 +16,9 @@ SHAPE = ("embedding", "hidden", "tokens", "context", "depth", "token_norm")     
 class Projector(nn.Module):
     """f_φ: e (B, d_e) -> c (B, n_c, d_c). The defaults are the paper's baseline: 4,724,736 parameters.
 
-    With the null embedding (1, d_e), a parameter of this module, they are 4,726,272, the number that Table 2
-    gives for the projector alone. A LayerNorm(d_c) on the tokens, as in IP-Adapter, gives the same number
-    without the null embedding: `token_norm` is this other reading. Depth 3 repeats eq. (3) with W (d_h, d_h);
-    the paper does not specify it.
+    With the null embedding (1, d_e), a parameter of this module, they are 4,726,272, Table 2's number for the
+    projector alone. A LayerNorm(d_c) on the tokens, as in IP-Adapter, gives the same number without the null
+    embedding: `token_norm` is this other reading. Depth 3, not specified by the paper, repeats eq. (3).
     """
 
     def __init__(self, d_e=1536, d_h=1024, n_c=4, d_c=768, depth=2, token_norm=False):

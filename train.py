@@ -24,16 +24,15 @@ import torch
 import torch._functorch.config as functorch_config
 
 from fid import frechet_distance_of_features
-from ldm import toy
 from ldm.app import (RANK0, WORLD, Fail, Signals, all_max, all_reduce, barrier, broadcast, check_same,
                      foreign_file, frozen_dtype, join_processes, peak_memory, pick_device, progress,
                      rank0_first, run_program, save_csv, save_tensors, save_text, shard)
 from ldm.data import Cache, describe_split, read_dataset, subsample
 from ldm.encoder import UNI2H, Inception, inception_available, open_encoder
-from ldm.runs import (Lock, check_or_create, model_card, name_references, parameter_table, parse_settings,
-                      public_name, read_settings, split_of_run)
+from ldm.runs import (TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
+                      parse_settings, public_name, read_settings, split_of_run)
 from ldm.schedule import T, add_noise
-from ldm.toy.tissue import write_dataset
+from ldm.toy.tissue import TISSUE, write_dataset
 from ldm.unet import UNet
 from ldm.vae import draw_latent
 from ldm.weights import SD15, TensorFile, licence, load_unet, load_vae, open_sd15
@@ -344,7 +343,7 @@ def prepare(settings, resumed):
     if WORLD > settings.batch:
         raise Fail(f"--batch {settings.batch} gives {WORLD} processes less than an image each; start fewer")
     with rank0_first():
-        if settings.data != toy.DATA:           # a wrong folder is found before gigabytes are downloaded
+        if settings.data != TOY_DATA:           # a wrong folder is found before gigabytes are downloaded
             read_dataset(settings.data)
         unet_file, vae_file = open_sd15(settings.sd15)
         encoder = open_encoder(settings.uni2h)
@@ -374,13 +373,13 @@ def prepare(settings, resumed):
 
 def open_data(settings, folder, announce):
     """The folder of the dataset; the toy tissue is drawn beside the run."""
-    if settings.data != toy.DATA:
+    if settings.data != TOY_DATA:
         return Path(settings.data)
     if announce:
         print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop.\nFor the "
               "real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)",
               flush=True)
-    return write_dataset(folder.parent / toy.DATA, **toy.TISSUE)
+    return write_dataset(folder.parent / TOY_DATA, **TISSUE)
 
 
 def describe(patches, split):

@@ -1,5 +1,4 @@
-"""Latent diffusion from scratch: `unet`, `vae`, `schedule`, and the files they come from: `weights`, `data`,
-`files`.
+"""Latent diffusion from scratch: networks, schedule, weights, data, and what the programs share.
 
 No network here knows what the images show or what the condition means.
 """

@@ -62,9 +62,7 @@ def _to_rgb(image, path):
 
 
 def resize_crop(image, size, filter=Image.Resampling.LANCZOS):
-    """Resize the shorter side to `size` with antialiasing, then center-crop: torchvision's Resize and
-    CenterCrop.
-    """
+    """Resize the shorter side to `size`, antialiased, then center-crop, as torchvision does."""
     short = min(image.size)
     w, h = (int(size * side / short) for side in image.size)
     if (w, h) != image.size:
@@ -86,11 +84,7 @@ def to_images(x):
 
 
 def contact_sheet(groups, columns=8, gap=4):
-    """Groups of PIL images of one size (a reference and its samples) -> one image, tiles of 128 to 256
-    pixels.
-
-    A group is never broken over two rows.
-    """
+    """Groups of PIL images of one size -> one image, tiles 128 to 256 wide; no group is broken over rows."""
     per_row = max(1, columns // max(map(len, groups)))
     rows = [sum(groups[i:i + per_row], []) for i in range(0, len(groups), per_row)]
     side = min(256, max(128, groups[0][0].width))
@@ -112,8 +106,7 @@ def save_image(path, image, **text):
 
 
 def list_images(folder):
-    """The image files under a folder, at any depth and in any case of suffix, sorted; hidden ones are
-    omitted.
+    """The image files under a folder, at any depth, sorted; hidden ones are omitted.
 
     Links to folders are followed, each folder once. Fails (OSError) on a folder that cannot be read.
     """
@@ -187,9 +180,8 @@ class Patch:
 def read_dataset(root):
     """A folder in one of the LAYOUTS -> [Patch], sorted by name.
 
-    The case is the leading number of a name such as 353042_4-IMG005x014-1.JPG, else the name of the folder
-    below the class (class/case/patch.png; the same name below two classes is one case), else every patch is
-    its own case.
+    The case is the leading number of a name such as 353042_4-IMG005x014-1.JPG, else the folder below the
+    class (class/case/patch.png; one name below two classes is one case), else every patch is its own case.
     """
     root = Path(os.path.expanduser(root))
     if not root.is_dir():
@@ -288,8 +280,7 @@ def split_patches(patches, parts=PROPORTIONS):
     """[Patch] -> {part: [names]}, with every case in one part and each class near its proportion in all.
 
     Deterministic and greedy: from the largest case down (ties by hash), each goes where the counts n of part
-    and class come nearest to their targets m, by the increase of Σ (n - m)²/m. Each part gets at least one
-    case.
+    and class come nearest to their targets m, by the increase of Σ (n - m)²/m. No part stays empty.
     """
     cases = {}
     for p in patches:
@@ -405,9 +396,8 @@ class Cache:
     def fill(self, paths, encoders):
         """Add the images that are missing -> the hash of each path's file.
 
-        encoders() -> (encode, embed), called only where images are missing, and freed at the end. encode: x
-        (B, 3, size, size) -> mean, logvar; embed: PIL images -> e. Several processes share the work, and read
-        each other's shards.
+        encoders() -> (encode, embed), called only where images are missing. encode: x (B, 3, size, size) ->
+        mean, logvar; embed: PIL images -> e. Several processes share the work, and read each other's shards.
         """
         with ThreadPoolExecutor() as pool:
             hashes = list(progress(pool.map(file_sha256, paths), "reading images", len(paths), leave=False))

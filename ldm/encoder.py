@@ -1,8 +1,7 @@
-"""Frozen networks that turn images into features: the pathology encoder that conditions, and Inception, which
-judges.
+"""Frozen networks that turn images into features: the pathology encoder and FID's Inception.
 
-All that makes a feature what it is travels with the weights: architecture, preprocessing, pooling, width and
-licence.
+Architecture, preprocessing, pooling, width and licence travel with the weights, and the fingerprint covers
+them.
 """
 import hashlib
 import os
@@ -44,9 +43,8 @@ class FeatureSpace:
     def extract(self, images, device, batch=32):
         """Image files or PIL images of any size -> features (n, d), float64.
 
-        Loads the network and frees it afterwards. Batches are decoded while the previous one is in the
-        network; the processes share them as they are, so that the features do not depend on the number of
-        processes.
+        Loads the network and frees it afterwards. The next batch is decoded while one is in the network.
+        Several processes share whole batches, so that their number does not change the features.
         """
         def read(image):
             return self.preprocess([image if isinstance(image, Image.Image) else load_rgb(image)])[0]
@@ -116,9 +114,7 @@ class Encoder(FeatureSpace):
                 raise ValueError(f"its width is no multiple of {recipe.head_width}")
 
     def fingerprint(self):
-        """sha256 of weights and recipe. For UNI2-h and the toy it is the weights' alone, as in earlier
-        adapters.
-        """
+        """sha256 of weights and recipe; for UNI2-h and the toy of the weights alone, as in old adapters."""
         weights = self.file.fingerprint()
         if self.recipe in (UNI2H, TOY):
             return weights
@@ -141,9 +137,7 @@ class Encoder(FeatureSpace):
 
 
 def preprocess(images, recipe=UNI2H):
-    """PIL RGB images of any size -> (B, 3, size, size): resized, center-cropped and normalised as the recipe
-    states.
-    """
+    """PIL RGB images of any size -> (B, 3, size, size), resized, cropped and normalised by the recipe."""
     filter = Image.Resampling[recipe.interpolation]
     x = np.stack([np.asarray(resize_crop(image, recipe.size, filter)) for image in images])
     x = (x.astype(np.float32) / 255 - np.float32(recipe.mean)) / np.float32(recipe.std)
@@ -161,9 +155,7 @@ def build_encoder(width=1536, depth=24, recipe=UNI2H):
 
 
 def open_encoder(source=UNI2H.repository):
-    """A folder with weights, such a file, a Hugging Face repository or "toy" -> Encoder; its tensors are not
-    yet read.
-    """
+    """A folder with weights, such a file, a Hugging Face repository or "toy" -> Encoder."""
     recipe = RECIPES.get(source, UNI2H)
     path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
     if path.is_dir():
@@ -189,8 +181,8 @@ SIDE = 299
 class Inception(FeatureSpace):
     """Images -> the 2,048 features "pool3" of TensorFlow's graph. resize: whose resizer, see RESIZERS.
 
-    path: weights as pytorch-fid names them (.pth or .safetensors); by default from torch.hub's cache, or the
-    release page.
+    path: weights as pytorch-fid names them, .pth or .safetensors (default: torch.hub's cache, else a
+    download).
     """
     kind = "inception"
     hint = "pass pytorch-fid's Inception weights"
@@ -204,9 +196,7 @@ class Inception(FeatureSpace):
         return torch.stack([RESIZERS[self.resize](image) for image in images])
 
     def load(self, device="cpu"):
-        """The frozen network in float32: (B, 3, 299, 299) -> (B, 2048); batch norms folded into the
-        convolutions.
-        """
+        """The frozen network, batch norms folded into the convolutions: (B, 3, 299, 299) -> (B, 2048)."""
         network = load(build_inception, self.file, device, hint=self.hint)
         for layer in network.modules():
             if hasattr(layer, "bn"):
@@ -279,9 +269,7 @@ def resize_clean(image):
 
 
 def resize_tf1(image):
-    """TensorFlow 1's bilinear, whose samples sit at the pixels' corners, as torch-fidelity and torchmetrics
-    do.
-    """
+    """TensorFlow 1's bilinear, sampled at the pixels' corners, as torch-fidelity and torchmetrics do."""
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
     for dim in (1, 2):
         n = x.shape[dim]

@@ -30,7 +30,6 @@ from .encoder import Inception, inception_available, open_encoder
 from .app import (Fail, Parser, atomic_write, call, number, pick_device, read_csv, run_program, save_csv,
                   save_text)
 from .runs import best_epoch, model_card, name_references, patches_of, read_settings
-from .vae import SCALE
 from .weights import TensorFile, file_sha256, load_vae, open_sd15
 
 SWEEP = [f"{1 + k / 10:.1f}" for k in range(11)]        # Table 5
@@ -97,7 +96,7 @@ class Evaluation:
         with torch.no_grad():
             for i in range(0, len(paths), 4):
                 x = to_tensor([load_rgb(path) for path in paths[i:i + 4]], self.size).to(self.device)
-                images += to_images(vae.decode(vae.encode(x)[0] * SCALE))
+                images += to_images(vae.reconstruct(x))
         return images
 
     def features(self, space, kind, part, *args):
@@ -174,7 +173,7 @@ def figure5(ev):
 
 # ---- beyond the paper --------------------------------------------------------------------------------------
 
-def fidelity(ev):
+def fidelity_table(ev):
     """Fidelity: cosine of a test sample's embedding with its reference's and with other references'; the
     share whose nearest class centroid (of real training images) is the reference's class, beside the share of
     the real images"""
@@ -188,7 +187,7 @@ def fidelity(ev):
                  consistency_real=of_real)]
 
 
-def memorisation(ev):
+def memorisation_table(ev):
     """Memorisation: distance from a sample to the nearest training image, in embedding and in pixels; real
     validation images are the yardstick. `closer` is the share of samples nearer than 99 % of these"""
     n, rows = ev.limit, []
@@ -200,7 +199,8 @@ def memorisation(ev):
             index, distance = fid.nearest(ev.features(space, *images), train)
             limit = np.quantile(distance, 0.01) if limit is None else limit
             rows.append(dict(space=space.kind, images=name, n=len(distance),
-                             median=np.median(distance).item(), lowest=distance.min().item(), closer=(distance < limit).mean().item()))
+                             median=np.median(distance).item(), lowest=distance.min().item(),
+                             closer=(distance < limit).mean().item()))
             if (space.kind, name) == ("encoder", "samples of train"):
                 paths, nearest = ev.fake("train", n), ev.real("train")
                 pairs = [(paths[i], nearest[index[i]]) for i in distance.argsort()[:10]]
@@ -209,7 +209,7 @@ def memorisation(ev):
     return rows
 
 
-def usefulness(ev):
+def usefulness_table(ev):
     """Usefulness: a linear classifier on embeddings of real training images, of samples made from them, and
     of both; balanced accuracy and recall on the real test images"""
     n, e = ev.limit, ev.encoder
@@ -235,7 +235,7 @@ class Pixels:
         return np.stack([x.ravel() / 255 for x in small])
 
 
-# ---- the ablation study -----------------------------------------------------------------------------------
+# ---- the ablation study ------------------------------------------------------------------------------------
 
 FACTORS = ("rank", "tokens", "depth", "hidden", "lr_ratio")
 # The first row is the baseline, each other changes one factor (Table 3). Then the paper's result (Table 6).
@@ -353,8 +353,9 @@ def as_markdown(rows):
 SECTIONS = dict(
     epochs=(table4, "table4", ["table4.png"]), sweep=(table5, "table5", ["table5.png", "sweep.png"]),
     test=(table7, "table7", []), classes=(table8, "table8", []), figure5=(figure5, None, ["figure5.png"]),
-    fidelity=(fidelity, "fidelity", []), memorisation=(memorisation, "memorisation", ["closest.png"]),
-    usefulness=(usefulness, "usefulness", []))
+    fidelity=(fidelity_table, "fidelity", []),
+    memorisation=(memorisation_table, "memorisation", ["closest.png"]),
+    usefulness=(usefulness_table, "usefulness", []))
 
 
 def main():

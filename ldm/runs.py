@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from . import toy
 from .app import (RANK0, WORLD, Fail, Parser, add_options, from_saved, option, read_csv, read_json, safe_name,
                   save_json)
 from .data import make_split, read_dataset, read_split, subsample
@@ -19,6 +18,7 @@ try:
 except ImportError:         # Windows
     fcntl = None
 
+TOY_DATA = "toy-tissue"     # what --data is called where it is drawn, beside the run
 DATA, MODEL, TRAINING, VALIDATION, RUN = "data and weights", "model", "training", "validation", "run"
 
 
@@ -96,7 +96,7 @@ def parse_settings(description):
             raise Fail("pass --data with a folder of patches; only the toy base (--sd15 toy) has its own")
         if settings.split != "paper":
             raise Fail("--split needs a dataset of yours: pass it with --data")
-    drawn = settings.data is None or (resume and settings.data == toy.DATA)
+    drawn = settings.data is None or (resume and settings.data == TOY_DATA)
     return _resolve(settings, drawn), resume, parameters
 
 
@@ -112,7 +112,7 @@ def _resumed(folder, given):
 
 def _resolve(settings, drawn):
     """Fill in α and the run's folder, make paths absolute. drawn: the data is toy tissue, beside the run."""
-    changes = {"data": toy.DATA} if drawn else {}
+    changes = {"data": TOY_DATA} if drawn else {}
     for name in ("data", "sd15", "uni2h", "split", "inception"):
         value = getattr(settings, name)
         path = Path(os.path.expanduser(value or "-"))
@@ -258,7 +258,7 @@ def patches_of(part, settings, folder):
     """A part of a run's split -> [(Patch, path)] sorted by title; train and val within the run's --limit."""
     if settings is None or not settings.data or not (folder / "split.json").is_file():
         raise Fail(f"{folder} contains no split.json; pass --ref")
-    data = folder.parent / toy.DATA if settings.data == toy.DATA else Path(settings.data)
+    data = folder.parent / TOY_DATA if settings.data == TOY_DATA else Path(settings.data)
     patches = {p.name: p for p in read_dataset(data)}
     names = read_split(folder / "split.json", list(patches.values()))[part]
     names = names if part == "test" else subsample(names, settings.limit)

@@ -1,7 +1,6 @@
-"""The DDPM noise schedule of Stable Diffusion 1.5, as functions of tensors. Everything is float32, whatever
-the U-Net is.
+"""The DDPM noise schedule of Stable Diffusion 1.5, as functions of tensors, in float32 whatever the U-Net is.
 
-In bfloat16 ᾱ rounds to 1 at t = 0 and 1, so that no noise is added there, and a sampler drifts by 1 % over 30
+In bfloat16 ᾱ rounds to 1 at t = 0 and 1, where no noise is then added, and a sampler drifts by 1 % in 30
 steps.
 """
 import torch
@@ -27,8 +26,7 @@ def add_noise(z0, noise, t):
 
 
 def timesteps(steps=30):
-    """The timesteps from noise to image: k · (1000 // steps) + 1 for k = steps-1 .. 0 (30 steps: 958, 925,
-    ..., 34, 1).
+    """Timesteps from noise to image: k · (1000 // steps) + 1, k = steps-1 .. 0; for 30: 958, 925, ..., 34, 1.
 
     This is Diffusers' `leading` spacing with `steps_offset` 1, which SD1.5's scheduler config asks for.
     """
@@ -38,11 +36,9 @@ def timesteps(steps=30):
 
 
 def ddpm_coefficients(t, previous):
-    """(c_0, c_t, σ) of the reverse step t -> previous (None after the last): z_previous = c_0 ẑ_0 + c_t z_t +
-    σ · noise.
+    """(c_0, c_t, σ) of z_previous = c_0 ẑ_0 + c_t z_t + σ · noise, the step t -> previous (None at the end).
 
-    Ho et al. 2020, eqs. (6)-(7), for steps of any length; σ² is the posterior variance (Diffusers'
-    `fixed_small`).
+    Ho et al. 2020, eqs. (6)-(7), for steps of any length; σ² is the posterior variance (`fixed_small`).
     """
     ab = alpha_bar()
     ab_t, ab_p = ab[t].item(), 1.0 if previous is None else ab[previous].item()

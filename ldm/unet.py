@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FEW = 128           # positions of a batch up to which matrix products take half the time of oneDNN's convolution
+FEW = 128       # positions of a batch up to which matrix products take half the time of oneDNN's convolution
 
 
 class UNet(nn.Module):
@@ -51,8 +51,7 @@ class UNet(nn.Module):
     def forward(self, z, t, c):
         """z (B, 4, H, W), t (B,) integer timesteps, c (B, N, d_c) -> ε (B, 4, H, W).
 
-        Computed in the network's dtype, returned in that of z: the state outside stays float32 around a
-        bfloat16 network.
+        Computed in the network's dtype, returned in that of z: float32 around a bfloat16 network.
         """
         dtype = self.conv_in.weight.dtype
         t, c = self.time_embedding(t), c.to(dtype)          # (B, 4 C₀), (B, N, d_c)
@@ -126,9 +125,7 @@ class Conv(nn.Conv2d):
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) -> (B, c_out, H, W). time: width of the time embedding; None in the VAE, which has no
-    time.
-    """
+    """x (B, c_in, H, W) -> (B, c_out, H, W). time: width of the time embedding, None in the VAE."""
 
     def __init__(self, c_in, c_out, time=None, eps=1e-5):
         super().__init__()
@@ -224,9 +221,7 @@ class GEGLU(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve H and W. The VAE pads right and bottom only; padding all around there costs 0.8 relative error in
-    latents.
-    """
+    """Halve H and W. The VAE pads right and bottom only: all around, its latents have 0.8 relative error."""
 
     def __init__(self, c, asymmetric=False):
         super().__init__()

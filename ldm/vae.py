@@ -11,8 +11,7 @@ EPS = 1e-6          # of every GroupNorm here; the U-Net's residual blocks have 
 
 
 class VAE(nn.Module):
-    """KL autoencoder. The defaults are SD1.5: 83,653,863 parameters in 248 tensors, 8 x 8 pixels to one
-    latent pixel.
+    """KL autoencoder, 8 x 8 pixels to one latent pixel; as in SD1.5, 83,653,863 parameters in 248 tensors.
 
     channels: width of each level. layers: residual blocks per level of the encoder (one more in the decoder).
     """
@@ -20,15 +19,13 @@ class VAE(nn.Module):
     def __init__(self, channels=(128, 256, 512, 512), layers=2, latent=4):
         super().__init__()
         self.latent, self.factor = latent, 2 ** (len(channels) - 1)
-        self.encoder = Encoder(channels, layers, latent)
-        self.decoder = Decoder(channels, layers, latent)
+        self.encoder = ImageEncoder(channels, layers, latent)
+        self.decoder = LatentDecoder(channels, layers, latent)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> mean and log-variance of the posterior, (B, 4, H/8, W/8) each,
-        unscaled.
-        """
+        """x (B, 3, H, W) in [-1, 1] -> the posterior's mean and log-variance, (B, 4, H/8, W/8), unscaled."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
@@ -36,13 +33,17 @@ class VAE(nn.Module):
         """z_0 (B, 4, h, w), scaled -> x (B, 3, 8h, 8w), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(z0 / SCALE))
 
+    def reconstruct(self, x):
+        """x (B, 3, H, W) -> D(E(x)), by the posterior's mean."""
+        return self.decode(SCALE * self.encode(x)[0])
+
 
 def draw_latent(mean, logvar, noise):
     """z_0 = 0.18215 (mean + std · noise): one sample of the posterior, scaled; all shapes (B, 4, h, w)."""
     return SCALE * (mean + torch.exp(0.5 * logvar) * noise)
 
 
-class Encoder(nn.Module):
+class ImageEncoder(nn.Module):
     def __init__(self, channels, layers, latent):
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
@@ -66,7 +67,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
-class Decoder(nn.Module):
+class LatentDecoder(nn.Module):
     def __init__(self, channels, layers, latent):
         super().__init__()
         width = channels[-1]

@@ -34,11 +34,12 @@ import fid  # noqa: E402
 from ldm.app import frozen_dtype, pick_device  # noqa: E402
 from ldm.data import Cache, list_images, load_rgb  # noqa: E402
 from ldm.runs import Settings  # noqa: E402
+from ldm.encoder import Inception, build_encoder, inception_available, open_encoder, preprocess  # noqa: E402
 from ldm.unet import UNet  # noqa: E402
 from ldm.vae import VAE  # noqa: E402
 from ldm.weights import open_sd15  # noqa: E402
 from lora import fold, inject, save_adapter  # noqa: E402
-from projector import Projector, build_encoder, embed, open_encoder  # noqa: E402
+from projector import Projector  # noqa: E402
 from sample import Sampling, sample  # noqa: E402
 from train import Trainer  # noqa: E402
 
@@ -183,58 +184,65 @@ class Memory:
         return [x[[int(h) for h in hashes]] for x in self.rows]
 
 
+def our_training_step(args, state, dtype):
+    """Trainer.train_step, the recipe's."""
+    unet, projector = inject(our_unet(args, state, dtype), 4), Projector().to(args.device)
+    names, latent = [(str(i), str(i)) for i in range(64)], (4, args.size // 8, args.size // 8)
+    return Trainer(Settings(batch=args.batch), unet, projector, Memory(args), names, latent, args.device).train_step
+
+
+def diffusers_training_step(args, state, dtype, checkpointing=False, channels_last=False, compiled=False):
+    """The same step as Diffusers' training script for LoRA makes it, with PEFT."""
+    from diffusers import DDPMScheduler
+    from peft import LoraConfig
+    functorch_config.activation_memory_budget = 1.0         # ours is not Diffusers' default
+    unet = diffusers_unet(args, state, dtype)
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=targets))
+    lora = [p for p in unet.parameters() if p.requires_grad]
+    for p in lora:
+        p.data = p.data.float()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    if channels_last:
+        unet.to(memory_format=torch.channels_last)
+    unet.train()
+    projector, memory = Projector().to(args.device), Memory(args)
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    rest = list(projector.parameters())
+    optimizer = torch.optim.AdamW([dict(params=lora, lr=5e-5, weight_decay=1e-3),
+                                   dict(params=rest, lr=5e-4, weight_decay=1e-4)])
+    network = torch.compile(unet) if compiled else unet
+
+    def step():
+        mean, logvar, e = (x.to(args.device) for x in memory.batch(range(args.batch), None))
+        z0 = 0.18215 * (mean + (0.5 * logvar).exp() * torch.randn_like(mean))
+        noise, t = torch.randn_like(z0), torch.randint(0, 1000, (len(z0),), device=args.device)
+        c = projector(torch.where(torch.rand(len(e), 1, device=args.device) < 0.1, projector.null, e))
+        with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):       # what accelerate does
+            eps = network(scheduler.add_noise(z0, noise, t).to(dtype), t, c.to(dtype), return_dict=False)[0]
+        loss = F.mse_loss(eps.float(), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*lora, *rest], 1.0)
+        optimizer.step()
+        return loss.item()
+    return step
+
+
 def train(args):
-    """A step of the recipe: Trainer.train_step, beside Diffusers' training script for LoRA with PEFT."""
-    state, dtype = networks(args), frozen_dtype(args.device)
-
-    def ours():
-        unet = inject(our_unet(args, state, dtype), 4)
-        projector = Projector().to(args.device)
-        names = [(str(i), str(i)) for i in range(64)]
-        return Trainer(Settings(batch=args.batch), unet, projector, Memory(args), names, (4, args.size // 8, args.size // 8), args.device).train_step
-
-    def peer(checkpointing=False, channels_last=False, compiled=False):
-        from diffusers import DDPMScheduler
-        from peft import LoraConfig
-        functorch_config.activation_memory_budget = 1.0         # ours is not Diffusers' default
-        unet = diffusers_unet(args, state, dtype)
-        unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
-        lora = [p for p in unet.parameters() if p.requires_grad]
-        for p in lora:
-            p.data = p.data.float()
-        if checkpointing:
-            unet.enable_gradient_checkpointing()
-        if channels_last:
-            unet.to(memory_format=torch.channels_last)
-        unet.train()
-        projector, memory = Projector().to(args.device), Memory(args)
-        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-        parameters = [*lora, *projector.parameters()]
-        optimizer = torch.optim.AdamW([dict(params=lora, lr=5e-5, weight_decay=1e-3), dict(params=list(projector.parameters()), lr=5e-4, weight_decay=1e-4)])
-        network = torch.compile(unet) if compiled else unet
-
-        def step():
-            mean, logvar, e = (x.to(args.device) for x in memory.batch(range(args.batch), None))
-            z0 = 0.18215 * (mean + (0.5 * logvar).exp() * torch.randn_like(mean))
-            noise, t = torch.randn_like(z0), torch.randint(0, 1000, (len(z0),), device=args.device)
-            c = projector(torch.where(torch.rand(len(e), 1, device=args.device) < 0.1, projector.null, e))
-            with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):       # what accelerate does
-                eps = network(scheduler.add_noise(z0, noise, t).to(dtype), t, c.to(dtype), return_dict=False)[0]
-            loss = F.mse_loss(eps.float(), noise)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            return loss.item()
-        return step
-
+    """A step of the recipe beside Diffusers' training script for LoRA with PEFT."""
+    weights = networks(args), frozen_dtype(args.device)
+    ours, peer = partial(our_training_step, args, *weights), partial(diffusers_training_step, args, *weights)
     candidates = {"ours": ours, "Diffusers + PEFT": peer, "the same, channels_last": partial(peer, channels_last=True),
                   "the same, checkpointing": partial(peer, checkpointing=True)}
     if args.device.type == "cuda":
-        candidates |= {"the same, checkpointing, channels_last": partial(peer, checkpointing=True, channels_last=True),
-                       "the same, compiled": partial(peer, compiled=True, channels_last=True),
-                       "the same, compiled, checkpointing": partial(peer, compiled=True, checkpointing=True, channels_last=True)}
-    report(args, f"training step, batch {args.batch}, {args.size} px", "ours", measure(candidates, args), args.batch, flops(args, train=True))
+        last = partial(peer, channels_last=True)
+        candidates |= {"the same, checkpointing, channels_last": partial(last, checkpointing=True),
+                       "the same, compiled": partial(last, compiled=True),
+                       "the same, compiled, checkpointing": partial(last, compiled=True, checkpointing=True)}
+    work = f"training step, batch {args.batch}, {args.size} px"
+    report(args, work, "ours", measure(candidates, args), args.batch, flops(args, train=True))
     if args.device.type == "cuda":
         largest_batch(args, ours)
 
@@ -308,7 +316,7 @@ def distance(args):
     """Inception's features, and the distance between two sets of them, beside pytorch-fid."""
     import pytorch_fid.inception
     from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
-    file = fid.open_inception(args.inception)
+    file = Inception(args.inception).file
     state = {name: file.get(name) for name in file.names}
     state |= {name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in state if name.endswith("running_mean")}
     pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: state | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
@@ -317,7 +325,7 @@ def distance(args):
         files = patches(args, folder)
 
         def ours():
-            features["ours"] = fid.Extractor("inception", args.inception, args.device)(files)
+            features["ours"] = Inception(args.inception).extract(files, args.device)
 
         def peer():
             theirs = pytorch_fid.inception.InceptionV3([3]).to(args.device)         # both load their network, as their programs do
@@ -392,14 +400,15 @@ sys.path.insert(0, {root!r})
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from ldm.data import load_rgb
 from lora import load_projector, open_adapter
-from projector import embed, load_encoder, open_encoder
+from ldm.encoder import open_encoder
 device, dtype = torch.device({device!r}), {dtype}
 unet = UNet2DConditionModel.from_pretrained({folder!r}, subfolder="unet", torch_dtype=dtype).to(device)
 vae = AutoencoderKL.from_pretrained({folder!r}, subfolder="vae").to(device, dtype)
 scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
 pipe = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
 pipe.load_lora_weights({adapter!r})
-projector, e = load_projector(open_adapter({adapter!r})), embed(load_encoder(open_encoder({folder!r}), device), [load_rgb({image!r})])
+projector, encoder = load_projector(open_adapter({adapter!r})), open_encoder({folder!r})
+e = encoder.embed(encoder.load(device), [load_rgb({image!r})])
 pipe(prompt_embeds=projector(e).to(device, dtype), negative_prompt_embeds=projector(projector.null).to(device, dtype), guidance_scale=1.3,
      num_inference_steps={steps}, height={size}, width={size}).images[0].save("peer.png")
 """
@@ -416,7 +425,7 @@ def first(args):
         save_base(args, folder, channels=channels)
         save_file(build_encoder(*(192, 2) if small else ()).state_dict(), f"{folder}/model.safetensors")
         files = dict(zip(("base", "vae", "encoder"), (*open_sd15(folder), open_encoder(folder))))
-        header = dict(base=folder, encoder=folder, resolution=args.size, step=1) | {f"{part}_sha256": file.fingerprint() for part, file in files.items()}
+        header = dict(base=folder, encoder=folder, licence="none", resolution=args.size, step=1) | {f"{part}_sha256": file.fingerprint() for part, file in files.items()}
         adapter, [image] = f"{folder}/adapter.safetensors", patches(argparse.Namespace(**vars(args) | dict(images=1)), folder)
         save_adapter(adapter, inject(UNet(**args.width), 4), Projector(d_e=192 if small else 1536), {key: str(value) for key, value in header.items()})
         code = FIRST.format(root=str(ROOT), device=str(args.device), dtype=dtype, folder=folder, adapter=adapter, image=str(image), steps=args.steps, size=args.size)
@@ -448,9 +457,13 @@ def caching(args):
             vae, network = VAE(channels).to(args.device).requires_grad_(False), encoder()
 
             @torch.no_grad()
+            def embed(images):
+                return network(preprocess(images).to(args.device)).cpu()
+
+            @torch.no_grad()
             def encode(x):
                 return [part.cpu() for part in vae.encode(x.to(args.device))]
-            return lambda: Cache(f"{out}/{next(count)}", "vae", "encoder", args.size).fill(files, lambda: (encode, partial(embed, network)))
+            return lambda: Cache(f"{out}/{next(count)}", "vae", "encoder", args.size).fill(files, lambda: (encode, embed))
 
         def peer():
             vae = diffusers_vae(channels).to(args.device).requires_grad_(False)
@@ -549,7 +562,7 @@ def main():
     print(f"{name}; torch {torch.__version__}; {'full' if not args.width else 'narrow'} width; matrix multiplication {args.rate / 1e12:.3g} TFLOP/s; "
           f"medians of {args.repeats}\n\n| work | who | time | ratio | peak memory | TFLOP/s (share) |\n|---|---|---|---|---|---|", flush=True)
     for work in args.work or WORK:
-        if work == "fid" and not fid.inception_available(args.inception):
+        if work == "fid" and not inception_available(args.inception):
             print("fid: left out, pass --inception", flush=True)
             continue
         WORK[work](args)

@@ -75,7 +75,7 @@ def diffusers_networks():
     with torch.no_grad():
         # the norms start as identities, which would hide a norm left out or exchanged
         for network in (unet, vae):
-            for name, p in network.named_parameters():
+            for _name, p in network.named_parameters():
                 if p.ndim == 1:
                     p.add_(0.1 * torch.randn_like(p))
     return unet.eval().requires_grad_(False), vae.eval().requires_grad_(False)

@@ -30,7 +30,7 @@ def test_what_is_computed_again_gives_the_same_gradients():
     torch.manual_seed(0)
     unet = inject(UNet(**SMALL).requires_grad_(False), 4)
     with torch.no_grad():
-        for name, p in lora_parameters(unet).items():
+        for _name, p in lora_parameters(unet).items():
             p.add_(0.02 * torch.randn_like(p))
     z, t, c = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), torch.randn(2, 4, 768)
     gradients = []

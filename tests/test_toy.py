@@ -67,7 +67,7 @@ def test_the_dataset_is_split_by_slide_and_written_once(tmp_path):
 
 @needs_weights
 def test_the_weights_are_small_and_of_the_very_classes():
-    files = [p for p in WEIGHTS.rglob("*.safetensors")]
+    files = list(WEIGHTS.rglob("*.safetensors"))
     assert len(files) == 3 and sum(p.stat().st_size for p in files) <= 15e6
     unet_file, vae_file = open_sd15("toy")
     unet, vae = load_unet(unet_file, "meta"), load_vae(vae_file, "meta")

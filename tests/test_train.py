@@ -242,7 +242,7 @@ def test_a_run_leaves_what_the_readme_says(trained):
     assert f"python {' '.join(['train.py', '--data'])}" in card
     assert "pooled, then split by case; cases in more than one part: 0." in card
     assert config["environment"]["torch"] in card and len(config["environment"]["git"] or "0" * 40) >= 40
-    assert not [p for p in trained.rglob(".*")]                                           # no temporary files
+    assert not list(trained.rglob(".*"))                                           # no temporary files
 
 
 def test_a_model_card_says_no_more_than_is_known(trained, tmp_path):

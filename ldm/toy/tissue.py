@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from ..data import CLASSES
-from . import TISSUE
 from ..app import atomic_write
+
+TISSUE = dict(slides=32, patches=7)     # of each class: 896 patches
 
 VIEW = 36       # side of a patch in the units that everything below is drawn in
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])     # optical density of H and E (Ruifrok and Johnston 2001)
