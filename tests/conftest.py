@@ -1,6 +1,6 @@
-"""Fixtures: narrow networks of SD1.5's and UNI2-h's depth and names, and a small dataset, all made here from seeds.
+"""Fixtures: narrow networks of SD1.5's and UNI2-h's depth and names, a small dataset, all made from seeds.
 
-What is too large for the project is looked for in ../shared, or where MORPH_SHARED says; a test that needs it is skipped
+What is too large for the project is read from ../shared, or MORPH_SHARED; a test that needs it is skipped
 with the reason where it is absent.
 """
 import contextlib
@@ -42,7 +42,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The plain run leaves the slow tests out; `-m slow` runs them, and a test that is named is always run."""
+    """The plain run omits the slow tests; `-m slow` runs them, and a test that is named is always run."""
     if config.option.markexpr or any("::" in arg for arg in config.args):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
@@ -66,11 +66,15 @@ def diffusers_networks():
     """(U-Net, VAE) of Diffusers, narrow, as deep as SD1.5, float32, with every tensor random."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=64, block_out_channels=(32, 64, 128, 128), cross_attention_dim=768, attention_head_dim=8)
-    vae = AutoencoderKL(sample_size=512, block_out_channels=(32, 64, 64, 64), layers_per_block=2, latent_channels=4,
-                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    unet = UNet2DConditionModel(sample_size=64, block_out_channels=(32, 64, 128, 128),
+                                cross_attention_dim=768, attention_head_dim=8)
+    vae = AutoencoderKL(sample_size=512, block_out_channels=(32, 64, 64, 64), layers_per_block=2,
+                        latent_channels=4,
+                        down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4)
     with torch.no_grad():
-        for network in (unet, vae):         # the norms start as identities, which would hide a norm left out or exchanged
+        # the norms start as identities, which would hide a norm left out or exchanged
+        for network in (unet, vae):
             for _name, p in network.named_parameters():
                 if p.ndim == 1:
                     p.add_(0.1 * torch.randn_like(p))
@@ -92,8 +96,10 @@ def uni2h(tmp_path_factory):
     import timm
     torch.manual_seed(0)
     encoder = timm.create_model(
-        "vit_giant_patch14_224", img_size=224, patch_size=14, depth=2, num_heads=3, init_values=1e-5, embed_dim=192,
-        mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True, mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU,
+        "vit_giant_patch14_224", img_size=224, patch_size=14, depth=2, num_heads=3, init_values=1e-5,
+        embed_dim=192,
+        mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True, mlp_layer=timm.layers.SwiGLUPacked,
+        act_layer=torch.nn.SiLU,
         reg_tokens=8, dynamic_img_size=True)
     folder = tmp_path_factory.mktemp("uni2h")
     torch.save(encoder.state_dict(), folder / "pytorch_model.bin")
@@ -101,14 +107,16 @@ def uni2h(tmp_path_factory):
 
 
 # What train.py writes into an adapter's header.
-HEADER = dict(base="x", base_sha256="b", vae_sha256="v", encoder="y", encoder_sha256="e", resolution="64", step="7", seed="0", licence="CC BY-NC-ND")
+HEADER = dict(base="x", base_sha256="b", vae_sha256="v", encoder="y", encoder_sha256="e", resolution="64",
+              step="7", seed="0", licence="CC BY-NC-ND")
 
 
 def texture(seed, size=72):
     """A smooth pink and violet pattern, unlike every other seed's."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
-    waves = sum(np.sin(2 * np.pi * (rng.uniform(-4, 4) * x + rng.uniform(-4, 4) * y + rng.uniform())) for _ in range(4)) / 4
+    waves = sum(np.sin(2 * np.pi * (rng.uniform(-4, 4) * x + rng.uniform(-4, 4) * y + rng.uniform()))
+                for _ in range(4)) / 4
     colour = np.array([200, 120, 180]) + rng.normal(0, 20, 3)
     return Image.fromarray((colour + waves[..., None] * [60, 50, 40]).clip(0, 255).astype(np.uint8))
 
@@ -137,7 +145,8 @@ class Memory:
 
     def __init__(self, n, d_e):
         g = torch.Generator().manual_seed(0)
-        self.rows = {f"h{i}": (torch.randn(2, 4, 16, 16, generator=g), torch.full((2, 4, 16, 16), -9.0), torch.randn(d_e, generator=g))
+        self.rows = {f"h{i}": (torch.randn(2, 4, 16, 16, generator=g), torch.full((2, 4, 16, 16), -9.0),
+                               torch.randn(d_e, generator=g))
                      for i in range(n)}
 
     def batch(self, hashes, mirrored):
@@ -150,15 +159,17 @@ def trainer(n=8, widths=(32, 64, 64, 64), layers=2, **changes):
     torch.manual_seed(0)
     unet = inject(UNet(widths, layers).requires_grad_(False), 2)
     projector = Projector(d_e=12, d_h=16, n_c=2)
-    return Trainer(replace(SETTINGS, **changes), unet, projector, Memory(n, 12), [(f"{i}.png", f"h{i}") for i in range(n)], (4, 16, 16), torch.device("cpu"))
+    return Trainer(replace(SETTINGS, **changes), unet, projector, Memory(n, 12),
+                   [(f"{i}.png", f"h{i}") for i in range(n)], (4, 16, 16), torch.device("cpu"))
 
 
 def program(name, *args, cwd, check=True):
-    """Call train.py, sample.py or fid.py in this process, as `python NAME ARGS` would -> returncode, stdout, stderr.
+    """Call a program in this process, as `python NAME ARGS` would -> returncode, stdout, stderr.
 
     A new process for each would import torch each time; `process` is for what needs one.
     """
-    module, out, err, code = importlib.import_module(name.removesuffix(".py")), io.StringIO(), io.StringIO(), 0
+    module, code = importlib.import_module(name.removesuffix(".py")), 0
+    out, err = io.StringIO(), io.StringIO()
     before = sys.argv, Path.cwd(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         sys.argv = [name, *map(str, args)]
@@ -178,7 +189,8 @@ def program(name, *args, cwd, check=True):
 
 def process(name, *args, cwd, check=True, **environment):
     """The same in a process of its own."""
-    result = subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, capture_output=True, text=True,
+    result = subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, capture_output=True,
+                            text=True,
                             env=os.environ | environment, timeout=600)
     assert not check or result.returncode == 0, result.stderr
     return result
@@ -187,7 +199,8 @@ def process(name, *args, cwd, check=True, **environment):
 @pytest.fixture(scope="session")
 def small(base, uni2h, dataset):
     """Arguments of a training run that takes seconds."""
-    return ["--data", dataset, "--sd15", base, "--uni2h", uni2h, "--size", 64, "--rank", 2, "--hidden", 32, "--batch", 4]
+    return ["--data", dataset, "--sd15", base, "--uni2h", uni2h, "--size", 64, "--rank", 2, "--hidden", 32,
+            "--batch", 4]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the three programs share: whole files, one line for a failure, the device, and that all processes see the same."""
+"""What the programs share: atomic files, one line for a failure, the device, equal files everywhere."""
 import io
 import os
 import subprocess
@@ -19,13 +19,16 @@ from ldm.weights import TensorFile, is_hub_name, load_unet, open_sd15
 
 def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
     """The limit of the system on a file's size stands in for a full disk."""
-    code = ("import resource, sys, torch; sys.path.insert(0, sys.argv[1]); from ldm.app import run_program, save_tensors;"
+    code = ("import resource, sys, torch; sys.path.insert(0, sys.argv[1]);"
+            "from ldm.app import run_program, save_tensors;"
             "save_tensors('x.safetensors', {'a': torch.ones(3)}, {});"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
             "run_program(lambda: save_tensors('x.safetensors', {'a': torch.ones(9999)}, {}))")
-    result = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True,
+                            text=True)
     assert result.returncode == 2 and "x.safetensors" in result.stderr and "Traceback" not in result.stderr
-    assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [1, 1, 1] and len(list(tmp_path.iterdir())) == 1
+    assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [1, 1, 1]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs the permissions of POSIX")
@@ -43,8 +46,10 @@ def test_a_file_has_the_permissions_that_the_user_asks_for(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("problem, words", [
-    (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"), "smaller --batch"), (MemoryError(), "smaller --batch"),
-    (OSError(28, "No space left on device", "x.csv"), "No space left on device: x.csv"), (Fail("no such\nthing"), "no such thing")])
+    (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"), "smaller --batch"),
+    (MemoryError(), "smaller --batch"),
+    (OSError(28, "No space left on device", "x.csv"), "No space left on device: x.csv"),
+    (Fail("no such\nthing"), "no such thing")])
 def test_a_failure_is_one_line(problem, words, capsys):
     def main():
         raise problem
@@ -80,13 +85,17 @@ def test_a_process_that_sees_other_files_than_the_first_one_says_so(tmp_path, mo
         check_same("weights", {"base": "a"})
     monkeypatch.setattr(data, "broadcast", lambda value: [])
     texture(0).save(tmp_path / "a.png")
-    with pytest.raises(Fail, match="a.png is not in the cache"):        # the first process sees no image that is not cached
+    # the first process sees no image that is not cached
+    with pytest.raises(Fail, match="a.png is not in the cache"):
         data.Cache(tmp_path / "cache", "vae", "encoder", 64).fill([tmp_path / "a.png"], None)
 
 
 @pytest.mark.parametrize("source, public", [
-    ("owner/name", "owner/name"), ("/gone/to/weights", "weights"), ("--data=/home/someone/patches", "--data=patches"), ("--data=/a=b/c", "--data=c"),
-    ("--rank", "--rank"), ("1.5", "1.5"), ("chaoyang/", "chaoyang/"), ("runs/x", "runs/x"), ("~/weights", "weights"), ("toy", "toy"), ("--sd15=owner/name", "--sd15=owner/name"), ("/mine/toy", "./toy")])
+    ("owner/name", "owner/name"), ("/gone/to/weights", "weights"),
+    ("--data=/home/someone/patches", "--data=patches"), ("--data=/a=b/c", "--data=c"),
+    ("--rank", "--rank"), ("1.5", "1.5"), ("chaoyang/", "chaoyang/"), ("runs/x", "runs/x"),
+    ("~/weights", "weights"), ("toy", "toy"), ("--sd15=owner/name", "--sd15=owner/name"),
+    ("/mine/toy", "./toy")])
 def test_of_a_path_no_more_than_its_end_is_told(source, public):
     assert public_name(source) == public
 
@@ -94,15 +103,19 @@ def test_of_a_path_no_more_than_its_end_is_told(source, public):
 def test_the_same_content_makes_the_same_file(tmp_path):
     """The library's own order of a header changes from call to call."""
     for k in range(8):
-        save_tensors(tmp_path / f"{k}.safetensors", {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.bfloat16)}, {f"key{i}": f"α{i}" for i in range(9)})
+        save_tensors(tmp_path / f"{k}.safetensors",
+                     {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.bfloat16)},
+                     {f"key{i}": f"α{i}" for i in range(9)})
     [content] = {path.read_bytes() for path in tmp_path.iterdir()}
     assert int.from_bytes(content[:8], "little") % 8 == 0
     file = TensorFile(tmp_path / "0.safetensors")
-    assert file.header["key3"] == "α3" and torch.equal(file.get("b"), torch.ones(3)) and file.get("a").dtype == torch.bfloat16
+    assert file.header["key3"] == "α3" and torch.equal(file.get("b"), torch.ones(3))
+    assert file.get("a").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name, ours", [
-    ("stable-diffusion-v1-5/stable-diffusion-v1-5", True), ("MahmoodLab/UNI2-h", True), ("../weights", False), ("models/sd15..x", False), ("a--b/c", False),
+    ("stable-diffusion-v1-5/stable-diffusion-v1-5", True), ("MahmoodLab/UNI2-h", True), ("../weights", False),
+    ("models/sd15..x", False), ("a--b/c", False),
     ("a/b/c", False), ("./x", False), ("x", False), ("a/b.git", False), ("-a/b", False)])
 def test_a_mistyped_path_is_not_taken_for_a_repository(name, ours):
     """By the rules of the hub's own client."""
@@ -117,9 +130,12 @@ def test_a_mistyped_path_is_not_taken_for_a_repository(name, ours):
 
 
 @pytest.mark.parametrize("program_, arguments", [
-    ("train.py", ["--data", "~nobody-of-this-name/x"]), ("train.py", ["--data", "x", "--sd15", "../nowhere"]), ("train.py", ["--data", "x", "--uni2h", "../nowhere"]),
-    ("train.py", ["--run", "runs/\udcff"]), ("train.py", ["--hidden", "1" + 18 * "0"]), ("train.py", ["--rank", "1" + 19 * "0"]), ("train.py", ["--size", "6400000000"]),
-    ("train.py", ["--lr", "1e300"]), ("train.py", ["--batch", "1" + 19 * "0"]), ("sample.py", ["--ref", "~nobody-of-this-name"]), ("fid.py", ["~real", "~fake"])])
+    ("train.py", ["--data", "~nobody-of-this-name/x"]), ("train.py", ["--data", "x", "--sd15", "../nowhere"]),
+    ("train.py", ["--data", "x", "--uni2h", "../nowhere"]),
+    ("train.py", ["--run", "runs/\udcff"]), ("train.py", ["--hidden", "1" + 18 * "0"]),
+    ("train.py", ["--rank", "1" + 19 * "0"]), ("train.py", ["--size", "6400000000"]),
+    ("train.py", ["--lr", "1e300"]), ("train.py", ["--batch", "1" + 19 * "0"]),
+    ("sample.py", ["--ref", "~nobody-of-this-name"]), ("fid.py", ["~real", "~fake"])])
 def test_odd_arguments_end_in_one_line_and_leave_nothing(program_, arguments, dataset, tmp_path):
     if "x" in arguments:
         arguments = [dataset if argument == "x" else argument for argument in arguments]
@@ -128,10 +144,12 @@ def test_odd_arguments_end_in_one_line_and_leave_nothing(program_, arguments, da
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("shapes", [{"conv_in.weight": ()}, {"down_blocks.0.resnets.0.conv1.weight": ()}, {"patch_embed.proj.weight": (), "blocks.0.x": (1,)},
+@pytest.mark.parametrize("shapes", [{"conv_in.weight": ()}, {"down_blocks.0.resnets.0.conv1.weight": ()},
+                                    {"patch_embed.proj.weight": (), "blocks.0.x": (1,)},
                                     {"patch_embed.proj.weight": (64, 3, 14, 14), "blocks.": (1,)}, {0: (1,)}])
 def test_weights_with_odd_tensors_are_refused(shapes, tmp_path):
-    for path in (tmp_path / "unet/diffusion_pytorch_model.safetensors", tmp_path / "vae/diffusion_pytorch_model.safetensors"):
+    for path in (tmp_path / "unet/diffusion_pytorch_model.safetensors",
+                 tmp_path / "vae/diffusion_pytorch_model.safetensors"):
         path.parent.mkdir()
         save_tensors(path, {str(name): torch.ones(shape) for name, shape in shapes.items()}, {})
     torch.save({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "pytorch_model.bin")
@@ -141,11 +159,13 @@ def test_weights_with_odd_tensors_are_refused(shapes, tmp_path):
         open_encoder(str(tmp_path)).load("meta")
 
 
-@pytest.mark.parametrize("images, cut", [("5", 0), ('["a", "b", "c"]', 0), ('[["a"], "b"]', 0), ("[" * 9999, 0), ('["a", "b"]', 9)])
+@pytest.mark.parametrize("images, cut", [("5", 0), ('["a", "b", "c"]', 0), ('[["a"], "b"]', 0),
+                                         ("[" * 9999, 0), ('["a", "b"]', 9)])
 def test_a_damaged_shard_of_the_cache_is_named(images, cut, tmp_path):
     cache = data.Cache(tmp_path, "vae", "encoder", 64)
     path = cache.folder / "x.safetensors"
-    save_tensors(path, {name: torch.ones(2, 2, 4, 8, 8) for name in ("mean", "logvar", "embedding")}, {"images": images})
+    save_tensors(path, {name: torch.ones(2, 2, 4, 8, 8) for name in ("mean", "logvar", "embedding")},
+                 {"images": images})
     path.write_bytes(path.read_bytes()[:path.stat().st_size - cut])
     with pytest.raises(Fail, match="x.safetensors is no complete shard of the cache; remove it"):
         data.Cache(tmp_path, "vae", "encoder", 64)
@@ -163,4 +183,5 @@ def test_a_folder_of_patches_may_be_called_toy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--sd15", "toy", "--data", "toy"])
     args, _, _ = parse_settings("")
-    assert args.data == str(tmp_path / "toy") and args.sd15 == "toy"        # found again from any other folder
+    # found again from any other folder
+    assert args.data == str(tmp_path / "toy") and args.sd15 == "toy"

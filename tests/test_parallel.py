@@ -1,4 +1,4 @@
-"""Several processes under torchrun do what one does: same losses and adapter to rounding, same images, same distance."""
+"""Several processes under torchrun do what one does: losses and adapter to rounding, images, distance."""
 import json
 import os
 import shutil
@@ -18,8 +18,10 @@ from ldm.weights import TensorFile
 
 def torchrun(n, name, *args, cwd, **options):
     """The program in n processes -> Popen."""
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--", str(ROOT / name), *map(str, args)],
-                            cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             "--nproc-per-node", str(n), "--", str(ROOT / name), *map(str, args)],
+                            cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
 
 
 def finish(started, code=0):
@@ -57,7 +59,8 @@ def test_two_processes_train_the_adapter_of_one(runs):
 def test_two_processes_cache_every_image_once(runs):
     counts = []
     for cwd in runs:
-        names = [n for path in (cwd / "runs/cache").rglob("*.safetensors") for n in json.loads(TensorFile(path).header["images"])]
+        names = [n for path in (cwd / "runs/cache").rglob("*.safetensors")
+                 for n in json.loads(TensorFile(path).header["images"])]
         assert len(names) == len(set(names))
         counts.append(sorted(names))
     assert counts[0] == counts[1]
@@ -69,12 +72,14 @@ def test_two_processes_sample_the_images_of_one_and_measure_the_same_distance(ru
     arguments = ["--run", run, "--split", "val", "--limit", 3, "--steps", 3, "--batch", 2, "--cfg", 1, 1.3]
     process("sample.py", *arguments, "--out", "one", cwd=tmp_path, OMP_NUM_THREADS="1")
     finish(torchrun(2, "sample.py", *arguments, "--out", "two", cwd=tmp_path))
-    files = [sorted(p.relative_to(tmp_path / k) for p in (tmp_path / k).rglob("*") if p.is_file()) for k in ("one", "two")]
+    files = [sorted(p.relative_to(tmp_path / k) for p in (tmp_path / k).rglob("*") if p.is_file())
+             for k in ("one", "two")]
     assert files[0] == files[1] and len(files[0]) == 1 + 2 + 3 * 3
     for path in files[0]:
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
     texts = [program("fid.py", run / "real", run / "fake", "--features", "encoder", cwd=tmp_path).stdout,
-             finish(torchrun(2, "fid.py", run / "real", run / "fake", "--features", "encoder", cwd=tmp_path))[0]]
+             finish(torchrun(2, "fid.py", run / "real", run / "fake", "--features", "encoder",
+                             cwd=tmp_path))[0]]
     assert texts[0] == texts[1] and "FID" in texts[0]
 
 
@@ -111,8 +116,10 @@ def test_a_node_with_other_weights_than_the_first_one_says_so(small, base, tmp_p
     jobs = []
     for rank, sd15 in enumerate((base, tmp_path / "other")):
         arguments = [*small[:2], "--sd15", sd15, *small[4:], "--run", "runs/x", "--max-steps", 2]
-        environment = dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29431", OMP_NUM_THREADS="1")
-        jobs.append(subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], cwd=tmp_path, stdout=subprocess.PIPE,
+        environment = dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29431",
+                           OMP_NUM_THREADS="1")
+        jobs.append(subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+                                     cwd=tmp_path, stdout=subprocess.PIPE,
                                      stderr=subprocess.PIPE, text=True, env=os.environ | environment))
     (_, first), (_, second) = (finish(job, code=2) for job in jobs)
     assert "process 1 of 2 reads other weights than rank 0" in second and "another process has ended" in first

@@ -1,4 +1,7 @@
-"""A run that is killed twenty times, wherever it is, ends with the bits of one that was not: python -m pytest -m slow tests/test_resume.py -s"""
+"""A run that is killed twenty times, wherever it is, ends with the bits of one that was not.
+
+    python -m pytest -m slow tests/test_resume.py -s
+"""
 import os
 import random
 import subprocess
@@ -13,7 +16,7 @@ from ldm.app import read_csv
 
 pytestmark = pytest.mark.slow
 
-# Runs train.py, and kills it at a random moment after the nth call of a function; "clock" is the time since the start.
+# Runs train.py, and kills it at a random moment after the nth call of a function, or after its start.
 RUN = """
 import os, random, runpy, signal, sys, threading, time
 sys.path.insert(0, {root!r})
@@ -38,7 +41,8 @@ mine = os.environ.get("RANK", "0") == seed          # under torchrun one of the 
 if mine and place == "clock":
     threading.Timer(delay, kill).start()
 elif mine and place != "nowhere":
-    watch(*dict(caching=(ldm.data.Cache, "_write"), step=(train.Trainer, "train_step"), validation=(train.Trainer, "validation_loss"),
+    watch(*dict(caching=(ldm.data.Cache, "_write"), step=(train.Trainer, "train_step"),
+                validation=(train.Trainer, "validation_loss"),
                 samples=(sample, "make_images"), write=(ldm.app, "save"), rename=(os, "replace"))[place])
 ldm.app.run_program(train.main)
 """
@@ -46,9 +50,12 @@ PLACES = ("caching", "step", "validation", "samples", "write", "rename", "clock"
 
 
 def start(processes, cwd, place, nth, delay, rank, *arguments):
-    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
+    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run",
+                                                        "--standalone", "--nproc-per-node", str(processes),
+                                                        "--"]
     (cwd / "run.py").write_text(RUN.format(root=str(ROOT)))
-    return subprocess.run([*launcher, "run.py", place, str(nth), str(delay), str(rank), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+    return subprocess.run([*launcher, "run.py", place, str(nth), str(delay), str(rank), *map(str, arguments)],
+                          cwd=cwd, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
 
 
@@ -63,9 +70,12 @@ def test_twenty_kills_change_nothing(processes, small, tmp_path):
     while kills < 20:
         attempts += 1
         assert attempts < 60
-        place = PLACES[attempts % len(PLACES)] if attempts > 3 else "caching"        # of which there is not much
-        delay = chance.uniform(0, 0.01) if place in ("write", "rename") else chance.uniform(0, 8 if place == "clock" else 0.3)
-        result = start(processes, tmp_path, place, chance.randint(1, 2 if place == "caching" else 5), delay, chance.randrange(processes), *arguments)
+        # of which there is not much
+        place = PLACES[attempts % len(PLACES)] if attempts > 3 else "caching"
+        longest = dict(write=0.01, rename=0.01, clock=8).get(place, 0.3)
+        delay = chance.uniform(0, longest)
+        result = start(processes, tmp_path, place, chance.randint(1, 2 if place == "caching" else 5), delay,
+                       chance.randrange(processes), *arguments)
         if result.returncode:
             if processes == 1:
                 assert result.returncode == -9, result.stderr
@@ -73,8 +83,9 @@ def test_twenty_kills_change_nothing(processes, small, tmp_path):
                 assert "SIGKILL" in result.stderr, result.stderr
             kills += 1
             places[place] = places.get(place, 0) + 1
-        elif (tmp_path / "runs/x/log.csv").exists() and len(read_csv(tmp_path / "runs/x/log.csv")) == 3 and kills < 20:
-            (tmp_path / "runs/x").rename(tmp_path / f"runs/done{attempts}")           # complete before its kills: compare it, and begin anew
+        elif len(read_csv(tmp_path / "runs/x/log.csv")) == 3 and kills < 20:
+            # complete before its kills: compare it, and begin anew
+            (tmp_path / "runs/x").rename(tmp_path / f"runs/done{attempts}")
             compare(tmp_path / "whole/runs/x", tmp_path / f"runs/done{attempts}")
     last = start(processes, tmp_path, "nowhere", 0, 0, 0, *arguments)
     assert last.returncode == 0, last.stderr
@@ -87,7 +98,8 @@ def compare(whole, broken):
         a, b = (load_file(run / f"{name}.safetensors") for run in (whole, broken))
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a), name
     for name in ("adapter", "adapter-best"):        # the state has the minutes in its header
-        assert (whole / f"{name}.safetensors").read_bytes() == (broken / f"{name}.safetensors").read_bytes(), name
+        a, b = ((run / f"{name}.safetensors").read_bytes() for run in (whole, broken))
+        assert a == b, name
     a, b = (read_csv(run / "log.csv") for run in (whole, broken))
     for row, other in zip(a, b, strict=True):
         for key in row.keys() - {"images_per_second", "minutes", "peak_memory_gb"}:

@@ -1,4 +1,4 @@
-"""Training: the recipe, what it moves, that it goes on where it was; and the way from a run to samples and scores."""
+"""Training: the recipe, what it moves, how it resumes; and the way from a run to samples and scores."""
 import csv
 import json
 import math
@@ -42,11 +42,13 @@ def test_every_step_of_an_epoch_has_a_whole_batch_and_every_image_comes_once():
 def test_draws_are_a_function_of_seed_and_step_and_have_the_papers_distributions():
     n = 20_000
     r, again, other = (draw_noise(generator(3, 0, step), n, (1, 2, 2), 0.1, (1, 4)) for step in (7, 7, 8))
-    assert all(torch.equal(vars(r)[k], vars(again)[k]) and not torch.equal(vars(r)[k], vars(other)[k]) for k in vars(r))
+    assert all(torch.equal(vars(r)[k], vars(again)[k]) and not torch.equal(vars(r)[k], vars(other)[k])
+               for k in vars(r))
     assert r.mirrored.float().mean().item() == pytest.approx(0.5, abs=0.02)
     assert r.null.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert (r.t.min(), r.t.max()) == (0, 999) and r.t.float().mean().item() == pytest.approx(499.5, abs=10)
-    assert (r.keep == 0).float().mean().item() == pytest.approx(0.05, abs=0.005) and r.keep.max().item() == pytest.approx(1 / 0.95)
+    assert (r.keep == 0).float().mean().item() == pytest.approx(0.05, abs=0.005)
+    assert r.keep.max().item() == pytest.approx(1 / 0.95)
     assert r.noise.std().item() == pytest.approx(1, abs=0.02)
     assert abs((r.noise * r.posterior).mean().item()) < 0.02
 
@@ -92,16 +94,18 @@ def test_the_optimizer_has_the_papers_two_groups():
     t = trainer()
     t.train_step()
     lora, rest = t.optimizer.param_groups
-    assert [lora["lr"], rest["lr"]] == t.learning_rates(0) == [5e-5 / 2, pytest.approx(5e-4 / 2)]      # two steps of warm-up
+    # two steps of warm-up
+    assert [lora["lr"], rest["lr"]] == t.learning_rates(0) == [5e-5 / 2, pytest.approx(5e-4 / 2)]
     assert isinstance(t.optimizer, torch.optim.AdamW) and lora["betas"] == rest["betas"] == (0.9, 0.999)
     assert (lora["base"], lora["weight_decay"]) == (5e-5, 1e-3)
     assert (rest["base"], rest["weight_decay"]) == (pytest.approx(5e-4), 1e-4)
     assert {id(p) for p in lora["params"]} == {id(p) for p in lora_parameters(t.unet).values()}
-    assert {id(p) for p in rest["params"]} == {id(p) for p in t.projector.parameters()} and any(p is t.projector.null for p in rest["params"])
+    assert {id(p) for p in rest["params"]} == {id(p) for p in t.projector.parameters()}
+    assert any(p is t.projector.null for p in rest["params"])
 
 
 def test_a_step_is_adamw_on_the_gradient_clipped_to_norm_1():
-    """Written out: after the first step the moments are m = (1-β₁) g and v = (1-β₂) g², so the update is that of sign(g)."""
+    """After the first step the moments are m = (1-β₁) g and v = (1-β₂) g²: the update is that of sign(g)."""
     t = trainer(cfg_drop=0.5)
     before = {n: p.detach().clone() for n, p in t.named.items()}
     scale = torch.full((), 1e3)
@@ -111,8 +115,10 @@ def test_a_step_is_adamw_on_the_gradient_clipped_to_norm_1():
     clipped = torch.sqrt(sum(p.grad.square().sum() for p in t.parameters))
     assert clipped.item() == pytest.approx(1, rel=1e-3)
     for name, p in t.named.items():
-        rate, decay = (t.learning_rates(0)[0], 1e-3) if name.startswith("unet.") else (t.learning_rates(0)[1], 1e-4)
-        assert torch.allclose(p, before[name] * (1 - rate * decay) - rate * p.grad / (p.grad.abs() + 1e-8), atol=1e-7), name
+        rate, decay = (t.learning_rates(0)[0],
+                       1e-3) if name.startswith("unet.") else (t.learning_rates(0)[1], 1e-4)
+        assert torch.allclose(p, before[name] * (1 - rate * decay) - rate * p.grad / (p.grad.abs() + 1e-8),
+                              atol=1e-7), name
 
 
 def test_training_moves_lora_projector_and_null_embedding_and_nothing_else():
@@ -124,33 +130,39 @@ def test_training_moves_lora_projector_and_null_embedding_and_nothing_else():
     unmoved = [n for n, p in t.named.items() if torch.equal(p, before[n])]
     assert unmoved == [] and "projector.null" in before
     assert all(torch.equal(p, t.unet.state_dict()[n]) for n, p in frozen.items())
-    assert {id(p) for p in t.unet.parameters() if p.requires_grad} == {id(p) for p in lora_parameters(t.unet).values()}
+    trainable = {id(p) for p in t.unet.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in lora_parameters(t.unet).values()}
 
 
 @pytest.mark.slow
 def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, monkeypatch):
-    """On one fixed draw of noise and timesteps. (The frozen network is random here: drawn anew at every step, noise can be
-    predicted only as far as such a network goes, and the loss falls by half.)"""
+    """On one fixed draw of noise and timesteps. (The frozen network is random: with new draws at every step, it
+    predicts noise only so far, and the loss falls by half.)"""
     from ldm.data import Cache, read_dataset
     from ldm.encoder import open_encoder
     from ldm.weights import load_unet
-    root, (unet_file, vae_file), encoder_file = shared("data/ebhi-colon"), open_sd15(str(base)), open_encoder(uni2h)
+    root, encoder_file = shared("data/ebhi-colon"), open_encoder(uni2h)
+    unet_file, vae_file = open_sd15(str(base))
     names = [p.name for p in read_dataset(root)][::200][:8]
     cache = Cache(tmp_path, "vae", "encoder", 64)
-    hashes = cache.fill([root / n for n in names], lambda: train.load_encoders(vae_file, encoder_file, torch.device("cpu")))
+    hashes = cache.fill([root / n for n in names],
+                        lambda: train.load_encoders(vae_file, encoder_file, torch.device("cpu")))
     torch.manual_seed(0)
     unet = inject(load_unet(unet_file), 16)
     frozen = {n: p.clone() for n, p in unet.state_dict().items() if not n.endswith((".A", ".B"))}
     settings = replace(SETTINGS, lr=5e-3, lr_ratio=1.0, batch=8, cfg_drop=0.5, epochs=200)
-    t = Trainer(settings, unet, Projector(cache.width, 256, 4), cache, list(zip(names, hashes)), (4, 8, 8), torch.device("cpu"))
+    t = Trainer(settings, unet, Projector(cache.width, 256, 4), cache, list(zip(names, hashes)), (4, 8, 8),
+                torch.device("cpu"))
     before = {n: p.detach().clone() for n, p in t.named.items()}
     monkeypatch.setattr(train, "generator", lambda *key: generator(0, 0, 0))
     for _ in range(200):
         t.train_step()
     print(f"loss {t.losses[0]:.4f} -> {t.losses[-1]:.4f}")
     assert t.losses[-1] < t.losses[0] / 5
-    constant = "mid_block.attentions.0.transformer_blocks.0.attn1.to_"      # of one position at 64 px: Q and K have no gradient
-    assert all(not torch.equal(p, before[n]) for n, p in t.named.items() if f"{constant}q" not in n and f"{constant}k" not in n)
+    # of one position at 64 px: Q and K have no gradient
+    constant = "mid_block.attentions.0.transformer_blocks.0.attn1.to_"
+    assert all(not torch.equal(p, before[n]) for n, p in t.named.items() if f"{constant}q" not in n
+               and f"{constant}k" not in n)
     assert all(torch.equal(p, unet.state_dict()[n]) for n, p in frozen.items())
 
 
@@ -202,7 +214,7 @@ def test_a_validation_loss_does_not_depend_on_the_batch_size():
     assert a.validation_loss(hashes) == pytest.approx(b.validation_loss(hashes), rel=1e-5)
 
 
-# ---- as programs ---------------------------------------------------------------------------------------------------
+# ---- as programs -------------------------------------------------------------------------------------
 
 def test_a_run_leaves_what_the_readme_says(trained):
     rows = list(csv.DictReader(open(trained / "log.csv")))
@@ -214,21 +226,27 @@ def test_a_run_leaves_what_the_readme_says(trained):
     best, last = load_file(trained / "adapter-best.safetensors"), load_file(trained / "adapter.safetensors")
     assert best.keys() == last.keys() and len(last) == 256 + 2 + 2 + 2 + 1
     config = json.loads((trained / "config.json").read_text())
-    assert config["args"]["rank"] == 2 and set(config["sha256"]) == {"vae", "encoder", "base", "images", "features"}
-    result = program("fid.py", trained / "real", trained / "fake", "--features", "encoder", "--json", "-", cwd=trained)
-    assert json.loads(result.stdout)[0]["fid"] == pytest.approx(distances[-1], rel=1e-6)   # the logged number is fid.py's
+    assert config["args"]["rank"] == 2
+    assert set(config["sha256"]) == {"vae", "encoder", "base", "images", "features"}
+    result = program("fid.py", trained / "real", trained / "fake", "--features", "encoder", "--json", "-",
+                     cwd=trained)
+    # the logged number is fid.py's
+    assert json.loads(result.stdout)[0]["fid"] == pytest.approx(distances[-1], rel=1e-6)
     best_epoch = 1 + distances.index(min(distances))
-    assert int(train.TensorFile(trained / "adapter-best.safetensors").header["step"]) == int(rows[best_epoch - 1]["step"])
+    header = train.TensorFile(trained / "adapter-best.safetensors").header
+    assert int(header["step"]) == int(rows[best_epoch - 1]["step"])
     card = (trained / "README.md").read_text()
-    assert yaml.safe_load(card.split("---")[1])["license"] == "other" and "CC BY-NC-ND" in card and "Open RAIL-M" in card
-    assert f"**{min(distances):.4g}**, epoch {best_epoch} of 2" in card and f"python {' '.join(['train.py', '--data'])}" in card
+    assert yaml.safe_load(card.split("---")[1])["license"] == "other" and "CC BY-NC-ND" in card
+    assert "Open RAIL-M" in card
+    assert f"**{min(distances):.4g}**, epoch {best_epoch} of 2" in card
+    assert f"python {' '.join(['train.py', '--data'])}" in card
     assert "pooled, then split by case; cases in more than one part: 0." in card
     assert config["environment"]["torch"] in card and len(config["environment"]["git"] or "0" * 40) >= 40
     assert not list(trained.rglob(".*"))                                           # no temporary files
 
 
 def test_a_model_card_says_no_more_than_is_known(trained, tmp_path):
-    """Of an official split with a case in two parts, before the first samples; and of patches of which each may be a case."""
+    """An official split with a case in two parts, before the first samples; and patches of unknown cases."""
     import shutil
     copy = shutil.copytree(trained, tmp_path / "x")
     (copy / "adapter-best.safetensors").unlink()
@@ -239,11 +257,13 @@ def test_a_model_card_says_no_more_than_is_known(trained, tmp_path):
     patches = [Patch(name, "a", name.split("_")[0]) for names in split.values() for name in names]
     shared = split | {"test": split["test"] + split["train"][:1]}
     for how, described in (("cases in more than one part: 1.", describe_split(shared, patches)),
-                           ("which patches share a case is unknown", describe_split(split, [Patch(p.name, "a", p.name) for p in patches]))):
+                           ("which patches share a case is unknown",
+                            describe_split(split, [Patch(p.name, "a", p.name) for p in patches]))):
         (copy / "config.json").write_text(json.dumps(config))
         (copy / "split.json").write_text(described)
         card = model_card(copy)
-        assert how in card and "the dataset's own test part" in card and "adapter-best" not in card and "/gone" not in card
+        assert how in card and "the dataset's own test part" in card and "adapter-best" not in card
+        assert "/gone" not in card
 
 
 def test_the_cache_is_used_again_and_repeating_the_command_goes_on(trained, small):
@@ -265,7 +285,8 @@ def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_ha
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--run", "runs/broken"]
     codes = []
     for kind in (signal.SIGTERM, signal.SIGKILL):
-        running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         state, then = tmp_path / "runs/broken/state.safetensors", None
         for _ in range(2000):           # until a commit of its own is there
             now = state.stat().st_mtime_ns if state.exists() else None
@@ -278,16 +299,19 @@ def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_ha
     assert codes == [143, -signal.SIGKILL]
     result = process("train.py", "--resume", "runs/broken", cwd=tmp_path)
     assert "complete" in result.stdout
-    assert all(torch.equal(t, expected[n]) for n, t in load_file(tmp_path / "runs/broken/adapter.safetensors").items())
+    assert all(torch.equal(t, expected[n])
+               for n, t in load_file(tmp_path / "runs/broken/adapter.safetensors").items())
 
 
 @pytest.mark.slow
 def test_two_processes_share_a_cache_and_not_a_run(small, tmp_path):
     """The first is stopped in its tracks while two others come: one for the same run, one for another."""
     def start(run):
-        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, small), "--epochs", "1", "--val-samples", "0", "--run", run],
+        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, small), "--epochs", "1",
+                                 "--val-samples", "0", "--run", run],
                                 cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})      # more threads than cores would wait for each other
+                                # more threads than cores would wait for each other
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     first = start("runs/a")
     while not (tmp_path / "runs/a/config.json").exists() and first.poll() is None:
         time.sleep(0.01)
@@ -303,7 +327,8 @@ def test_two_processes_share_a_cache_and_not_a_run(small, tmp_path):
 
 @pytest.mark.slow
 def test_a_sampler_that_is_asked_to_stop_leaves_whole_images_and_goes_on(trained, tmp_path):
-    command = [sys.executable, str(ROOT / "sample.py"), "--run", str(trained), "--split", "train", "--limit", "8", "--batch", "1", "--steps", "9", "--out", "out"]
+    command = [sys.executable, str(ROOT / "sample.py"), "--run", str(trained), "--split", "train", "--limit",
+               "8", "--batch", "1", "--steps", "9", "--out", "out"]
     running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("out/cfg1.3/*/*.png")) and running.poll() is None:
         time.sleep(0.02)
@@ -312,13 +337,15 @@ def test_a_sampler_that_is_asked_to_stop_leaves_whole_images_and_goes_on(trained
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/cfg1.3/*/*.png")}
     assert made and all(Image.open(path).load() for path in made)
     assert "images exist already" in process(*command[1:], cwd=tmp_path).stdout
-    assert all(path.stat().st_mtime_ns == then for path, then in made.items()) and len(list(tmp_path.glob("out/cfg1.3/*/*.png"))) > len(made)
+    assert all(path.stat().st_mtime_ns == then for path, then in made.items())
+    assert len(list(tmp_path.glob("out/cfg1.3/*/*.png"))) > len(made)
 
 
 @pytest.mark.parametrize("moment", ["step", "validation", "samples"])
 def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
-    """SIGTERM in the third step, or in what follows the first epoch: what was done till then is on the disk, and no more is done."""
-    owner, name = {"step": (Trainer, "train_step"), "validation": (Trainer, "validation_loss"), "samples": (train.Validation, "distance")}[moment]
+    """SIGTERM in the third step, or after the first epoch: the steps till then are saved, and no more."""
+    owner, name = {"step": (Trainer, "train_step"), "validation": (Trainer, "validation_loss"),
+                   "samples": (train.Validation, "distance")}[moment]
     original = getattr(owner, name)
 
     def interrupted(self, *args):
@@ -326,26 +353,31 @@ def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args)
     monkeypatch.setattr(owner, name, interrupted)
-    result = program("train.py", *small, "--epochs", 2, "--val-samples", 1, "--run", "runs/x", cwd=tmp_path, check=False)
+    result = program("train.py", *small, "--epochs", 2, "--val-samples", 1, "--run", "runs/x", cwd=tmp_path,
+                     check=False)
     assert result.returncode == 143
     state = train.TensorFile(tmp_path / "runs/x/state.safetensors").header
     epoch = math.ceil(len(json.loads((tmp_path / "runs/x/split.json").read_text())["train"]) / 4)
     assert int(state["step"]) == len(json.loads(state["losses"])) == (3 if moment == "step" else epoch)
 
 
-@pytest.mark.parametrize("samples, owner, name", [(0, Trainer, "validation_loss"), (2, train.Validation, "distance")])
-def test_the_best_adapter_is_that_of_the_lowest_fid_else_of_the_lowest_loss_and_is_sampled_from(samples, owner, name, small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("samples, owner, name", [(0, Trainer, "validation_loss"),
+                                                  (2, train.Validation, "distance")])
+def test_the_best_adapter_is_that_of_the_lowest_fid_else_of_the_lowest_loss_and_is_sampled_from(
+        samples, owner, name, small, tmp_path, monkeypatch):
     values = iter([2.0, 1.0, 3.0])
     monkeypatch.setattr(owner, name, lambda *args: next(values))
     program("train.py", *small, "--epochs", 3, "--val-samples", samples, "--run", "runs/x", cwd=tmp_path)
-    steps = [train.TensorFile(tmp_path / f"runs/x/{name}.safetensors").header["step"] for name in ("adapter", "adapter-best")]
+    steps = [train.TensorFile(tmp_path / f"runs/x/{name}.safetensors").header["step"]
+             for name in ("adapter", "adapter-best")]
     assert int(steps[0]) / 3 == int(steps[1]) / 2
     from sample import find_adapter
     assert find_adapter(tmp_path / "runs/x", None).path.name == "adapter-best.safetensors"
 
 
 def test_samples_are_drawn_at_every_kth_epoch_and_at_the_last(small, tmp_path):
-    program("train.py", *small, "--epochs", 3, "--val-samples", 2, "--val-every", 2, "--val-steps", 2, "--run", "runs/x", cwd=tmp_path)
+    program("train.py", *small, "--epochs", 3, "--val-samples", 2, "--val-every", 2, "--val-steps", 2,
+            "--run", "runs/x", cwd=tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "runs/x/log.csv")))
     assert [bool(row["fid_encoder"]) for row in rows] == [False, True, True]
     assert sorted(p.name for p in (tmp_path / "runs/x/grids").iterdir()) == ["epoch02.png", "epoch03.png"]
@@ -354,17 +386,20 @@ def test_samples_are_drawn_at_every_kth_epoch_and_at_the_last(small, tmp_path):
 def test_the_papers_table_2_is_printed_without_weights_or_data(tmp_path):
     result = program("train.py", "--parameters", cwd=tmp_path)
     rows = dict(line.rsplit(maxsplit=2)[:2] for line in result.stdout.splitlines() if line.endswith("%"))
-    assert rows["LoRA adapters"] == "1,594,368" and rows["Total trainable"] == "6,320,640"      # 1,536 apart, see README
+    # 1,536 apart, see README
+    assert rows["LoRA adapters"] == "1,594,368" and rows["Total trainable"] == "6,320,640"
     assert "859,520,964" in result.stdout and "0.74%" in result.stdout and not list(tmp_path.iterdir())
 
 
 def test_samples_are_named_seeded_and_not_made_twice(trained, tmp_path):
     cwd = trained.parent.parent
     out = tmp_path / "out"
-    arguments = ["--run", trained, "--split", "val", "--cfg", 1, 1.5, "--n", 2, "--steps", 3, "--seed", 5, "--out", out]
+    arguments = ["--run", trained, "--split", "val", "--cfg", 1, 1.5, "--n", 2, "--steps", 3, "--seed", 5,
+                 "--out", out]
     program("sample.py", *arguments, cwd=cwd)
     split = json.loads((trained / "split.json").read_text())
-    real = sorted(p.relative_to(out / "real").with_suffix("").as_posix() for p in (out / "real").rglob("*.png"))
+    real = sorted(p.relative_to(out / "real").with_suffix("").as_posix()
+                  for p in (out / "real").rglob("*.png"))
     assert len(real) == len(split["val"])
     made = sorted((out / "cfg1.5").rglob("*.png"))
     assert len(made) == 2 * len(real) and Image.open(made[0]).size == (64, 64)
@@ -383,7 +418,8 @@ def test_one_reference_gives_the_same_image_as_among_others(trained, dataset, tm
     import numpy as np
     cwd, references = trained.parent.parent, sorted((dataset / "test").iterdir())[:3]
     for name, which, seed in (("many", references, 0), ("one", references[1:2], 1)):
-        program("sample.py", "--run", trained, "--ref", *which, "--steps", 3, "--seed", seed, "--out", tmp_path / name, cwd=cwd)
+        program("sample.py", "--run", trained, "--ref", *which, "--steps", 3, "--seed", seed, "--out",
+                tmp_path / name, cwd=cwd)
     [one] = (tmp_path / "one/cfg1.3").glob("*.png")
     many = tmp_path / "many/cfg1.3" / one.name
     pixels = [np.asarray(Image.open(p)).astype(int) for p in (one, many)]
@@ -391,14 +427,18 @@ def test_one_reference_gives_the_same_image_as_among_others(trained, dataset, tm
 
 
 BAD_TRAIN = [
-    (["--data", "nowhere"], "nowhere"), (["--rank", "0"], "--rank"), (["--lr", "nan"], "--lr"), (["--cfg-drop", "1.5"], "--cfg-drop"),
-    (["--size", "100"], "multiple of 64"), (["--sd15", "nowhere"], "nowhere"), (["--uni2h", "nowhere"], "nowhere"),
-    (["--split", "nowhere.json"], "nowhere.json"), (["--device", "abacus"], "abacus"), (["--resume", "nowhere"], "nowhere"),
+    (["--data", "nowhere"], "nowhere"), (["--rank", "0"], "--rank"), (["--lr", "nan"], "--lr"),
+    (["--cfg-drop", "1.5"], "--cfg-drop"),
+    (["--size", "100"], "multiple of 64"), (["--sd15", "nowhere"], "nowhere"),
+    (["--uni2h", "nowhere"], "nowhere"),
+    (["--split", "nowhere.json"], "nowhere.json"), (["--device", "abacus"], "abacus"),
+    (["--resume", "nowhere"], "nowhere"),
     (["--depth", "4"], "--depth"), (["--unknown"], "--unknown")]
 
 
 @pytest.mark.parametrize("extra, culprit", BAD_TRAIN)
-def test_a_wrong_argument_of_training_fails_in_one_line_and_writes_nothing(extra, culprit, small, tmp_path, monkeypatch):
+def test_a_wrong_argument_of_training_fails_in_one_line_and_writes_nothing(extra, culprit, small, tmp_path,
+                                                                           monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, small), *extra])
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -412,8 +452,10 @@ def test_a_wrong_argument_of_training_fails_in_one_line_and_writes_nothing(extra
 
 
 @pytest.mark.parametrize("name, arguments, culprit", [
-    ("train.py", ["--sd15", "elsewhere"], "--data"), ("sample.py", ["--ref", "missing.png", "--run", "{run}"], "missing.png"),
-    ("sample.py", ["--ref", "{run}/grids", "--cfg", "nan"], "--cfg"), ("fid.py", ["nowhere", "nowhere"], "nowhere"),
+    ("train.py", ["--sd15", "elsewhere"], "--data"),
+    ("sample.py", ["--ref", "missing.png", "--run", "{run}"], "missing.png"),
+    ("sample.py", ["--ref", "{run}/grids", "--cfg", "nan"], "--cfg"),
+    ("fid.py", ["nowhere", "nowhere"], "nowhere"),
     ("train.py", ["--data", "nowhere"], "nowhere"),
     ("sample.py", ["--ref", "{run}/log.csv", "--run", "{run}"], "log.csv"), ("sample.py", [], "--ref")])
 def test_a_failing_program_prints_one_line_and_exits_with_2(name, arguments, culprit, trained, tmp_path):
@@ -423,11 +465,13 @@ def test_a_failing_program_prints_one_line_and_exits_with_2(name, arguments, cul
     assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("other", [["--epochs", "3"], ["--split", "official"], ["--resume", "runs/x", "--rank", "3"]])
+@pytest.mark.parametrize("other", [["--epochs", "3"], ["--split", "official"],
+                                   ["--resume", "runs/x", "--rank", "3"]])
 def test_a_run_with_other_settings_is_not_overwritten(other, trained, small, monkeypatch):
     before = (trained / "config.json").read_bytes()
     monkeypatch.chdir(trained.parent.parent)
-    run_of = [] if "--resume" in other else [*map(str, small), "--epochs", "2", "--val-samples", "2", "--run", "runs/x"]
+    run_of = [] if "--resume" in other else [*map(str, small), "--epochs", "2", "--val-samples", "2", "--run",
+                                             "runs/x"]
     monkeypatch.setattr(sys, "argv", ["train.py", *run_of, *other])
     monkeypatch.setattr(train, "Signals", lambda: None)
     with pytest.raises(train.Fail, match=other[-2][2:]):
@@ -478,8 +522,10 @@ def test_a_run_without_its_split_or_with_a_damaged_state_is_refused(trained, sma
 
 
 @pytest.mark.parametrize("change", [
-    lambda c: c["args"].update(epochs=None), lambda c: c["args"].update(data=5), lambda c: c["args"].update(sd15=[1]), lambda c: c["args"].update(split=None),
-    lambda c: c["args"].update(limit="a"), lambda c: c.pop("environment"), lambda c: c.update(command="train.py"), lambda c: c.update(args=[]),
+    lambda c: c["args"].update(epochs=None), lambda c: c["args"].update(data=5),
+    lambda c: c["args"].update(sd15=[1]), lambda c: c["args"].update(split=None),
+    lambda c: c["args"].update(limit="a"), lambda c: c.pop("environment"),
+    lambda c: c.update(command="train.py"), lambda c: c.update(args=[]),
     lambda c: c["args"].update(lr="fast"), lambda c: c["args"].update(depth=9)])
 def test_a_run_with_a_damaged_config_is_refused_in_one_line(change, trained, dataset, tmp_path):
     import shutil
@@ -492,7 +538,8 @@ def test_a_run_with_a_damaged_config_is_refused_in_one_line(change, trained, dat
 
 
 @pytest.mark.parametrize("change", [
-    dict(losses="[]", history="[]"), dict(losses='["a"]'), dict(step="99"), dict(step="1"), dict(history='[{"step": 2}]'), dict(history="[1]"), dict(losses="[NaN]"),
+    dict(losses="[]", history="[]"), dict(losses='["a"]'), dict(step="99"), dict(step="1"),
+    dict(history='[{"step": 2}]'), dict(history="[1]"), dict(losses="[NaN]"),
     dict(minutes="x"), dict(minutes="nan")])
 def test_a_state_whose_log_does_not_fit_its_step_is_refused(change, tmp_path):
     t = trainer()
@@ -510,7 +557,8 @@ def test_a_state_whose_log_does_not_fit_its_step_is_refused(change, tmp_path):
 def test_a_resumed_run_has_its_own_settings_to_the_last_digit(small, tmp_path, monkeypatch):
     """Zeros and what is left out among them; what is of one call only is not taken over."""
     monkeypatch.chdir(tmp_path)
-    given = [*small, "--seed", 0, "--lr", 0.1 + 0.2, "--lr-ratio", 0, "--cfg-drop", 0, "--val-samples", 0, "--token-norm", "--no-compile", "--run", "runs/x"]
+    given = [*small, "--seed", 0, "--lr", 0.1 + 0.2, "--lr-ratio", 0, "--cfg-drop", 0, "--val-samples", 0,
+             "--token-norm", "--no-compile", "--run", "runs/x"]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, given)])
     first, _, _ = parse_settings("")
     (tmp_path / "runs/x").mkdir(parents=True)
@@ -520,7 +568,7 @@ def test_a_resumed_run_has_its_own_settings_to_the_last_digit(small, tmp_path, m
 
 
 def test_the_network_is_compiled_once_for_training_and_once_for_validation(monkeypatch):
-    """A backend that counts the graphs that it is given: shapes are static, so no later batch brings another."""
+    """A backend that counts the graphs that it gets: shapes are static, so no later batch brings another."""
     t, graphs = trainer(n=6, widths=(32, 32), layers=1, batch=4), []
 
     def counting(graph, inputs):
@@ -561,7 +609,8 @@ def test_two_references_of_one_name_are_two_references(tmp_path):
     first, known = name_references([("patch", paths[0])], {})
     second, known = name_references([("patch", paths[1])], known)
     both, _ = name_references([("patch", p) for p in reversed(paths)], known)
-    assert first == {"patch": paths[0]} and second == {"patch-2": paths[1]} and both == {"patch-2": paths[1], "patch": paths[0]}
+    assert first == {"patch": paths[0]} and second == {"patch-2": paths[1]}
+    assert both == {"patch-2": paths[1], "patch": paths[0]}
 
 
 def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path):
@@ -574,15 +623,18 @@ def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path)
     tensors["conv_in.bias"] = tensors["conv_in.bias"] + 1
     path.unlink()
     save_file(tensors, path)
-    arguments = ["--adapter", trained / "adapter.safetensors", "--ref", next((dataset / "test").iterdir()), "--steps", 1,
+    arguments = ["--adapter", trained / "adapter.safetensors", "--ref", next((dataset / "test").iterdir()),
+                 "--steps", 1,
                  "--out", tmp_path / "out", "--sd15", other]
     refused = program("sample.py", *arguments, cwd=tmp_path, check=False)
     assert refused.returncode == 2 and "another base" in refused.stderr and "--other-base" in refused.stderr
     assert not (tmp_path / "out").exists()
     encoder = train.open_encoder(json.loads((trained / "config.json").read_text())["args"]["uni2h"]).file
     (tmp_path / "encoder").mkdir()
-    save_file({n: encoder.get(n) + (n == "norm.bias") for n in encoder.names}, tmp_path / "encoder/model.safetensors")
-    refused = program("sample.py", *arguments, "--other-base", "--uni2h", tmp_path / "encoder", cwd=tmp_path, check=False)
+    save_file({n: encoder.get(n) + (n == "norm.bias") for n in encoder.names},
+              tmp_path / "encoder/model.safetensors")
+    refused = program("sample.py", *arguments, "--other-base", "--uni2h", tmp_path / "encoder", cwd=tmp_path,
+                      check=False)
     assert refused.returncode == 2 and "not the encoder" in refused.stderr and not (tmp_path / "out").exists()
     program("sample.py", *arguments, "--other-base", cwd=tmp_path)
     assert list((tmp_path / "out/cfg1.3").glob("*.png"))
@@ -626,9 +678,11 @@ def flatten_proj_in(tensors):
 @pytest.mark.parametrize("change, words", [
     (pointer, "Git LFS pointer"), (truncated, "download it again"), (headless, "download it again"),
     (edited(lambda t: t.update({"add_embedding.linear_1.weight": t["conv_in.bias"].clone()})), "SDXL"),
-    (edited(flatten_proj_in), "Stable Diffusion 2"), (edited(lambda t: t.pop("conv_out.bias")), "missing: conv_out.bias"),
+    (edited(flatten_proj_in), "Stable Diffusion 2"),
+    (edited(lambda t: t.pop("conv_out.bias")), "missing: conv_out.bias"),
     (edited(lambda t: t.update(stranger=t["conv_in.bias"].clone())), "unexpected: stranger"),
-    (edited(lambda t: t.update({"conv_in.bias": t["conv_in.bias"][:5].clone()})), "wrong shape: conv_in.bias (5,) instead of (32,)"),
+    (edited(lambda t: t.update({"conv_in.bias": t["conv_in.bias"][:5].clone()})),
+     "wrong shape: conv_in.bias (5,) instead of (32,)"),
     (edited(lambda t: t.update({"conv_in.bias": t["conv_in.bias"].int()})), "not floating point")])
 def test_a_checkpoint_that_is_none_is_refused_by_name(change, words, base, tmp_path):
     from ldm.weights import load_unet
@@ -652,7 +706,8 @@ class Hub:
         def download(repository, name):
             (folder / name).write_bytes(files[name])
             return str(folder / name)
-        monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repository, name: str(folder / name) if name in cached else None)
+        monkeypatch.setattr(hub, "try_to_load_from_cache",
+                            lambda repository, name: str(folder / name) if name in cached else None)
         monkeypatch.setattr(hub, "hf_hub_url", lambda repository, name: name)
         monkeypatch.setattr(hub, "get_hf_file_metadata", metadata)
         monkeypatch.setattr(hub, "hf_hub_download", download)
@@ -664,7 +719,8 @@ def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch
     Hub(monkeypatch, tmp_path, {"a32": b"1234", "a16": b"12"}, cached=["a32"])
     assert hub_file("x/y", names) == tmp_path / "a32" and capsys.readouterr().err == ""
     Hub(monkeypatch, tmp_path, {"a32": b"1234", "a16": b"12"})
-    assert hub_file("x/y", names).read_bytes() == b"12" and "downloading a16 of x/y" in capsys.readouterr().err
+    assert hub_file("x/y", names).read_bytes() == b"12"
+    assert "downloading a16 of x/y" in capsys.readouterr().err
     Hub(monkeypatch, tmp_path, {"a32": b"1234"})
     assert hub_file("x/y", names).read_bytes() == b"1234"
     with pytest.raises(train.Fail, match="sha256.*removed"):
