@@ -10,6 +10,7 @@ argument.
 """
 import argparse
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -80,7 +81,7 @@ def explain(problem):
 
 @contextmanager
 def foreign_file(path, problem="is damaged", advice="restore or remove it"):
-    """Turn any exception of the block, which reads a foreign file, into one line with its name and advice."""
+    """Turn any exception while a foreign file is read into one line with its name and the advice."""
     try:
         yield
     except Fail:
@@ -292,6 +293,12 @@ def read_csv(path):
     """The rows of a table that `save_csv` wrote, every value as text; [] where the file does not exist."""
     path = Path(path)
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+
+
+def file_sha256(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---- device and memory ---------------------------------------------------------------------------

@@ -1,10 +1,9 @@
-"""Images, datasets, the split by case, and the cache of frozen-encoder outputs, per image."""
+"""Images, datasets, and the split by case."""
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from .app import (WORLD, Fail, atomic_write, barrier, broadcast, foreign_file, progress, safe_name,
-                  save_tensors, shard)
-from .weights import TensorFile, file_sha256
+from .app import Fail, atomic_write, foreign_file, safe_name
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 MAX_PIXELS, MIN_SIDE, MAX_ASPECT = 8192 * 8192, 16, 16
@@ -355,85 +352,3 @@ def describe_split(split, patches):
     numbers = {part: len(found) for part, found in cases.items()}
     text = {"patches": counts, "cases": numbers, "cases_in_several_parts": shared, **split}
     return json.dumps(text, indent=1, ensure_ascii=False) + "\n"
-
-
-# ---- the cache ---------------------------------------------------------------------------------------------
-
-class Cache:
-    """Outputs of the frozen encoders: posterior mean and log-variance of each image and of its mirror image,
-    and the embedding of the image itself.
-
-    One folder per (VAE, encoder, size), named by the hash of their fingerprints; in it shards of up to 32
-    images, each image under the hash of its file. So nothing in it can be stale. Shards are written
-    atomically: an interrupted run resumes, and two runs may share a folder.
-    """
-    SHARD = 32
-
-    def __init__(self, folder, vae_sha256, encoder_sha256, size):
-        key = f"1 {vae_sha256} {encoder_sha256} {size}"
-        self.folder, self.size = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16], size
-        self.rows = {}          # image hash -> (mean, logvar (2, 4, h, w), embedding (d_e,)), mapped
-        self._read_all()
-
-    @property
-    def width(self):
-        """d_e, the width of the embeddings."""
-        return len(next(iter(self.rows.values()))[2])
-
-    def _read_all(self):
-        for path in sorted(self.folder.glob("[!.]*.safetensors")):      # hidden ones are still being written
-            self._read(path)
-
-    def _read(self, path):
-        try:
-            file = TensorFile(path)
-            tensors = [file.get(name) for name in ("mean", "logvar", "embedding")]
-            images = json.loads(file.header["images"])
-            self.rows |= {image: [tensor[i] for tensor in tensors] for i, image in enumerate(images)}
-        except Exception:       # Fail among them: restoring or downloading is not the remedy here
-            raise Fail(f"{path} is no complete shard of the cache; remove it, to compute it again") from None
-
-    def fill(self, paths, encoders):
-        """Add the images that are missing -> the hash of each path's file.
-
-        encoders() -> (encode, embed), called only where images are missing. encode: x (B, 3, size, size) ->
-        mean, logvar; embed: PIL images -> e. Several processes share the work, and read each other's shards.
-        """
-        with ThreadPoolExecutor() as pool:
-            hashes = list(progress(pool.map(file_sha256, paths), "reading images", len(paths), leave=False))
-            missing = {h: path for h, path in zip(hashes, paths) if h not in self.rows}
-            todo = broadcast(list(missing.items()))
-            shards = shard([todo[i:i + self.SHARD] for i in range(0, len(todo), self.SHARD)])
-            if shards:
-                encode, embed = encoders()
-                batches = prefetch(pool, load_rgb, [[path for _, path in part] for part in shards])
-                with progress(total=sum(map(len, shards)), desc="caching", unit="image") as bar:
-                    for part, images in zip(shards, batches):
-                        self._write([h for h, _ in part], images, encode, embed, bar)
-            if todo and WORLD > 1:
-                barrier()
-                self._read_all()
-        if lost := [path for h, path in zip(hashes, paths) if h not in self.rows]:
-            raise Fail(f"{lost[0]} is not in the cache {self.folder} of this process; all must see the same "
-                       "images and cache")
-        return hashes
-
-    def _write(self, hashes, images, encode, embed, bar):
-        rows = []
-        for i in range(0, len(images), 4):          # in fours: small enough for 12 GB at 512 px
-            x = to_tensor(images[i:i + 4], self.size)
-            latents = encode(torch.cat([x, x.flip(-1)]))
-            mean, logvar = (t.unflatten(0, (2, -1)).transpose(0, 1) for t in latents)
-            rows.append((mean, logvar, embed(images[i:i + 4])))
-            bar.update(len(x))
-        tensors = dict(zip(("mean", "logvar", "embedding"), (torch.cat(column) for column in zip(*rows))))
-        names = json.dumps(hashes)
-        path = self.folder / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.safetensors"
-        save_tensors(path, tensors, {"images": names})
-        self._read(path)
-
-    def batch(self, hashes, mirrored):
-        """Image hashes and a flag for each -> mean, logvar (B, 4, h, w) and embeddings (B, d_e)."""
-        rows = [self.rows[h] for h in hashes]
-        mean, logvar = (torch.stack([row[k][int(m)] for row, m in zip(rows, mirrored)]) for k in (0, 1))
-        return mean, logvar, torch.stack([row[2] for row in rows])

@@ -27,10 +27,10 @@ from sample import Sampling
 from .data import (contact_sheet, list_images, load_rgb, resize_crop, save_image, subsample, to_images,
                    to_tensor)
 from .encoder import Inception, inception_available, open_encoder
-from .app import (Fail, Parser, atomic_write, call, number, pick_device, read_csv, run_program, save_csv,
-                  save_text)
+from .app import (Fail, Parser, atomic_write, call, file_sha256, number, pick_device, read_csv, run_program,
+                  save_csv, save_text)
 from .runs import best_epoch, model_card, name_references, patches_of, read_settings
-from .weights import TensorFile, file_sha256, load_vae, open_sd15
+from .weights import TensorFile, load_vae, open_sd15
 
 SWEEP = [f"{1 + k / 10:.1f}" for k in range(11)]        # Table 5
 PARTS = ("train", "val", "test")

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .app import (RANK0, WORLD, Fail, Parser, add_options, from_saved, option, read_csv, read_json, safe_name,
-                  save_json)
+from .app import (RANK0, WORLD, Fail, Parser, add_options, file_sha256, from_saved, option, read_csv,
+                  read_json, safe_name, save_json)
 from .data import make_split, read_dataset, read_split, subsample
-from .weights import BUILT_IN, SD15, TensorFile, file_sha256
+from .weights import BUILT_IN, SD15, TensorFile
 
 try:
     import fcntl
@@ -304,8 +304,8 @@ def parameter_table(unet, projector):
     total = lora + mlp + null
     parts = {"LoRA adapters": lora, "Projector MLP": mlp, "Null embedding": null, "Total trainable": total}
     rows = [("Component", "Parameters", "Share")]
-    for name, n in parts.items():
-        rows.append((name, f"{n:,}", f"{n / total:.1%}" if n / total >= 0.001 else "<0.1%"))
+    rows += [(name, f"{n:,}", f"{n / total:.1%}" if n / total >= 0.001 else "<0.1%")
+             for name, n in parts.items()]
     rows += [("Stable Diffusion backbone (frozen)", f"{frozen:,}", "")]
     rows += [("Trainable/backbone", "", f"{total / frozen:.2%}")]
     return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in rows)

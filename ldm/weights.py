@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from .app import Fail, first_line, foreign_file
+from .app import Fail, file_sha256, first_line, foreign_file
 from .unet import UNet
 from .vae import VAE
 
@@ -174,6 +174,14 @@ def load_unet(file, device="cpu", dtype=torch.float32):
     return load(build, file, device, dtype, HINT)
 
 
+def empty_unet(source):
+    """The U-Net of a source on the meta device, frozen; for SD15 itself no file is needed."""
+    if source != SD15:
+        return load_unet(open_sd15(source)[0], "meta")
+    with torch.device("meta"):
+        return UNet().requires_grad_(False)
+
+
 def load_vae(file, device="cpu", dtype=torch.float32):
     """The VAE of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
     def build():
@@ -317,8 +325,3 @@ def hub_file(repository, candidates, sha256=None, access=""):
         path.resolve().unlink()
         raise Fail(f"{name} came with sha256 {found[:12]}..., not {expected[:12]}...; removed, try again")
     return path
-
-
-def file_sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

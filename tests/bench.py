@@ -1,12 +1,14 @@
-"""Ours beside its peers, on this machine and in this run: `python tests/bench.py` or `... train sample first fid load cache kept`.
+"""Ours beside its peers, on this machine and in this run: `python tests/bench.py` or `... train sample first
+fid load cache kept`.
 
-    python tests/bench.py train sample --full --size 256 --batch 1      # Stable Diffusion 1.5's widths; on a GPU that is the default
-    python tests/bench.py train --cap 12e9                              # GPU: nothing may allocate more than 12 GB
+    python tests/bench.py train sample --full --size 256 --batch 1      # SD1.5's widths, the default on a GPU
+    python tests/bench.py train --cap 12e9                  # GPU: nothing may allocate more than 12 GB
     python tests/bench.py fid --inception FILE --images 387
 
-Candidates take turns and each figure is the median of --repeats. Networks have random weights, the same for all. A ratio above 1
-says that ours is faster than the fastest peer that fits. FLOPs are counted on the meta device, recomputation left out; their share
-is of the rate of a large matrix multiplication that is measured first.
+Candidates take turns and each figure is the median of --repeats. Networks have random weights, the same for
+all. A ratio above 1 says that ours is faster than the fastest peer that fits. FLOPs are counted on the meta
+device, recomputation left out; their share is of the rate of a large matrix multiplication that is measured
+first.
 """
 import argparse
 import gc
@@ -32,9 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fid  # noqa: E402
 from ldm.app import frozen_dtype, pick_device  # noqa: E402
-from ldm.data import Cache, list_images, load_rgb  # noqa: E402
+from ldm.data import list_images, load_rgb  # noqa: E402
 from ldm.runs import Settings  # noqa: E402
-from ldm.encoder import Inception, build_encoder, inception_available, open_encoder, preprocess  # noqa: E402
+from ldm.encoder import Cache, Inception, build_encoder, inception_available, open_encoder, preprocess  # noqa: E402
 from ldm.unet import UNet  # noqa: E402
 from ldm.vae import VAE  # noqa: E402
 from ldm.weights import open_sd15  # noqa: E402
@@ -46,13 +48,14 @@ from train import Trainer  # noqa: E402
 NARROW = dict(channels=(64, 128, 256, 256))
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 def measure(candidates, args):
-    """{name: build}, build() -> step() -> {name: (median seconds, peak bytes)}; those that run out of memory are None.
+    """{name: build}, build() -> step() -> {name: (median seconds, peak bytes)}; those that run out of memory
+    are None.
 
-    Under a cap each candidate has it for itself: what the others hold meanwhile is added to it. On a GPU every timed step comes after
-    one that is not, which fills the allocator's pool.
+    Under a cap each candidate has it for itself: what the others hold meanwhile is added to it. On a GPU
+    every timed step comes after one that is not, which fills the allocator's pool.
     """
     cuda, own, steps, figures = args.device.type == "cuda", {}, {}, {}
     total = torch.cuda.get_device_properties(args.device).total_memory if cuda else 0
@@ -78,7 +81,9 @@ def measure(candidates, args):
                 steps[name]()
             if cuda:
                 torch.cuda.synchronize(args.device)
-            figures.setdefault(name, []).append(((time.perf_counter() - start) / times, torch.cuda.max_memory_allocated(args.device) - others if cuda else 0))
+            figures.setdefault(name, []).append(((time.perf_counter() - start) / times,
+                                                 torch.cuda.max_memory_allocated(args.device) - others if cuda
+                                                 else 0))
         except torch.OutOfMemoryError:
             del steps[name]
 
@@ -97,7 +102,8 @@ def measure(candidates, args):
             turn(name)
     if cuda:
         torch.cuda.set_per_process_memory_fraction(1.0, args.device)
-    return {name: (statistics.median(t for t, _ in figures[name]), max(peak for _, peak in figures[name])) if name in steps else None for name in candidates}
+    return {name: (statistics.median(t for t, _ in figures[name]), max(peak for _, peak in figures[name]))
+            if name in steps else None for name in candidates}
 
 
 def matmul_rate(args):
@@ -113,7 +119,8 @@ def flops(args, train):
     latent = args.size // 8
     with torch.device("meta"):
         unet = inject(UNet(**args.width).requires_grad_(False), 4)
-        z, t, c = torch.randn(1, 4, latent, latent), torch.zeros(1, dtype=torch.long), torch.randn(1, 4, 768, requires_grad=True)
+        z, t = torch.randn(1, 4, latent, latent), torch.zeros(1, dtype=torch.long)
+        c = torch.randn(1, 4, 768, requires_grad=True)
         with FlopCounterMode(display=False) as counter:
             y = unet(z, t, c)
             if train:
@@ -131,11 +138,14 @@ def report(args, work, ours, result, images, flop=0):
             continue
         seconds, peak = r
         ratio = f"{peers[fastest][0] / seconds:.2f}x of {fastest}" if name == ours and fastest else ""
-        rate = f"{images * flop / seconds / 1e12:.3g} ({images * flop / seconds / args.rate:.0%})" if flop else ""
-        print(f"| {work} | {name} | {1000 * seconds:.4g} ms, {images / seconds:.3g} images/s | {ratio} | {f'{peak / 1e9:.2f} GB' if peak else ''} | {rate} |", flush=True)
+        rate = images * flop / seconds
+        share = f"{rate / 1e12:.3g} ({rate / args.rate:.0%})" if flop else ""
+        memory = f"{peak / 1e9:.2f} GB" if peak else ""
+        speed = f"{1000 * seconds:.4g} ms, {images / seconds:.3g} images/s"
+        print(f"| {work} | {name} | {speed} | {ratio} | {memory} | {share} |", flush=True)
 
 
-# ---- the networks, and the peer's ----------------------------------------------------------------------------------
+# ---- the networks, and the peer's --------------------------------------------------------------------------
 
 def networks(args):
     """Our U-Net's random weights, as a state dict that Diffusers' U-Net loads as well."""
@@ -147,7 +157,8 @@ def diffusers_unet(args, state, dtype):
     from diffusers import UNet2DConditionModel
     channels = args.width.get("channels", (320, 640, 1280, 1280))
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=args.size // 8, block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8)
+        unet = UNet2DConditionModel(sample_size=args.size // 8, block_out_channels=channels,
+                                    cross_attention_dim=768, attention_head_dim=8)
     unet.load_state_dict({name: t.to(args.device, dtype) for name, t in state.items()}, assign=True)
     return unet.requires_grad_(False)
 
@@ -155,7 +166,8 @@ def diffusers_unet(args, state, dtype):
 def diffusers_vae(channels=(128, 256, 512, 512)):
     from diffusers import AutoencoderKL
     return AutoencoderKL(sample_size=512, block_out_channels=channels, layers_per_block=2, latent_channels=4,
-                         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+                         down_block_types=("DownEncoderBlock2D",) * 4,
+                         up_block_types=("UpDecoderBlock2D",) * 4)
 
 
 def save_base(args, folder, **vae):
@@ -188,7 +200,8 @@ def our_training_step(args, state, dtype):
     """Trainer.train_step, the recipe's."""
     unet, projector = inject(our_unet(args, state, dtype), 4), Projector().to(args.device)
     names, latent = [(str(i), str(i)) for i in range(64)], (4, args.size // 8, args.size // 8)
-    return Trainer(Settings(batch=args.batch), unet, projector, Memory(args), names, latent, args.device).train_step
+    return Trainer(Settings(batch=args.batch), unet, projector, Memory(args), names, latent,
+                   args.device).train_step
 
 
 def diffusers_training_step(args, state, dtype, checkpointing=False, channels_last=False, compiled=False):
@@ -219,7 +232,8 @@ def diffusers_training_step(args, state, dtype, checkpointing=False, channels_la
         z0 = 0.18215 * (mean + (0.5 * logvar).exp() * torch.randn_like(mean))
         noise, t = torch.randn_like(z0), torch.randint(0, 1000, (len(z0),), device=args.device)
         c = projector(torch.where(torch.rand(len(e), 1, device=args.device) < 0.1, projector.null, e))
-        with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):       # what accelerate does
+        # what accelerate does
+        with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
             eps = network(scheduler.add_noise(z0, noise, t).to(dtype), t, c.to(dtype), return_dict=False)[0]
         loss = F.mse_loss(eps.float(), noise)
         optimizer.zero_grad()
@@ -234,7 +248,8 @@ def train(args):
     """A step of the recipe beside Diffusers' training script for LoRA with PEFT."""
     weights = networks(args), frozen_dtype(args.device)
     ours, peer = partial(our_training_step, args, *weights), partial(diffusers_training_step, args, *weights)
-    candidates = {"ours": ours, "Diffusers + PEFT": peer, "the same, channels_last": partial(peer, channels_last=True),
+    candidates = {"ours": ours, "Diffusers + PEFT": peer,
+                  "the same, channels_last": partial(peer, channels_last=True),
                   "the same, checkpointing": partial(peer, checkpointing=True)}
     if args.device.type == "cuda":
         last = partial(peer, channels_last=True)
@@ -263,44 +278,51 @@ def largest_batch(args, ours):
 
 
 def sampling(args):
-    """Guided steps of Algorithm 2, `args.batch` images: `sample`, beside Diffusers' U-Net and DDPMScheduler."""
+    """Guided steps of Algorithm 2, `args.batch` images: `sample`, beside Diffusers' U-Net and DDPMScheduler.
+    """
     state, dtype = networks(args), frozen_dtype(args.device)
     e, latent = torch.randn(args.batch, 1536), (4, args.size // 8, args.size // 8)
     cuda = args.device.type == "cuda"
 
     def ours():
-        unet, projector = fold(inject(our_unet(args, state, dtype), 4)), Projector().to(args.device).requires_grad_(False)
+        unet, projector = fold(inject(our_unet(args, state, dtype),
+                                      4)), Projector().to(args.device).requires_grad_(False)
         network = torch.compile(unet, dynamic=False) if cuda else unet
         return lambda: sample(e, projector, network, Sampling(1.3, args.steps), range(args.batch), latent)
 
     def peer(channels_last=False, fused=False, compiled=False):
         from diffusers import DDPMScheduler
-        unet, projector = diffusers_unet(args, state, dtype), Projector().to(args.device).requires_grad_(False)
+        unet, projector = diffusers_unet(args, state,
+                                         dtype), Projector().to(args.device).requires_grad_(False)
         if fused:
             unet.fuse_qkv_projections()
         if channels_last:
             unet.to(memory_format=torch.channels_last)
         network = torch.compile(unet, mode="max-autotune-no-cudagraphs") if compiled else unet
-        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
+        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                  steps_offset=1, clip_sample=False)
 
         @torch.no_grad()
         def step():
             scheduler.set_timesteps(args.steps)
-            c = torch.cat([projector(projector.null).expand(args.batch, -1, -1), projector(e.to(args.device))]).to(dtype)
+            c = torch.cat([projector(projector.null).expand(args.batch, -1, -1),
+                           projector(e.to(args.device))]).to(dtype)
             z = torch.randn(args.batch, *latent, device=args.device, dtype=dtype)
             for t in scheduler.timesteps:
                 null, cond = network(torch.cat([z, z]), t, c, return_dict=False)[0].chunk(2)
                 z = scheduler.step(null + 1.3 * (cond - null), t, z, return_dict=False)[0]
         return step
 
-    candidates = {"ours": ours, "Diffusers": peer, "the same, channels_last": partial(peer, channels_last=True),
+    candidates = {"ours": ours, "Diffusers": peer,
+                  "the same, channels_last": partial(peer, channels_last=True),
                   "the same, channels_last, fused QKV": partial(peer, channels_last=True, fused=True)}
     if cuda:
         candidates["the same, compiled"] = partial(peer, channels_last=True, fused=True, compiled=True)
-    report(args, f"{args.steps} guided steps, batch {args.batch}, {args.size} px", "ours", measure(candidates, args), args.batch, 2 * args.steps * flops(args, train=False))
+    report(args, f"{args.steps} guided steps, batch {args.batch}, {args.size} px", "ours",
+           measure(candidates, args), args.batch, 2 * args.steps * flops(args, train=False))
 
 
-# ---- FID, loading, caching -----------------------------------------------------------------------------------------
+# ---- FID, loading, caching ---------------------------------------------------------------------------------
 
 def patches(args, folder):
     """`args.images` PNGs of noise, at args.size."""
@@ -318,8 +340,10 @@ def distance(args):
     from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
     file = Inception(args.inception).file
     state = {name: file.get(name) for name in file.names}
-    state |= {name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in state if name.endswith("running_mean")}
-    pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: state | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    state |= {name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in state
+              if name.endswith("running_mean")}
+    state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: state
     features = {}
     with tempfile.TemporaryDirectory() as folder:
         files = patches(args, folder)
@@ -328,9 +352,11 @@ def distance(args):
             features["ours"] = Inception(args.inception).extract(files, args.device)
 
         def peer():
-            theirs = pytorch_fid.inception.InceptionV3([3]).to(args.device)         # both load their network, as their programs do
+            # both load their network, as their programs do
+            theirs = pytorch_fid.inception.InceptionV3([3]).to(args.device)
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                features["pytorch-fid"] = get_activations(files, theirs, 50, device=args.device, num_workers=min(os.cpu_count(), 8))
+                features["pytorch-fid"] = get_activations(files, theirs, 50, device=args.device,
+                                                          num_workers=min(os.cpu_count(), 8))
         result = measure({"ours": lambda: ours, "pytorch-fid": lambda: peer}, args)
     report(args, f"Inception's features, {len(files)} images of {args.size} px", "ours", result, len(files))
     print(f"largest difference of a feature: {np.abs(features['ours'] - features['pytorch-fid']).max():.1e}")
@@ -341,9 +367,13 @@ def distance(args):
         def step():
             values[name] = f()
         return lambda: step
+
+    def by_definition():
+        moments = [moment for f in (x, y) for moment in (f.mean(0), np.cov(f, rowvar=False))]
+        return calculate_frechet_distance(*moments)
     result = measure({
         "ours": of("ours", lambda: fid.frechet_distance_of_features(x, y)),
-        "pytorch-fid": of("pytorch-fid", lambda: calculate_frechet_distance(*(s for f in (x, y) for s in (f.mean(0), np.cov(f, rowvar=False)))))},
+        "pytorch-fid": of("pytorch-fid", by_definition)},
         argparse.Namespace(**vars(args) | dict(repeats=min(args.repeats, 3))))
     report(args, f"distance of {len(x)} and {len(y)} features", "ours", result, 1)
     print(f"distances: {values}")
@@ -362,20 +392,21 @@ if {ours}:
 else:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     def ready():
-        return (UNet2DConditionModel.from_pretrained({folder!r}, subfolder="unet", torch_dtype=dtype).to(device),
-                AutoencoderKL.from_pretrained({folder!r}, subfolder="vae").to(device))
+        unet = UNet2DConditionModel.from_pretrained({folder!r}, subfolder="unet", torch_dtype=dtype)
+        return unet.to(device), AutoencoderKL.from_pretrained({folder!r}, subfolder="vae").to(device)
 torch.zeros(1, device=device)       # the device's own start is not the loader's
 before, start = peak(), time.perf_counter()
 networks = ready()
 built = time.perf_counter() - start
-total = sum(float(p.sum()) for n in networks for p in n.parameters())           # a mapped page counts when it is read
+total = sum(float(p.sum()) for n in networks for p in n.parameters())       # a mapped page counts when read
 seconds, size = time.perf_counter() - start, sum(p.nbytes for n in networks for p in n.parameters())
 print(built, seconds, peak() - before, size)
 """
 
 
 def loading(args):
-    """From a Diffusers folder to networks, and to networks of which every weight was read once, each in a process of its own.
+    """From a Diffusers folder to networks, and to networks of which every weight was read once, each in a
+    process of its own.
 
     Imports are not counted.
     """
@@ -385,13 +416,18 @@ def loading(args):
         runs = {"ours": [], "Diffusers": []}
         for _ in range(args.repeats):
             for name in runs:
-                code = LOAD.format(root=str(ROOT), device=str(args.device), dtype=dtype, ours=name == "ours", folder=folder)
-                runs[name].append([float(x) for x in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()[-4:]])
+                code = LOAD.format(root=str(ROOT), device=str(args.device), dtype=dtype, ours=name == "ours",
+                                   folder=folder)
+                runs[name].append([float(x) for x in subprocess.run([sys.executable, "-c", code], check=True,
+                                                                    capture_output=True,
+                                                                    text=True).stdout.split()[-4:]])
     medians = {name: [statistics.median(column) for column in zip(*rows)] for name, rows in runs.items()}
     for name, (built, seconds, peak, size) in medians.items():
         for k, (what, value) in enumerate((("built", built), ("read", seconds))):
             ratio = f"{medians['Diffusers'][k] / value:.2f}x" if name == "ours" else ""
-            print(f"| U-Net and VAE {what}, {size / 1e9:.2f} GB in {dtype} | {name} | {value:.2f} s | {ratio} | RAM grows by {peak / 1e9:.2f} GB = {peak / size:.2f}x | |", flush=True)
+            memory = f"RAM grows by {peak / 1e9:.2f} GB = {peak / size:.2f}x"
+            work = f"U-Net and VAE {what}, {size / 1e9:.2f} GB in {dtype}"
+            print(f"| {work} | {name} | {value:.2f} s | {ratio} | {memory} | |", flush=True)
 
 
 FIRST = """
@@ -404,18 +440,21 @@ from ldm.encoder import open_encoder
 device, dtype = torch.device({device!r}), {dtype}
 unet = UNet2DConditionModel.from_pretrained({folder!r}, subfolder="unet", torch_dtype=dtype).to(device)
 vae = AutoencoderKL.from_pretrained({folder!r}, subfolder="vae").to(device, dtype)
-scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
+scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                          clip_sample=False)
 pipe = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
 pipe.load_lora_weights({adapter!r})
 projector, encoder = load_projector(open_adapter({adapter!r})), open_encoder({folder!r})
 e = encoder.embed(encoder.load(device), [load_rgb({image!r})])
-pipe(prompt_embeds=projector(e).to(device, dtype), negative_prompt_embeds=projector(projector.null).to(device, dtype), guidance_scale=1.3,
+c, c_null = (projector(x).to(device, dtype) for x in (e, projector.null))
+pipe(prompt_embeds=c, negative_prompt_embeds=c_null, guidance_scale=1.3,
      num_inference_steps={steps}, height={size}, width={size}).images[0].save("peer.png")
 """
 
 
 def first(args):
-    """From the start of the program to its first image on the disk: sample.py, beside a Diffusers pipeline with our projector.
+    """From the start of the program to its first image on the disk: sample.py, beside a Diffusers pipeline
+    with our projector.
 
     Both load U-Net, VAE, encoder and adapter; sample.py checks the first three by their hashes.
     """
@@ -425,30 +464,43 @@ def first(args):
         save_base(args, folder, channels=channels)
         save_file(build_encoder(*(192, 2) if small else ()).state_dict(), f"{folder}/model.safetensors")
         files = dict(zip(("base", "vae", "encoder"), (*open_sd15(folder), open_encoder(folder))))
-        header = dict(base=folder, encoder=folder, licence="none", resolution=args.size, step=1) | {f"{part}_sha256": file.fingerprint() for part, file in files.items()}
-        adapter, [image] = f"{folder}/adapter.safetensors", patches(argparse.Namespace(**vars(args) | dict(images=1)), folder)
-        save_adapter(adapter, inject(UNet(**args.width), 4), Projector(d_e=192 if small else 1536), {key: str(value) for key, value in header.items()})
-        code = FIRST.format(root=str(ROOT), device=str(args.device), dtype=dtype, folder=folder, adapter=adapter, image=str(image), steps=args.steps, size=args.size)
+        header = dict(base=folder, encoder=folder, licence="none", resolution=args.size,
+                      step=1) | {f"{part}_sha256": file.fingerprint() for part, file in files.items()}
+        adapter = f"{folder}/adapter.safetensors"
+        [image] = patches(argparse.Namespace(**vars(args) | dict(images=1)), folder)
+        save_adapter(adapter, inject(UNet(**args.width), 4), Projector(d_e=192 if small else 1536),
+                     {key: str(value) for key, value in header.items()})
+        code = FIRST.format(root=str(ROOT), device=str(args.device), dtype=dtype, folder=folder,
+                            adapter=adapter, image=str(image), steps=args.steps, size=args.size)
 
         def ours():
             out = f"{folder}/{time.perf_counter_ns()}"          # sample.py makes no image twice
-            subprocess.run([sys.executable, ROOT / "sample.py", "--adapter", adapter, "--ref", image, "--steps", str(args.steps), "--out", out,
+            subprocess.run([sys.executable, ROOT / "sample.py", "--adapter", adapter, "--ref", image,
+                            "--steps", str(args.steps), "--out", out,
                             "--device", str(args.device)], check=True, capture_output=True)
-        candidates = {"ours": lambda: ours, "Diffusers": lambda: lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=folder)}
-        report(args, f"program start to first image, {args.size} px, {args.steps} guided steps", "ours", measure(candidates, args), 1)
+        candidates = {"ours": lambda: ours,
+                      "Diffusers": lambda: lambda: subprocess.run([sys.executable, "-c", code], check=True,
+                                                                  capture_output=True, cwd=folder)}
+        report(args, f"program start to first image, {args.size} px, {args.steps} guided steps", "ours",
+               measure(candidates, args), 1)
 
 
 def caching(args):
-    """Latents of each image and its mirror image, and embeddings: Cache.fill, beside Diffusers' VAE and timm in batches of four."""
+    """Latents of each image and its mirror image, and embeddings: Cache.fill, beside Diffusers' VAE and timm
+    in batches of four.
+    """
     from torchvision import transforms
     small = args.width != {}
     channels = (32, 64, 128, 128) if small else (128, 256, 512, 512)
-    view = transforms.Compose([transforms.Resize(224), transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
-    pixels = transforms.Compose([transforms.Resize(args.size), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+    view = transforms.Compose([transforms.Resize(224), transforms.ToTensor(),
+                               transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    pixels = transforms.Compose([transforms.Resize(args.size), transforms.ToTensor(),
+                                 transforms.Normalize(0.5, 0.5)])
 
     def encoder():
         torch.manual_seed(0)
-        return (build_encoder(192, 2) if small else build_encoder()).to(args.device).eval().requires_grad_(False)
+        return (build_encoder(192, 2) if small
+                else build_encoder()).to(args.device).eval().requires_grad_(False)
 
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:
         files, count = patches(args, folder), iter(range(10 ** 6))
@@ -463,7 +515,8 @@ def caching(args):
             @torch.no_grad()
             def encode(x):
                 return [part.cpu() for part in vae.encode(x.to(args.device))]
-            return lambda: Cache(f"{out}/{next(count)}", "vae", "encoder", args.size).fill(files, lambda: (encode, embed))
+            return lambda: Cache(f"{out}/{next(count)}", "vae", "encoder",
+                                 args.size).fill(files, lambda: (encode, embed))
 
         def peer():
             vae = diffusers_vae(channels).to(args.device).requires_grad_(False)
@@ -478,15 +531,18 @@ def caching(args):
                     e = network(torch.stack([view(image) for image in images]).to(args.device))
                     torch.save((posterior.mean.cpu(), posterior.logvar.cpu(), e.cpu()), f"{out}/peer.pt")
             return step
-        report(args, f"caching {len(files)} images of {args.size} px", "ours", measure({"ours": ours, "Diffusers and timm": peer}, args), len(files))
+        report(args, f"caching {len(files)} images of {args.size} px", "ours",
+               measure({"ours": ours, "Diffusers and timm": peer}, args), len(files))
 
 
-# ---- what is kept for the backward pass ----------------------------------------------------------------------------
+# ---- what is kept for the backward pass --------------------------------------------------------------------
 
 def kept_for_backward(batch=16, size=512, width=None, budget=1.0):
-    """Of a compiled training step on fake tensors, with this share of the memory that the compiler would use by itself.
+    """Of a compiled training step on fake tensors, with this share of the memory that the compiler would use
+    by itself.
 
-    -> (bytes kept between the passes, FLOPs of both with recomputation). No memory is taken; weights are bfloat16.
+    -> (bytes kept between the passes, FLOPs of both with recomputation). No memory is taken; weights are
+    bfloat16.
     """
     import torch._functorch.config as functorch_config
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
@@ -498,54 +554,69 @@ def kept_for_backward(batch=16, size=512, width=None, budget=1.0):
         for node in graph.graph.nodes:
             packet = getattr(node.target, "_overloadpacket", None)
             values = partial(torch.fx.node.map_arg, fn=lambda n: n.meta["val"])
-            if "flash_attention" in str(node.target):       # the CPU's, which torch's table does not know: 4 L² C, and 10 L² C backward
-                q, k = [a.meta["val"] for a in node.args[:3] if a.meta["val"].ndim == 4][-2:] if "backward" in str(node.target) else [a.meta["val"] for a in node.args[:2]]
-                found["flops"] += (10 if "backward" in str(node.target) else 4) * q.shape[:3].numel() * k.shape[2] * q.shape[3]
+            # the CPU's, which torch's table does not know: 4 L² C, and 10 L² C backward
+            if "flash_attention" in str(node.target):
+                backward = "backward" in str(node.target)
+                inputs = [a.meta["val"] for a in node.args[:3 if backward else 2]]
+                q, k = [x for x in inputs if x.ndim == 4][-2:]
+                found["flops"] += (10 if backward else 4) * q.shape[:3].numel() * k.shape[2] * q.shape[3]
             elif packet in flop_registry:
-                found["flops"] += flop_registry[packet](*values(node.args), **values(node.kwargs), out_val=node.meta["val"])
+                found["flops"] += flop_registry[packet](*values(node.args), **values(node.kwargs),
+                                                        out_val=node.meta["val"])
         return make_boxed_func(graph.forward)
 
     def forward(graph, inputs):
         [output] = [node for node in graph.graph.nodes if node.op == "output"]
-        storages = {node.meta["val"].untyped_storage()._cdata: node.meta["val"].untyped_storage().nbytes() for node in output.args[0][1:]
-                    if node is not None and node.op != "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)}
+        storages = {node.meta["val"].untyped_storage()._cdata: node.meta["val"].untyped_storage().nbytes()
+                    for node in output.args[0][1:]
+                    if node is not None and node.op != "placeholder"
+                    and isinstance(node.meta.get("val"), torch.Tensor)}
         found["kept"] = sum(storages.values())
         return count(graph)
 
-    backend = aot_autograd(fw_compiler=forward, bw_compiler=lambda graph, inputs: count(graph), partition_fn=min_cut_rematerialization_partition)
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=lambda graph, inputs: count(graph),
+                           partition_fn=min_cut_rematerialization_partition)
     torch._dynamo.reset()
     with functorch_config.patch(activation_memory_budget=budget), FakeTensorMode():
         torch.set_default_dtype(torch.bfloat16)
         unet = UNet(**width or {}).requires_grad_(False)
         torch.set_default_dtype(torch.float32)
         inject(unet, 4)
-        z, t, c = torch.randn(batch, 4, size // 8, size // 8), torch.zeros(batch, dtype=torch.long), torch.randn(batch, 4, 768, requires_grad=True)
+        z, t = torch.randn(batch, 4, size // 8, size // 8), torch.zeros(batch, dtype=torch.long)
+        c = torch.randn(batch, 4, 768, requires_grad=True)
         torch.compile(unet, backend=backend, dynamic=False)(z, t, c).sum().backward()
     torch._dynamo.reset()
     return found["kept"], found["flops"]
 
 
 def kept(args):
-    """Bytes that a compiled training step keeps for the backward pass, batch 16 at 512 px, and the FLOPs that this costs."""
+    """Bytes that a compiled training step keeps for the backward pass, batch 16 at 512 px, and the FLOPs that
+    this costs.
+    """
     all_of_it, flop = kept_for_backward()
     for budget in (1.0, 0.7, 0.5, 0.3):
         size, more = kept_for_backward(budget=budget)
-        print(f"| kept for the backward pass, batch 16, 512 px | budget {budget} | {size / 2 ** 30:.2f} GiB | | | {more / 1e12:.2f} TFLOP a step ({more / flop - 1:+.1%}) |", flush=True)
+        cost = f"{more / 1e12:.2f} TFLOP a step ({more / flop - 1:+.1%})"
+        work = "kept for the backward pass, batch 16, 512 px"
+        print(f"| {work} | budget {budget} | {size / 2 ** 30:.2f} GiB | | | {cost} |", flush=True)
 
 
 WORK = dict(train=train, sample=sampling, first=first, fid=distance, load=loading, cache=caching, kept=kept)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", nargs="*", metavar="WORK", help=f"{', '.join(WORK)} (default: all)")
-    parser.add_argument("--full", action="store_true", default=None, help="Stable Diffusion 1.5's widths (default on a GPU)")
+    parser.add_argument("--full", action="store_true", default=None,
+                        help="Stable Diffusion 1.5's widths (default on a GPU)")
     parser.add_argument("--size", type=int, help="pixels (default: 512 on a GPU, 256 on the CPU)")
     parser.add_argument("--batch", type=int, help="images (default: 16 on a GPU, 2 on the CPU)")
     parser.add_argument("--steps", type=int, help="of sampling (default: 30 on a GPU, 2 on the CPU)")
     parser.add_argument("--images", type=int, help="for fid and cache (default: 387 on a GPU, 64 on the CPU)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--cap", type=float, default=12e9, help="bytes of GPU memory that a candidate may take")
+    parser.add_argument("--cap", type=float, default=12e9,
+                        help="bytes of GPU memory that a candidate may take")
     parser.add_argument("--inception", metavar="FILE")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -558,9 +629,11 @@ def main():
         if getattr(args, name) is None:
             setattr(args, name, gpu if cuda else cpu)
     args.rate = matmul_rate(args)
-    name = torch.cuda.get_device_name(args.device) if cuda else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"{name}; torch {torch.__version__}; {'full' if not args.width else 'narrow'} width; matrix multiplication {args.rate / 1e12:.3g} TFLOP/s; "
-          f"medians of {args.repeats}\n\n| work | who | time | ratio | peak memory | TFLOP/s (share) |\n|---|---|---|---|---|---|", flush=True)
+    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"{torch.cuda.get_device_name(args.device) if cuda else cpu}; torch {torch.__version__}; "
+          f"{'narrow' if args.width else 'full'} width; matrix product {args.rate / 1e12:.3g} TFLOP/s; "
+          f"medians of {args.repeats}\n\n| work | who | time | ratio | peak memory | TFLOP/s (share) |\n"
+          "|---|---|---|---|---|---|", flush=True)
     for work in args.work or WORK:
         if work == "fid" and not inception_available(args.inception):
             print("fid: left out, pass --inception", flush=True)

@@ -1,7 +1,8 @@
-"""Stable Diffusion 1.5 checkpoints of random weights in the three layouts that are found, full-size or narrow.
+"""Stable Diffusion 1.5 checkpoints of random weights in the three layouts that are found, full-size or
+narrow.
 
-Names are written from the published formats, in the direction opposite to ldm/weights.py's; Diffusers' own converter
-checks both.
+Names are written from the published formats, in the direction opposite to ldm/weights.py's; Diffusers' own
+converter checks both.
 """
 import re
 import zlib
@@ -11,14 +12,18 @@ from safetensors.torch import save_file
 
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 COMPVIS_UNET = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
     "conv_in": "input_blocks.0.0", "conv_out": "out.2", "mid_block.resnets.0": "middle_block.0",
     "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2"}
-COMPVIS_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+COMPVIS_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0",
+                  "conv2": "out_layers.3",
                   "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
 COMPVIS_VAE = {
-    "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
-    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "conv_norm_out": "norm_out",
+    "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+    "conv_norm_out": "norm_out",
     "conv_shortcut": "nin_shortcut"}
 
 
@@ -27,7 +32,8 @@ def networks(width):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     v = max(32, width * 2 // 5 // 32 * 32)
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, block_out_channels=(width, 2 * width, 4 * width, 4 * width),
+        unet = UNet2DConditionModel(sample_size=64,
+                                    block_out_channels=(width, 2 * width, 4 * width, 4 * width),
                                     cross_attention_dim=768, attention_head_dim=8)
         vae = AutoencoderKL(sample_size=512, block_out_channels=(v, 2 * v, 4 * v, 4 * v), layers_per_block=2,
                             latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
@@ -53,7 +59,7 @@ def compvis_unet_name(name):
     if m := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions)\.(\d)\.(.*)", name):
         block = f"input_blocks.{3 * int(m[2]) + int(m[4]) + 1}" if m[1] == "down" else \
             f"output_blocks.{3 * int(m[2]) + int(m[4])}"
-        name = f"{block}.{int(m[3] == 'attentions')}.{m[5] if m[3] == 'attentions' else replace(m[5], COMPVIS_RESNET)}"
+        name = f"{block}.1.{m[5]}" if m[3] == "attentions" else f"{block}.0.{replace(m[5], COMPVIS_RESNET)}"
     elif m := re.match(r"down_blocks\.(\d)\.downsamplers\.0\.conv\.(.*)", name):
         name = f"input_blocks.{3 * int(m[1]) + 3}.0.op.{m[2]}"
     elif m := re.match(r"up_blocks\.(\d)\.upsamplers\.0\.conv\.(.*)", name):
@@ -74,7 +80,8 @@ def compvis_vae_name(name):
 
 
 def make_sd15(path, layout="diffusers", width=320):
-    """Write a checkpoint: "diffusers", "diffusers-old" (the VAE's attention as `query`) or "compvis" (one file).
+    """Write a checkpoint: "diffusers", "diffusers-old" (the VAE's attention as `query`) or "compvis" (one
+    file).
 
     The three layouts of one width hold the same network.
     """
@@ -95,4 +102,5 @@ def make_sd15(path, layout="diffusers", width=320):
     for part, net in nets.items():
         (path / part).mkdir(parents=True, exist_ok=True)
         net.save_config(path / part)
-        save_file(tensors[part], path / part / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors[part], path / part / "diffusion_pytorch_model.safetensors",
+                  metadata={"format": "pt"})

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.app import Fail, safe_name
-from ldm.data import (PROPORTIONS, Cache, Patch, describe_split, list_images, load_rgb, make_split,
+from ldm.encoder import Cache
+from ldm.data import (PROPORTIONS, Patch, describe_split, list_images, load_rgb, make_split,
                       read_dataset, read_split, resize_crop, split_patches, to_images, to_tensor)
 
 GREY = np.add.outer(np.arange(20), np.arange(30)).astype(np.uint16)
@@ -22,7 +23,7 @@ def pixels(path):
     return np.asarray(load_rgb(path))
 
 
-# ---- images --------------------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------
 
 def test_an_exif_rotation_is_applied(tmp_path):
     image, exif = Image.new("RGB", (40, 20), "red"), Image.Exif()
@@ -77,7 +78,8 @@ def bomb(path):
     """A PNG of some 60 bytes whose header claims 100,000 x 100,000 pixels."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR",
+                                                  struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
                      + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
 
 
@@ -87,19 +89,25 @@ def truncated(path):
 
 
 def animated(path):
-    texture(1).save(path, format="GIF" if path.suffix == ".png" else "TIFF", save_all=True, append_images=[texture(2)])
+    texture(1).save(path, format="GIF" if path.suffix == ".png" else "TIFF", save_all=True,
+                    append_images=[texture(2)])
 
 
 @pytest.mark.parametrize("name, write, words", [
-    ("x.png", bomb, "100000 x 100000"), ("x.png", truncated, "cannot be read"), ("x.jpg", truncated, "cannot be read"),
-    ("x.png", animated, "2 frames"), ("x.tif", animated, "2 frames"), ("x.png", lambda p: p.write_text("no image"), "not an image"),
-    ("x.png", lambda p: Image.new("RGB", (1, 1)).save(p), "1 x 1"), ("x.png", lambda p: p.write_bytes(b""), "not an image"),
-    ("x.tif", lambda p: Image.fromarray(np.zeros((20, 20), np.float32)).save(p), "floating-point"), ("x.png", lambda p: None, "not exist")])
+    ("x.png", bomb, "100000 x 100000"), ("x.png", truncated, "cannot be read"),
+    ("x.jpg", truncated, "cannot be read"),
+    ("x.png", animated, "2 frames"), ("x.tif", animated, "2 frames"),
+    ("x.png", lambda p: p.write_text("no image"), "not an image"),
+    ("x.png", lambda p: Image.new("RGB", (1, 1)).save(p), "1 x 1"),
+    ("x.png", lambda p: p.write_bytes(b""), "not an image"),
+    ("x.tif", lambda p: Image.fromarray(np.zeros((20, 20), np.float32)).save(p), "floating-point"),
+    ("x.png", lambda p: None, "not exist")])
 def test_what_is_no_single_readable_patch_is_refused_by_name(name, write, words, tmp_path):
     write(tmp_path / name)
     with pytest.raises(Fail) as problem:
         load_rgb(tmp_path / name)
-    assert words in str(problem.value) and str(tmp_path / name) in str(problem.value) and "\n" not in str(problem.value)
+    text = str(problem.value)
+    assert words in text and str(tmp_path / name) in text and "\n" not in text
 
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 100), (331, 250), (250, 331), (37, 61), (500, 111)])
@@ -122,10 +130,11 @@ def test_images_are_listed_at_any_depth_in_any_case_sorted_and_without_hidden_on
     for name in ("b.PNG", "a/z.JpEg", "a/.hidden.png", ".git/x.png", "a/text.txt", "a.tif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path)] == ["a.tif", "a/z.JpEg", "b.PNG"]
+    assert [p.relative_to(tmp_path).as_posix()
+            for p in list_images(tmp_path)] == ["a.tif", "a/z.JpEg", "b.PNG"]
 
 
-# ---- datasets ------------------------------------------------------------------------------------------------------
+# ---- datasets ----------------------------------------------------------------------------------------------
 
 def write_json(root, rows, part="train"):
     (root / part).mkdir(exist_ok=True)
@@ -142,10 +151,13 @@ def test_the_chaoyang_format_gives_class_case_and_part(dataset):
 
 def test_annotators_decide_by_majority_where_there_is_no_label(tmp_path, capsys):
     votes = [(1, 1, 2), (0, 2, 2), (0, 1, 2)]
-    write_json(tmp_path, [{"name": f"train/{i}-IMG001x001-0.JPG"} | {f"label_{x}": v for x, v in zip("ABC", vote)}
-                          for i, vote in enumerate(votes)] + [{"name": "train/9-IMG001x001-0.JPG", "label": 3, "label_A": 0,
+    write_json(tmp_path, [{"name": f"train/{i}-IMG001x001-0.JPG"}
+                          | {f"label_{x}": v for x, v in zip("ABC", vote)}
+                          for i, vote in enumerate(votes)]
+                          + [{"name": "train/9-IMG001x001-0.JPG", "label": 3, "label_A": 0,
                                                                "label_B": 0, "label_C": 0}])
-    assert {p.case: p.label for p in read_dataset(tmp_path)} == {"0": "serrated", "1": "adenocarcinoma", "9": "adenoma"}
+    assert {p.case: p.label for p in read_dataset(tmp_path)} == {"0": "serrated", "1": "adenocarcinoma",
+                                                                 "9": "adenoma"}
     assert "1 patches" in capsys.readouterr().out
 
 
@@ -175,7 +187,8 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "a/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "a/circle").symlink_to(tmp_path / "a")
-    assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path / "a")] == ["a/link/y.png", "a/x.png"]
+    assert [p.relative_to(tmp_path).as_posix()
+            for p in list_images(tmp_path / "a")] == ["a/link/y.png", "a/x.png"]
 
 
 def test_a_name_that_is_not_utf8_is_named(tmp_path):
@@ -195,10 +208,14 @@ def test_a_safe_name_fits_every_file_system():
 
 @pytest.mark.parametrize("text, words", [
     ('[{"name": "../x.JPG", "label": 0}]', "outside"), ('[{"name": "/etc/passwd", "label": 0}]', "outside"),
-    ('[{"name": "link/x.JPG", "label": 0}]', "outside"), ('[{"name": "train/no.JPG", "label": 0}]', "not there"),
-    ('[{"name": "train/a.JPG", "label": 7}]', "label 7"), ('[{"name": "train/a.JPG", "label": NaN}]', "label nan"),
-    ('[{"name": "train/a.JPG", "label": true}]', "label True"), ('{"name": 1}', "must contain a list"), ("[", "not valid JSON"),
-    ('[{"label": 0}]', "entry 0"), ('[{"name": "train/a.JPG", "label": 0}, {"name": "train/a.JPG", "label": 0}]', "listed twice"),
+    ('[{"name": "link/x.JPG", "label": 0}]', "outside"),
+    ('[{"name": "train/no.JPG", "label": 0}]', "not there"),
+    ('[{"name": "train/a.JPG", "label": 7}]', "label 7"),
+    ('[{"name": "train/a.JPG", "label": NaN}]', "label nan"),
+    ('[{"name": "train/a.JPG", "label": true}]', "label True"), ('{"name": 1}', "must contain a list"),
+    ("[", "not valid JSON"),
+    ('[{"label": 0}]', "entry 0"),
+    ('[{"name": "train/a.JPG", "label": 0}, {"name": "train/a.JPG", "label": 0}]', "listed twice"),
     ("[]", "no images"), ("[" * 100_000, "not valid JSON")])
 def test_a_wrong_list_is_refused_by_entry(text, words, tmp_path):
     root = tmp_path / "data"
@@ -211,7 +228,7 @@ def test_a_wrong_list_is_refused_by_entry(text, words, tmp_path):
         read_dataset(root)
 
 
-# ---- the split -----------------------------------------------------------------------------------------------------
+# ---- the split ---------------------------------------------------------------------------------------------
 
 def cases_of(split, patches):
     case = {p.name: p.case for p in patches}
@@ -229,7 +246,8 @@ def test_a_split_keeps_cases_whole_and_loses_nothing(rows):
     split, cases = split_patches(patches), None
     cases = cases_of(split, patches)
     assert all(split.values()) and sorted(sum(split.values(), [])) == [p.name for p in patches]
-    assert not (cases["train"] & cases["val"] or cases["train"] & cases["test"] or cases["val"] & cases["test"])
+    assert not (cases["train"] & cases["val"] or cases["train"] & cases["test"]
+                or cases["val"] & cases["test"])
     assert split_patches(patches[::-1]) == split
 
 
@@ -242,14 +260,16 @@ def test_real_tissue_is_split_in_the_papers_proportions_within_two_patches_of_ev
             target = sum(p.label == name for p in patches) * PROPORTIONS[part] / sum(PROPORTIONS.values())
             assert abs(sum(label[n] == name for n in split[part]) - target) < 2
     cases = cases_of(split, patches)
-    assert not (cases["train"] & cases["val"] or cases["train"] & cases["test"] or cases["val"] & cases["test"])
+    assert not (cases["train"] & cases["val"] or cases["train"] & cases["test"]
+                or cases["val"] & cases["test"])
 
 
 def test_the_official_test_part_can_be_kept(dataset):
     patches = read_dataset(dataset)
     split = make_split(patches, "official")
     assert split["test"] == [p.name for p in patches if p.part == "test"]
-    assert sorted(split["train"] + split["val"]) == [p.name for p in patches if p.part == "train"] and split["val"]
+    assert sorted(split["train"] + split["val"]) == [p.name for p in patches
+                                                     if p.part == "train"] and split["val"]
 
 
 def test_a_split_file_can_be_read_again_and_refuses_strangers_and_repeats(dataset, tmp_path):
@@ -257,16 +277,19 @@ def test_a_split_file_can_be_read_again_and_refuses_strangers_and_repeats(datase
     split = make_split(patches, "paper")
     path.write_text(describe_split(split, patches))
     assert read_split(path, patches) == split == make_split(patches, str(path))
-    for change, words in (({"val": ["stranger.png"]}, "stranger.png"), ({"val": split["train"][:1]}, "twice"), ({"val": []}, "empty")):
+    for change, words in (({"val": ["stranger.png"]}, "stranger.png"), ({"val": split["train"][:1]}, "twice"),
+                          ({"val": []}, "empty")):
         path.write_text(json.dumps(split | change))
         with pytest.raises(Fail, match=words):
             read_split(path, patches)
 
 
-# ---- the cache -----------------------------------------------------------------------------------------------------
+# ---- the cache ---------------------------------------------------------------------------------------------
 
 class Encoders:
-    """Known answers: the mean is x itself at a quarter of the size, the embedding three corner pixels; counts the images."""
+    """Known answers: the mean is x itself at a quarter of the size, the embedding three corner pixels; counts
+    the images.
+    """
 
     def __init__(self, fail_after=None):
         self.images, self.fail_after = 0, fail_after
@@ -295,7 +318,8 @@ def forty(tmp_path):
 def test_the_cache_holds_what_the_encoders_say_of_an_image_and_of_its_mirror_image(forty, tmp_path):
     cache = Cache(tmp_path / "cache", "vae", "encoder", 16)
     hashes = cache.fill(forty, Encoders())
-    mean, logvar, e = Cache(tmp_path / "cache", "vae", "encoder", 16).batch(hashes, [i % 2 for i in range(40)])
+    mean, logvar, e = Cache(tmp_path / "cache", "vae", "encoder",
+                            16).batch(hashes, [i % 2 for i in range(40)])
     for i, path in enumerate(forty):
         x = to_tensor([load_rgb(path)], 16)[0]
         x = x.flip(-1) if i % 2 else x
@@ -321,7 +345,8 @@ def test_an_interrupted_cache_keeps_what_it_has_and_goes_on(forty, tmp_path):
         Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, Encoders(fail_after=36))
     files = list((tmp_path / "cache").rglob("*.*"))
     assert len(files) == 1 and not files[0].name.startswith(".")
-    (files[0].parent / ".0123-killed.safetensors").write_bytes(files[0].read_bytes()[:50])     # what SIGKILL leaves behind
+    # what SIGKILL leaves behind
+    (files[0].parent / ".0123-killed.safetensors").write_bytes(files[0].read_bytes()[:50])
     rest = Encoders()
     Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, rest)
     assert rest.images == 8

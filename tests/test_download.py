@@ -1,4 +1,6 @@
-"""A local server plays the hub and the release page: whole files, wrong hashes, cut connections, 401, 404, no answer."""
+"""A local server plays the hub and the release page: whole files, wrong hashes, cut connections, 401, 404, no
+answer.
+"""
 import hashlib
 import json
 import os
@@ -83,31 +85,42 @@ for name, sha256, gated in {cases!r}:
 
 
 def hub(server, cases, home, **environment):
-    environment = {"HF_ENDPOINT": server, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+    environment = {"HF_ENDPOINT": server, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN,
+                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1",
                    "HF_HUB_ETAG_TIMEOUT": "2"} | environment
-    ran = subprocess.run([sys.executable, "-c", HUB.format(root=str(ROOT), cases=cases)], capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    ran = subprocess.run([sys.executable, "-c", HUB.format(root=str(ROOT), cases=cases)], capture_output=True,
+                         text=True, env=os.environ | environment, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert TOKEN not in ran.stdout + ran.stderr
-    return ran.stderr, [json.loads(line[7:])[2] for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
+    return ran.stderr, [json.loads(line[7:])[2] for line in ran.stdout.splitlines()
+                        if line.startswith("RESULT ")]
 
 
 def test_the_hub_as_it_should_be_and_as_it_may_be(server, tmp_path):
     Server.seen.clear()
-    cases = [("ok", SHA256, ""), ("cut", SHA256, ""), ("wrong", "0" * 64, ""), ("gated", None, "ask for access"), ("missing", None, ""), ("ok", SHA256, "")]
+    cases = [("ok", SHA256, ""), ("cut", SHA256, ""), ("wrong", "0" * 64, ""),
+             ("gated", None, "ask for access"), ("missing", None, ""), ("ok", SHA256, "")]
     text, (ok, cut, wrong, gated, missing, again) = hub(server, cases, tmp_path)
     assert ok == cut == again == len(DATA)
-    assert "downloading file.bin of o/ok (0.03 GB)" in text                                        # named and sized, whatever stdout is
-    assert any(kind == "cut" and range_ for _, kind, range_, _ in Server.seen)                     # resumed, not begun again
-    assert "sha256" in wrong and "removed" in wrong and not list((tmp_path / "hub/models--o--wrong/blobs").glob("*"))
+    # named and sized, whatever stdout is
+    assert "downloading file.bin of o/ok (0.03 GB)" in text
+    # resumed, not begun again
+    assert any(kind == "cut" and range_ for _, kind, range_, _ in Server.seen)
+    assert "sha256" in wrong and "removed" in wrong
+    assert not list((tmp_path / "hub/models--o--wrong/blobs").glob("*"))
     assert "ask for access" in gated and "missing" in missing and "Check the name" in missing
-    assert sum(command == "GET" and kind == "ok" for command, kind, *_ in Server.seen) == 1        # the second time from the cache
-    assert {auth for _, kind, _, auth in Server.seen if kind in {name for name, *_ in cases}} == {f"Bearer {TOKEN}"}         # sent, and nowhere printed
+    # the second time from the cache
+    assert sum(command == "GET" and kind == "ok" for command, kind, *_ in Server.seen) == 1
+    # sent, and nowhere printed
+    assert {auth for _, kind, _, auth in Server.seen if kind in {name for name,
+                                                                 *_ in cases}} == {f"Bearer {TOKEN}"}
 
 
 def test_a_hub_that_is_not_asked_or_does_not_answer(server, tmp_path):
     _, [offline] = hub(server, [("ok", SHA256, "")], tmp_path, HF_HUB_OFFLINE="1")
     assert "cannot get file.bin" in offline and "local path" in offline
-    _, [proxy] = hub(server, [("ok", SHA256, "")], tmp_path, HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9", NO_PROXY="", no_proxy="")
+    _, [proxy] = hub(server, [("ok", SHA256, "")], tmp_path, HTTP_PROXY="http://127.0.0.1:9",
+                     http_proxy="http://127.0.0.1:9", NO_PROXY="", no_proxy="")
     assert "cannot get file.bin" in proxy                               # the proxy was asked, and nobody else
     assert not list(tmp_path.rglob("file.bin"))
 
@@ -118,8 +131,10 @@ def test_a_hub_that_is_slow_ends_in_one_line(server, tmp_path):
     assert "cannot get file.bin" in slow and not list(tmp_path.rglob("file.bin"))
 
 
-@pytest.mark.parametrize("kind, hash8, words", [("ok", SHA256[:8], None), ("ok", "00000000", "hash"), ("cut", SHA256[:8], "hash"), ("missing", SHA256[:8], "404")])
-def test_the_inception_weights_are_checked_and_appear_whole_or_not_at_all(kind, hash8, words, server, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind, hash8, words", [("ok", SHA256[:8], None), ("ok", "00000000", "hash"),
+                                                ("cut", SHA256[:8], "hash"), ("missing", SHA256[:8], "404")])
+def test_the_inception_weights_are_checked_and_appear_whole_or_not_at_all(
+        kind, hash8, words, server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(encoder, "INCEPTION_URL", f"{server}/o/{kind}/pt_inception-2015-12-05-{hash8}.pth")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(Fail) as problem:
@@ -128,7 +143,9 @@ def test_the_inception_weights_are_checked_and_appear_whole_or_not_at_all(kind, 
     assert str(tmp_path) in said and "96 MB" in said
     files = list((tmp_path / "checkpoints").iterdir())
     if words is None:           # whole, but these bytes are no weights
-        assert "not a plain file of tensors" in str(problem.value) and [f.read_bytes() for f in files] == [DATA]
+        assert "not a plain file of tensors" in str(problem.value)
+        assert [f.read_bytes() for f in files] == [DATA]
     else:
-        assert "cannot get the Inception weights" in str(problem.value) and words in str(problem.value) and "--inception" in str(problem.value)
+        for text in ("cannot get the Inception weights", words, "--inception"):
+            assert text in str(problem.value)
         assert files == []

@@ -1,4 +1,6 @@
-"""FID and KID equal the tools whose numbers they claim, with random weights everywhere and with the real ones here."""
+"""FID and KID equal the tools whose numbers they claim, with random weights everywhere and with the real ones
+here.
+"""
 import json
 import shutil
 
@@ -52,7 +54,8 @@ def weights(kind, tmp_path_factory, request):
 def pth(weights, tmp_path_factory):
     """The same weights as pytorch-fid's release file has them: with a classifier and counters."""
     state = load_file(weights)
-    state |= {n.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for n in state if n.endswith("running_mean")}
+    state |= {n.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for n in state
+              if n.endswith("running_mean")}
     state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
     path = tmp_path_factory.mktemp("pth") / "pt_inception-2015-12-05-6726825d.pth"
     torch.save(state, path)
@@ -81,7 +84,9 @@ def ours(folders, weights, resize):
 
 
 def exact(x, y):
-    """The Fréchet distance by eigenvalues of the Gram matrix: tr (Σ₁Σ₂)^½ = Σ √λ(X₁X₂ᵀ X₂X₁ᵀ), another way than fid.py's."""
+    """The Fréchet distance by eigenvalues of the Gram matrix: tr (Σ₁Σ₂)^½ = Σ √λ(X₁X₂ᵀ X₂X₁ᵀ), another way
+    than fid.py's.
+    """
     a, b = (x - x.mean(0)) / np.sqrt(len(x) - 1), (y - y.mean(0)) / np.sqrt(len(y) - 1)
     cross = a @ b.T
     root = np.sqrt(np.linalg.eigvalsh(cross @ cross.T).clip(0)).sum()
@@ -111,10 +116,12 @@ def test_fid_equals_pytorch_fids_on_the_same_folders(folders, pth, weights, monk
 def test_fid_equals_clean_fids(folders, weights):
     from cleanfid import fid as clean
     network = Inception(weights).load()
-    theirs = [clean.get_folder_features(str(f), lambda x: network((x - 128) / 128), num_workers=0, batch_size=8, device=CPU, mode="clean")
+    theirs = [clean.get_folder_features(str(f), lambda x: network((x - 128) / 128), num_workers=0,
+                                        batch_size=8, device=CPU, mode="clean")
               for f in folders]
     value = fid.compare(*ours(folders, weights, "clean"))["fid"]
-    expected = exact(*(np.float64(f) for f in theirs))          # clean-fid's own sqrtm fails with the SciPy of today
+    # clean-fid's own sqrtm fails with the SciPy of today
+    expected = exact(*(np.float64(f) for f in theirs))
     print(f"clean-fid {expected:.6f}, difference {abs(value - expected):.1e}")
     assert abs(value - expected) < 1e-3
 
@@ -122,21 +129,26 @@ def test_fid_equals_clean_fids(folders, weights):
 def test_fid_and_kid_equal_torch_fidelitys(folders, weights, pth):
     import torch_fidelity
     theirs = torch_fidelity.calculate_metrics(
-        input1=str(folders[0]), input2=str(folders[1]), fid=True, kid=True, kid_subset_size=10, cuda=False, verbose=False,
-        feature_extractor_weights_path=str(pth), batch_size=8, samples_find_ext="jpg,JPG", save_cpu_ram=True, cache=False)
+        input1=str(folders[0]), input2=str(folders[1]), fid=True, kid=True, kid_subset_size=10, cuda=False,
+        verbose=False,
+        feature_extractor_weights_path=str(pth), batch_size=8, samples_find_ext="jpg,JPG", save_cpu_ram=True,
+        cache=False)
     mine = fid.compare(*ours(folders, weights, "tf1"), subset=10)
     print(f"torch-fidelity {theirs['frechet_inception_distance']:.6f}, "
           f"difference {abs(mine['fid'] - theirs['frechet_inception_distance']):.1e}")
     assert abs(mine["fid"] - theirs["frechet_inception_distance"]) < 1e-3
-    assert mine["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)     # features in float32
+    # features in float32
+    assert mine["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
 
 
 @pytest.mark.parametrize("n, m, subset", [(40, 50, 20), (30, 30, 29), (25, 25, 25), (60, 33, 33)])
 def test_kid_equals_torch_fidelitys_on_equal_features_and_subsets(n, m, subset):
     from torch_fidelity.metric_kid import kid_features_to_metric
     g = torch.Generator().manual_seed(0)
-    x, y = torch.rand(n, 64, generator=g, dtype=torch.float64), 1.1 * torch.rand(m, 64, generator=g, dtype=torch.float64)
-    theirs = kid_features_to_metric(x, y, kid_subsets=100, kid_subset_size=subset, rng_seed=2020, verbose=False)
+    x, y = torch.rand(n, 64, generator=g,
+                      dtype=torch.float64), 1.1 * torch.rand(m, 64, generator=g, dtype=torch.float64)
+    theirs = kid_features_to_metric(x, y, kid_subsets=100, kid_subset_size=subset, rng_seed=2020,
+                                    verbose=False)
     mean, std, size = fid.kid(x.numpy(), y.numpy(), subset).values()
     assert size == subset and mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
     if subset == n == m:
@@ -151,7 +163,8 @@ def test_kid_takes_no_larger_subset_than_there_are_images():
 
 
 def test_the_distance_of_gaussians_with_diagonal_covariances_is_known():
-    mu1, mu2, s1, s2 = np.array([1.0, 2, 3]), np.array([0.0, 2, 5]), np.array([1.0, 4, 9]), np.array([4.0, 4, 1])
+    mu1, mu2, s1, s2 = np.array([1.0, 2, 3]), np.array([0.0, 2,
+                                                        5]), np.array([1.0, 4, 9]), np.array([4.0, 4, 1])
     expected = 1 + 4 + ((np.sqrt(s1) - np.sqrt(s2)) ** 2).sum()
     assert fid.frechet_distance(mu1, np.diag(s1), mu2, np.diag(s2)) == pytest.approx(expected, abs=1e-9)
 
@@ -162,7 +175,8 @@ def test_the_small_sample_form_is_the_definition(n, m, d):
     x, y = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)), rng.normal(1, 2, size=(m, d))
     definition = exact(x, y)
     if n > d:       # there sqrtm is exact, and the Gram matrix is the singular one
-        definition = fid.frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+        definition = fid.frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0),
+                                          np.cov(y, rowvar=False))
     assert fid.frechet_distance_of_features(x, y) == pytest.approx(definition, rel=1e-9)
     assert fid.frechet_distance_of_features(x, x) == pytest.approx(0, abs=1e-9 * (x ** 2).sum())
 
@@ -178,8 +192,10 @@ def test_resizers_equal_the_tools_own(size):
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as tf1
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-    expected = {"pytorch-fid": 2 * F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) - 1,
-                "clean": (torch.from_numpy(build_resizer("clean")(np.array(image))).permute(2, 0, 1)[None] - 128) / 128,
+    clean = torch.from_numpy(build_resizer("clean")(np.array(image)))
+    expected = {"pytorch-fid": 2 * F.interpolate(x / 255, (299, 299), mode="bilinear",
+                                                 align_corners=False) - 1,
+                "clean": (clean.permute(2, 0, 1)[None] - 128) / 128,
                 "tf1": (tf1(x, size=(299, 299), align_corners=False) - 128) / 128}
     for name, reference in expected.items():
         assert (RESIZERS[name](image) - reference[0]).abs().max() < 1e-6, name
@@ -217,7 +233,8 @@ def test_statistics_of_another_resizer_or_network_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    dict(mu=np.zeros(3), sigma=np.eye(4)), dict(sigma=np.eye(3)), dict(mu=np.array([{}], dtype=object), sigma=np.eye(3)),
+    dict(mu=np.zeros(3), sigma=np.eye(4)), dict(sigma=np.eye(3)),
+    dict(mu=np.array([{}], dtype=object), sigma=np.eye(3)),
     dict(mu=np.array(["a", "b"]), sigma=np.eye(2)), dict(mu=np.full(2, np.nan), sigma=np.eye(2))])
 def test_foreign_archives_that_hold_no_statistics_are_refused(content, tmp_path):
     np.savez(tmp_path / "x.npz", **content)
@@ -235,7 +252,8 @@ def test_a_damaged_archive_is_refused(tmp_path):
     np.savez(tmp_path / "x.npz", mu=np.zeros(8), sigma=np.eye(8))
     whole = (tmp_path / "x.npz").read_bytes()
     np.save(tmp_path / "array", np.zeros(8))
-    for content in (whole[:len(whole) // 2], whole[:200] + bytes(100) + whole[300:], b"", (tmp_path / "array.npy").read_bytes()):
+    for content in (whole[:len(whole) // 2], whole[:200] + bytes(100) + whole[300:], b"",
+                    (tmp_path / "array.npy").read_bytes()):
         (tmp_path / "x.npz").write_bytes(content)
         with pytest.raises(Fail, match="no statistics"):
             fid.load_set(tmp_path / "x.npz", "clean", "abc")
@@ -247,9 +265,11 @@ def test_mixed_sizes_upper_case_and_subfolders_are_read_and_classes_counted(tmp_
             folder = tmp_path / name / "ab"[i % 2]
             folder.mkdir(parents=True, exist_ok=True)
             texture(i + 50 * (name == "fake"), 40 + i).save(folder / f"{i}.PNG")
-    result = program("fid.py", "real", "fake", "--per-class", "--inception", weights, "--json", "-", cwd=tmp_path)
+    result = program("fid.py", "real", "fake", "--per-class", "--inception", weights, "--json", "-",
+                     cwd=tmp_path)
     [row] = json.loads(result.stdout)
-    assert {name: (c["n_real"], c["n_fake"]) for name, c in row["classes"].items()} == {"a": (4, 4), "b": (4, 4)}
+    assert {name: (c["n_real"], c["n_fake"]) for name,
+            c in row["classes"].items()} == {"a": (4, 4), "b": (4, 4)}
     assert "4 | 4" in result.stderr and row["kid_subset"] == 8
 
 
@@ -257,3 +277,14 @@ def test_a_folder_without_two_images_is_refused(tmp_path):
     texture(0).save(tmp_path / "one.png")
     with pytest.raises(Fail, match="fewer than two images"):
         fid.read_set(tmp_path, None)
+
+
+def test_a_metric_added_to_the_table_appears_in_every_output(monkeypatch):
+    def shift(x, y, subset):
+        return dict(shift=float((y.mean(0) - x.mean(0)).mean()))
+    monkeypatch.setattr(fid, "METRICS", (*fid.METRICS, shift))
+    real, fake = random_set(0), random_set(1)
+    row = fid.compare(real, fake) | dict(features="inception", resize="clean", weights="w", real="a",
+                                         fake="b",
+                                         classes=fid.compare_classes(real, fake))
+    assert row["shift"] == row["shift"] and all("shift" in line for line in list(fid.result_lines(row))[1:])

@@ -1,4 +1,6 @@
-"""The networks at their full size, from checkpoints of random weights: 10 GB of disk and some minutes. Run with -m slow."""
+"""The networks at their full size, from checkpoints of random weights: 10 GB of disk and some minutes. Run
+with -m slow.
+"""
 import gc
 import shutil
 import subprocess
@@ -15,7 +17,8 @@ from ldm.weights import load_unet, load_vae, open_sd15
 
 pytestmark = pytest.mark.slow
 UNI2H = dict(           # from MahmoodLab/UNI2-h's page
-    img_size=224, patch_size=14, depth=24, num_heads=24, init_values=1e-5, embed_dim=1536, mlp_ratio=2.66667 * 2,
+    img_size=224, patch_size=14, depth=24, num_heads=24, init_values=1e-5, embed_dim=1536,
+    mlp_ratio=2.66667 * 2,
     num_classes=0, no_embed_class=True, mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU, reg_tokens=8,
     dynamic_img_size=True)
 
@@ -27,7 +30,8 @@ def expected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("full") / "new"
     make_sd15(folder)
     torch.manual_seed(0)
-    inputs = torch.randn(1, 4, 32, 32), torch.tensor([501]), torch.randn(1, 4, 768), torch.rand(1, 3, 128, 128) * 2 - 1
+    inputs = torch.randn(1, 4, 32,
+                         32), torch.tensor([501]), torch.randn(1, 4, 768), torch.rand(1, 3, 128, 128) * 2 - 1
     z, t, c, x = inputs
     with torch.no_grad():
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
@@ -62,10 +66,17 @@ def test_full_size_outputs_equal_diffusers_from_every_layout(layout, expected, t
 def test_loading_in_bfloat16_peaks_at_the_networks_size(expected):
     """1.72 GB of bfloat16 from a file of 3.44 GB of float32: well under the two together."""
     folder = expected[0]
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; from ldm.weights import load_unet, open_sd15\n"
-            "import re; peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
-            f"before = peak(); unet = load_unet(open_sd15({str(folder)!r})[0], dtype=torch.bfloat16); print(peak() - before)")
-    grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    code = f"""
+import re, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from ldm.weights import load_unet, open_sd15
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+unet = load_unet(open_sd15({str(folder)!r})[0], dtype=torch.bfloat16)
+print(peak() - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
+                               text=True).stdout)
     print(f"grown by {grown / 1e9:.2f} GB")
     assert 2 * 859_520_964 < grown < 1.1 * 2 * 859_520_964
 
@@ -74,7 +85,8 @@ def test_the_full_size_encoder_loads_and_equals_timms_pipeline(tmp_path):
     import timm
     from timm.data import create_transform
     torch.manual_seed(0)
-    torch.save(timm.create_model("vit_giant_patch14_224", **UNI2H).state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(timm.create_model("vit_giant_patch14_224", **UNI2H).state_dict(),
+               tmp_path / "pytorch_model.bin")
     encoder = open_encoder(tmp_path)
     network = encoder.load()
     assert sum(p.numel() for p in network.parameters()) == 681_394_176 and len(network.state_dict()) == 343
@@ -83,7 +95,8 @@ def test_the_full_size_encoder_loads_and_equals_timms_pipeline(tmp_path):
     del network
     theirs = timm.create_model("vit_giant_patch14_224", **UNI2H)
     theirs.load_state_dict(torch.load(tmp_path / "pytorch_model.bin", weights_only=True), strict=True)
-    transform = create_transform((3, 224, 224), is_training=False, interpolation="bilinear", mean=(0.485, 0.456, 0.406),
+    transform = create_transform((3, 224, 224), is_training=False, interpolation="bilinear",
+                                 mean=(0.485, 0.456, 0.406),
                                  std=(0.229, 0.224, 0.225), crop_pct=1.0)
     with torch.no_grad():
         expected = theirs.eval()(transform(image)[None])

@@ -1,7 +1,7 @@
 """Files from strangers, mutated: each is read or refused in one clear line, whatever was done to it.
 
-Hypothesis changes bytes, cuts files, and edits safetensors headers and JSON. MORPH_EXAMPLES sets how many it tries of each kind;
-with -s the counts are printed.
+Hypothesis changes bytes, cuts files, and edits safetensors headers and JSON. MORPH_EXAMPLES sets how many it
+tries of each kind; with -s the counts are printed.
 """
 import io
 import json
@@ -26,8 +26,10 @@ from ldm.unet import UNet
 from lora import inject, load_adapter, open_adapter, save_adapter
 from projector import Projector
 
-few = settings(max_examples=max(8, int(os.environ.get("MORPH_EXAMPLES", 0)) // 30), deadline=None, suppress_health_check=list(HealthCheck))
-many = settings(max_examples=int(os.environ.get("MORPH_EXAMPLES", 60)), deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=max(8, int(os.environ.get("MORPH_EXAMPLES", 0)) // 30), deadline=None,
+               suppress_health_check=list(HealthCheck))
+many = settings(max_examples=int(os.environ.get("MORPH_EXAMPLES", 60)), deadline=None,
+                suppress_health_check=list(HealthCheck))
 ended = Counter()
 
 
@@ -54,12 +56,14 @@ def mutate(data, changes, cut):
     return bytes(data[:max(0, len(data) - cut)])
 
 
-mutations = dict(changes=st.lists(st.tuples(st.integers(0, 2 ** 31), st.integers(0, 255)), max_size=12), cut=st.one_of(st.just(0), st.integers(0, 5000)))
+mutations = dict(changes=st.lists(st.tuples(st.integers(0, 2 ** 31), st.integers(0, 255)), max_size=12),
+                 cut=st.one_of(st.just(0), st.integers(0, 5000)))
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=5)
+                           lambda inner: st.lists(inner, max_size=3)
+                           | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=5)
 
 
-# ---- adapters ------------------------------------------------------------------------------------------------------
+# ---- adapters ----------------------------------------------------------------------------------------------
 
 CHANNELS = (32, 32)
 
@@ -74,7 +78,8 @@ def adapter(tmp_path_factory):
 
 def read_as_adapter(path):
     file = open_adapter(path)
-    assert int(file.header["resolution"]) >= 0 <= int(file.header["step"]) and HEADER.keys() - {"seed", "licence"} <= file.header.keys()
+    assert int(file.header["resolution"]) >= 0 <= int(file.header["step"])
+    assert HEADER.keys() - {"seed", "licence"} <= file.header.keys()
     with torch.device("meta"):
         unet = UNet(CHANNELS, context=8)
     load_adapter(file, unet)
@@ -100,7 +105,9 @@ def edit_header(data, edit):
 @many
 @given(st.data())
 def test_an_adapter_with_an_edited_header(adapter, tmp_path_factory, data):
-    """Absurd sizes, overlapping or backward offsets, other dtypes and shapes, and any JSON in the place of a value of ours."""
+    """Absurd sizes, overlapping or backward offsets, other dtypes and shapes, and any JSON in the place of a
+    value of ours.
+    """
     path = tmp_path_factory.getbasetemp() / "edited.safetensors"
     path.write_bytes(edit_header(adapter.read_bytes(), lambda header: edit_anything(header, data)))
     attempt("adapter, header", lambda: read_as_adapter(path))
@@ -109,12 +116,15 @@ def test_an_adapter_with_an_edited_header(adapter, tmp_path_factory, data):
 def edit_anything(header, data):
     name = data.draw(st.sampled_from(sorted(header)) | st.just("__metadata__"))
     if name == "__metadata__":
-        key, value = data.draw(st.sampled_from(sorted(header[name]))), data.draw(st.none() | st.text(max_size=8) | st.integers(-10 ** 15, 10 ** 15).map(str))
+        key = data.draw(st.sampled_from(sorted(header[name])))
+        value = data.draw(st.none() | st.text(max_size=8) | st.integers(-10 ** 15, 10 ** 15).map(str))
         header[name] = {k: v for k, v in (header[name] | {key: value}).items() if v is not None}
     else:
         key = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", None]))
-        value = data.draw(dict(dtype=st.sampled_from(["F64", "F32", "I8", "BOOL", "BF16", "F8_E4M3", "X"]), shape=st.lists(st.integers(0, 2 ** 62), max_size=4),
-                               data_offsets=st.lists(st.integers(0, 2 ** 62), min_size=2, max_size=2)).get(key, json_values))
+        value = data.draw(dict(dtype=st.sampled_from(["F64", "F32", "I8", "BOOL", "BF16", "F8_E4M3", "X"]),
+                               shape=st.lists(st.integers(0, 2 ** 62), max_size=4),
+                               data_offsets=st.lists(st.integers(0, 2 ** 62), min_size=2,
+                                                     max_size=2)).get(key, json_values))
         header[name] = value if key is None else header[name] | {key: value}
 
 
@@ -130,10 +140,15 @@ def test_sample_py_with_an_adapter_of_anything(trained, dataset, tmp_path_factor
         text = mutate(text, data.draw(mutations["changes"]), data.draw(mutations["cut"]))
     (folder / "adapter.safetensors").write_bytes(text)
     config = json.loads((trained / "config.json").read_text())
-    result = program("sample.py", "--adapter", folder / "adapter.safetensors", "--ref", sorted((dataset / "test").iterdir())[0], "--steps", 1,
-                     "--sd15", config["args"]["sd15"], "--uni2h", config["args"]["uni2h"], cwd=folder, check=False)
-    assert result.returncode in (0, 2) and (result.returncode == 0) == bool(list(folder.rglob("samples.json")))      # a refused call leaves nothing
-    assert result.returncode == 0 or len([line for line in result.stderr.splitlines() if line.startswith("sample.py: ")]) == 1
+    result = program("sample.py", "--adapter", folder / "adapter.safetensors", "--ref",
+                     sorted((dataset / "test").iterdir())[0], "--steps", 1,
+                     "--sd15", config["args"]["sd15"], "--uni2h", config["args"]["uni2h"], cwd=folder,
+                     check=False)
+    # a refused call leaves nothing
+    assert result.returncode in (0, 2) and (result.returncode
+                                            == 0) == bool(list(folder.rglob("samples.json")))
+    assert result.returncode == 0 or len([line for line in result.stderr.splitlines()
+                                          if line.startswith("sample.py: ")]) == 1
     ended["sample.py, adapter", "read" if result.returncode == 0 else "refused"] += 1
 
 
@@ -159,7 +174,9 @@ def state(tmp_path_factory):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's count of memory")
-@pytest.mark.parametrize("key, value", [("hidden", "1000000000"), ("tokens", "10000000000"), ("depth", "1000000000"), ("embedding", "-5"), ("tensors", "1000000000")])
+@pytest.mark.parametrize("key, value", [("hidden", "1000000000"), ("tokens", "10000000000"),
+                                        ("depth", "1000000000"), ("embedding", "-5"),
+                                        ("tensors", "1000000000")])
 def test_absurd_sizes_in_a_header_take_no_memory(key, value, adapter, tmp_path):
     """Under a limit of 1 GB more than the process has: what would allocate dies of it."""
     path = tmp_path / "absurd.safetensors"
@@ -167,9 +184,11 @@ def test_absurd_sizes_in_a_header_take_no_memory(key, value, adapter, tmp_path):
         with safe_open(adapter, "pt") as f:
             tensors, header = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
         shapes = dict(lora_A=(int(value), 0), lora_B=(0, int(value)))
-        save_file({n: torch.empty(shapes[n.split(".")[-2]]) if n.startswith("unet.") else t for n, t in tensors.items()}, path, header)
+        save_file({n: torch.empty(shapes[n.split(".")[-2]]) if n.startswith("unet.") else t for n,
+                   t in tensors.items()}, path, header)
     else:
-        path.write_bytes(edit_header(adapter.read_bytes(), lambda header: header["__metadata__"].update({key: value})))
+        path.write_bytes(edit_header(adapter.read_bytes(),
+                                     lambda header: header["__metadata__"].update({key: value})))
     resource = pytest.importorskip("resource")
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -181,7 +200,7 @@ def test_absurd_sizes_in_a_header_take_no_memory(key, value, adapter, tmp_path):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-# ---- lists of patches and splits -----------------------------------------------------------------------------------
+# ---- lists of patches and splits ---------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory):
@@ -204,9 +223,11 @@ def test_a_list_of_patches_with_anything_in_it(listed, data):
         kind = data.draw(st.sampled_from(["name", "label", "row", "more"]))
         i = data.draw(st.integers(0, len(rows) - 1))
         if kind == "name" and isinstance(rows[i], dict):
-            rows[i]["name"] = data.draw(st.sampled_from(["../outside.png", "/etc/passwd", "link.png", "a\0b", "C:\\x.png", "", ".", "no.png"]) | json_values)
+            rows[i]["name"] = data.draw(st.sampled_from(["../outside.png", "/etc/passwd", "link.png", "a\0b",
+                                                         "C:\\x.png", "", ".", "no.png"]) | json_values)
         elif kind == "label" and isinstance(rows[i], dict):
-            rows[i]["label"] = data.draw(json_values | st.sampled_from([float("nan"), -1, 4, True, "0", 1e300]))
+            rows[i]["label"] = data.draw(json_values
+                                         | st.sampled_from([float("nan"), -1, 4, True, "0", 1e300]))
         elif kind == "row":
             rows[i] = data.draw(json_values)
         elif kind == "more":
@@ -230,14 +251,18 @@ def test_a_split_file_with_anything_in_it(listed, tmp_path_factory, value, chang
     patches = read_dataset(root)
     names = [p.name for p in patches]
     path = tmp_path_factory.getbasetemp() / "split.json"
-    for text in (json.dumps(value).encode(), json.dumps({"train": names[:4], "val": value, "test": names[4:]}).encode(),
-                 mutate(json.dumps({"train": names[:4], "val": names[4:8], "test": names[8:]}).encode(), changes, cut)):
+    for text in (json.dumps(value).encode(), json.dumps({"train": names[:4], "val": value,
+                                                         "test": names[4:]}).encode(),
+                 mutate(json.dumps({"train": names[:4], "val": names[4:8], "test": names[8:]}).encode(),
+                        changes, cut)):
         path.write_bytes(text)
         attempt("split.json", lambda: check_split(read_split(path, patches)))
 
 
 def check_split(split):
-    assert list(split) == ["train", "val", "test"] and all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in split.values())
+    assert list(split) == ["train", "val", "test"] and all(isinstance(part, list)
+                                                           and all(isinstance(name, str) for name in part)
+                                                           for part in split.values())
 
 
 def test_a_list_of_ten_million_entries_is_refused_by_its_size(tmp_path):
@@ -247,7 +272,7 @@ def test_a_list_of_ten_million_entries_is_refused_by_its_size(tmp_path):
         read_dataset(tmp_path)
 
 
-# ---- images and statistics -----------------------------------------------------------------------------------------
+# ---- images and statistics ---------------------------------------------------------------------------------
 
 def encoded(form):
     out = io.BytesIO()
@@ -289,9 +314,11 @@ def test_statistics_with_anything_in_them(tmp_path_factory, data):
     fid.save_set(path, good, "pytorch-fid", "w")
     with np.load(path) as f:
         arrays = dict(f)
-    numbers = st.lists(st.floats() | st.integers(-5, 2 ** 62), max_size=6).map(np.array) | st.integers(-3, 2 ** 62).map(np.array)
+    numbers = st.lists(st.floats() | st.integers(-5, 2 ** 62),
+                       max_size=6).map(np.array) | st.integers(-3, 2 ** 62).map(np.array)
     for key in data.draw(st.lists(st.sampled_from(sorted(arrays)), min_size=1, max_size=2)):
-        arrays[key] = data.draw(numbers | st.text(max_size=5).map(np.array) | st.just(arrays[key][..., None]) | st.just(arrays[key][:1] if arrays[key].ndim else arrays[key]))
+        arrays[key] = data.draw(numbers | st.text(max_size=5).map(np.array) | st.just(arrays[key][..., None])
+                                | st.just(arrays[key][:1] if arrays[key].ndim else arrays[key]))
     np.savez(path, **arrays)
 
     def read():
@@ -304,11 +331,13 @@ def test_statistics_with_anything_in_them(tmp_path_factory, data):
 def test_a_name_in_another_alphabet_is_read(tmp_path):
     for name in ("образец.png", "試料.png", "naïve ☂.png"):
         texture(2, 32).save(tmp_path / name)
-    assert len(read_dataset(tmp_path)) == 3 and all(load_rgb(tmp_path / p.name).size == (32, 32) for p in read_dataset(tmp_path))
+    assert len(read_dataset(tmp_path)) == 3 and all(load_rgb(tmp_path / p.name).size == (32, 32)
+                                                    for p in read_dataset(tmp_path))
 
 
-def test_a_png_that_claims_more_pixels_than_a_patch_has_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+def test_a_png_with_more_pixels_than_a_patch_has_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (30000, 30000)).save(tmp_path / "bomb.png")         # 110 kB, 2.7 GB as RGB
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: pytest.fail("its pixels were read"))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load",
+                        lambda image: pytest.fail("its pixels were read"))
     with pytest.raises(Fail, match="30000 x 30000"):
         load_rgb(tmp_path / "bomb.png")

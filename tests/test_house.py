@@ -1,4 +1,6 @@
-"""The size and shape of the program, measured by parsing its files: what the README claims of them cannot rot."""
+"""The size and shape of the program, measured by parsing its files: what the README claims of them cannot
+rot.
+"""
 import ast
 import re
 from collections import Counter
@@ -47,7 +49,8 @@ def test_there_are_few_modules_and_few_imports_between_them():
 
 
 def test_nothing_in_ldm_imports_the_top_level_but_the_report():
-    upward = {module for module, found in IMPORTS.items() if module.startswith("ldm.") and any("." not in f for f in found)}
+    upward = {module for module, found in IMPORTS.items() if module.startswith("ldm.")
+              and any("." not in f for f in found)}
     assert upward <= {"ldm.report"}
 
 
@@ -82,9 +85,11 @@ def test_the_tests_keep_the_bars_of_their_own(kind):
     paths = sorted((ROOT / "tests").glob(f"{kind}*.py"))
     for path in paths:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        assert not {n.name for n in ast.walk(tree) if isinstance(n, FUNCTIONS) and n.end_lineno - n.lineno >= LIMITS["function"]}
+        assert not {n.name for n in ast.walk(tree) if isinstance(n, FUNCTIONS)
+                    and n.end_lineno - n.lineno >= LIMITS["function"]}
         others = {p.stem for p in paths} - {path.stem}
-        assert not others & {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}, f"{path.name} imports a test file"
+        assert not others & {n.module for n in ast.walk(tree)
+                             if isinstance(n, ast.ImportFrom)}, f"{path.name} imports a test file"
 
 
 def test_the_readme_lists_every_file_and_its_claim_of_size_holds():

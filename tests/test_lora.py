@@ -50,12 +50,15 @@ def test_the_full_size_network_has_the_papers_number_of_lora_parameters(rank, ex
     assert sum(p.numel() for p in lora_parameters(unet).values()) == expected
 
 
-# rank, tokens, depth, hidden of Table 3's twelve runs (the learning-rate ratio adds no parameter: four rows are alike);
+# rank, tokens, depth, hidden of Table 3's twelve runs (the ratio adds no parameter: four rows are alike);
 # counted by hand: 199,296 r + 1536 h + h + 2h + (depth 3: h² + h + 2h) + 768 n (h + 1) + 1536
 @pytest.mark.parametrize("rank, tokens, depth, hidden, expected", [
-    (8, 4, 2, 1024, 6_320_640), (4, 4, 2, 1024, 5_523_456), (16, 4, 2, 1024, 7_915_008), (8, 1, 2, 1024, 3_959_040),
-    (8, 2, 2, 1024, 4_746_240), (8, 8, 2, 1024, 9_469_440), (8, 4, 3, 1024, 7_372_288), (8, 4, 2, 512, 3_959_808),
-    (8, 4, 2, 2048, 11_042_304), (8, 4, 2, 1024, 6_320_640), (8, 4, 2, 1024, 6_320_640), (8, 4, 2, 1024, 6_320_640)])
+    (8, 4, 2, 1024, 6_320_640), (4, 4, 2, 1024, 5_523_456), (16, 4, 2, 1024, 7_915_008),
+    (8, 1, 2, 1024, 3_959_040),
+    (8, 2, 2, 1024, 4_746_240), (8, 8, 2, 1024, 9_469_440), (8, 4, 3, 1024, 7_372_288),
+    (8, 4, 2, 512, 3_959_808),
+    (8, 4, 2, 2048, 11_042_304), (8, 4, 2, 1024, 6_320_640), (8, 4, 2, 1024, 6_320_640),
+    (8, 4, 2, 1024, 6_320_640)])
 def test_all_twelve_configurations_count_as_their_equations_say(rank, tokens, depth, hidden, expected):
     formula = (199_296 * rank + 1536 * hidden + 3 * hidden + (depth - 2) * (hidden ** 2 + 3 * hidden)
                + 768 * tokens * (hidden + 1) + 1536)
@@ -79,7 +82,8 @@ def test_forward_and_gradients_equal_peft(rank, alpha, unet, inputs, diffusers_n
     ours = randomise(inject(unet, rank, alpha))
     theirs = copy.deepcopy(diffusers_networks[0]).float()
     theirs.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=False))
-    parameters = {n.replace(".default.weight", "").replace("lora_", ""): p for n, p in theirs.named_parameters() if "lora_" in n}
+    parameters = {n.replace(".default.weight", "").replace("lora_", ""): p for n,
+                  p in theirs.named_parameters() if "lora_" in n}
     assert parameters.keys() == lora_parameters(ours).keys()
     with torch.no_grad():
         for name, p in lora_parameters(ours).items():
@@ -150,10 +154,12 @@ def test_diffusers_loads_the_adapter_file_as_it_is(adapter, unet, inputs, diffus
 
     from diffusers import StableDiffusionPipeline
     path, _ = adapter
-    state, _ = StableDiffusionPipeline.lora_state_dict(str(path))       # refuses files with a name that lacks "lora"
+    # refuses files with a name that lacks "lora"
+    state, _ = StableDiffusionPipeline.lora_state_dict(str(path))
     assert len([name for name in state if name.startswith("unet.")]) == 256
     theirs = copy.deepcopy(diffusers_networks[0]).float()
-    theirs.load_lora_adapter(str(path), prefix="unet", use_safetensors=True)   # without it Diffusers takes α = r for granted
+    # without it Diffusers takes α = r for granted
+    theirs.load_lora_adapter(str(path), prefix="unet", use_safetensors=True)
     z, t, c = inputs
     with torch.no_grad():
         expected = unet(z, t, c)
@@ -171,7 +177,8 @@ def test_peft_names_and_configuration_are_in_the_file(adapter):
         names, header = set(f.keys()), f.metadata()
     assert "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight" in names
     assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0.lora_B.weight" in names
-    assert json.loads(header["lora_adapter_metadata"]) == {"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": TARGETS}
+    assert json.loads(header["lora_adapter_metadata"]) == {"unet.r": 4, "unet.lora_alpha": 2,
+                                                           "unet.target_modules": TARGETS}
 
 
 def test_the_file_holds_every_trainable_tensor_and_no_other(adapter, unet):
@@ -180,9 +187,10 @@ def test_the_file_holds_every_trainable_tensor_and_no_other(adapter, unet):
     assert len(adapter_tensors(unet, projector)) == trainable == len(open_adapter(adapter[0]).names)
 
 
-# ---- damaged files, and other programs' ------------------------------------------------------------------------------
+# ---- damaged files, and other programs' --------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["lora_projector.out.bias", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight"])
+@pytest.mark.parametrize("name", [
+    "lora_projector.out.bias", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight"])
 def test_an_adapter_with_a_number_that_is_none_is_refused(name, adapter, tmp_path):
     """Its images would be black."""
     file = open_adapter(adapter[0])
@@ -193,7 +201,8 @@ def test_an_adapter_with_a_number_that_is_none_is_refused(name, adapter, tmp_pat
         load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
 
 
-@pytest.mark.parametrize("change", [{"hidden": "1" + 19 * "0"}, {"tokens": "1" + 20 * "0"}, {"step": "9" * 5000}, {"alpha": "inf"},
+@pytest.mark.parametrize("change", [{"hidden": "1" + 19 * "0"}, {"tokens": "1" + 20 * "0"},
+                                    {"step": "9" * 5000}, {"alpha": "inf"},
                                     {"rank": "5"}, {"rank": "1" + 400 * "0"}])
 def test_a_header_with_a_number_beyond_measure_is_refused(change, adapter, tmp_path):
     file = open_adapter(adapter[0])
@@ -202,10 +211,12 @@ def test_a_header_with_a_number_beyond_measure_is_refused(change, adapter, tmp_p
         load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
 
 
-@pytest.mark.parametrize("dropped, words", [("lora_B.weight", "damaged LoRA"), ("to_q.lora_", "does not fit this base")])
+@pytest.mark.parametrize("dropped, words", [("lora_B.weight", "damaged LoRA"),
+                                            ("to_q.lora_", "does not fit this base")])
 def test_an_adapter_that_lacks_tensors_is_refused(dropped, words, adapter, tmp_path):
     file = open_adapter(adapter[0])
-    tensors = {n: file.get(n) for n in file.names if f"mid_block.attentions.0.transformer_blocks.0.attn1.{dropped}" not in n}
+    tensors = {n: file.get(n) for n in file.names
+               if f"mid_block.attentions.0.transformer_blocks.0.attn1.{dropped}" not in n}
     if dropped == "lora_B.weight":
         tensors.pop("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight")
     save_file(tensors, tmp_path / "x.safetensors", file.header)
@@ -214,14 +225,18 @@ def test_an_adapter_that_lacks_tensors_is_refused(dropped, words, adapter, tmp_p
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
-def test_an_exported_lora_is_the_same_in_the_program_it_is_for(form, adapter, unet, inputs, diffusers_networks, tmp_path):
-    """Diffusers reads its own names and, through its converter, kohya's, which are also ComfyUI's and A1111's; PEFT reads its folder."""
+def test_an_exported_lora_is_the_same_in_the_program_it_is_for(form, adapter, unet, inputs,
+                                                               diffusers_networks, tmp_path):
+    """Diffusers reads its own names and, through its converter, kohya's, which are also ComfyUI's and
+    A1111's; PEFT reads its folder.
+    """
     import copy
 
     from diffusers import StableDiffusionPipeline
     from peft import PeftModel
     out = tmp_path / "out" / ("adapter_model.safetensors" if form == "peft" else "lora.safetensors")
-    result = program("lora.py", adapter[0], "--export", form, "--out", out.parent if form == "peft" else out, cwd=tmp_path)
+    result = program("lora.py", adapter[0], "--export", form, "--out", out.parent if form == "peft" else out,
+                     cwd=tmp_path)
     assert str(out) in result.stdout
     z, t, c = inputs
     with torch.no_grad():
@@ -242,43 +257,57 @@ def test_an_exported_lora_is_the_same_in_the_program_it_is_for(form, adapter, un
 
 
 def test_the_readmes_diffusers_pipeline_makes_our_image(trained, base, uni2h, dataset, tmp_path, monkeypatch):
-    """The block of the README as it stands, but for the names of the checkpoints and the size of the image."""
+    """The block of the README as it stands, but for the names of the checkpoints and the size of the image.
+    """
     import numpy as np
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from PIL import Image
-    unet, vae = (kind.from_pretrained(base, subfolder=part) for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
+    unet, vae = (kind.from_pretrained(base, subfolder=part) for kind,
+                 part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
     unet.register_to_config(sample_size=8)          # 64 px; SD1.5's says 64 for 512 px
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)   # as SD1.5's file
-    StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False).save_pretrained(tmp_path / "sd15")
+    # as SD1.5's file
+    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              skip_prk_steps=True, steps_offset=1)
+    StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None,
+                            requires_safety_checker=False).save_pretrained(tmp_path / "sd15")
     patch = sorted(dataset.rglob("*.JPG"))[0]
     shutil.copy(trained / "adapter.safetensors", tmp_path / "adapter.safetensors")
     load_rgb(patch).save(tmp_path / "patch.png")
-    block = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- tested -->\n```python\n")[1].split("```")[0]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = readme.split("<!-- tested -->\n```python\n")[1].split("```")[0]
     assert len(block.splitlines()) <= 12
-    block = block.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(tmp_path / "sd15")).replace("open_encoder()", f"open_encoder({str(uni2h)!r})")
+    block = block.replace("stable-diffusion-v1-5/stable-diffusion-v1-5",
+                          str(tmp_path / "sd15")).replace("open_encoder()", f"open_encoder({str(uni2h)!r})")
     monkeypatch.chdir(tmp_path)
     names = {}
     with torch.no_grad():
         exec(block, names)
-    program("sample.py", "--adapter", "adapter.safetensors", "--sd15", base, "--uni2h", uni2h, "--ref", "patch.png", "--cfg", 1.3, "--out", "ours", cwd=tmp_path)
+    program("sample.py", "--adapter", "adapter.safetensors", "--sd15", base, "--uni2h", uni2h, "--ref",
+            "patch.png", "--cfg", 1.3, "--out", "ours", cwd=tmp_path)
     ours = np.asarray(Image.open(next((tmp_path / "ours/cfg1.3").glob("*.png"))), dtype=int)
     theirs = np.asarray(names["image"], dtype=int)
     assert ours.shape == theirs.shape == (64, 64, 3) and ours.std() > 5
-    print(f"largest difference of a pixel: {abs(ours - theirs).max()} of 255, of {(ours != theirs).mean():.1%} of them")
+    share = (ours != theirs).mean()
+    print(f"largest difference of a pixel: {abs(ours - theirs).max()} of 255, of {share:.1%} of them")
     assert abs(ours - theirs).max() <= 1
 
 
-@pytest.mark.parametrize("name, words", [("adapter.safetensors", "LoRA alone"), ("other.safetensors", "LoRA alone"), ("folder", "name of a .safetensors"), ("a.bak", "name of a .safetensors")])
+@pytest.mark.parametrize("name, words", [("adapter.safetensors", "LoRA alone"),
+                                         ("other.safetensors", "LoRA alone"),
+                                         ("folder", "name of a .safetensors"),
+                                         ("a.bak", "name of a .safetensors")])
 def test_an_export_replaces_no_adapter(adapter, name, words, tmp_path):
     path, _ = adapter
     (path.parent / "other.safetensors").write_bytes(path.read_bytes())
     (path.parent / "folder").mkdir(exist_ok=True)
     before = path.read_bytes()
-    result = program("lora.py", path, "--export", "kohya", "--out", path.parent / name, cwd=tmp_path, check=False)
+    result = program("lora.py", path, "--export", "kohya", "--out", path.parent / name, cwd=tmp_path,
+                     check=False)
     assert result.returncode == 2 and words in result.stderr
     assert path.read_bytes() == (path.parent / "other.safetensors").read_bytes() == before
 
 
 def test_an_adapters_terms_are_those_of_its_parents():
-    assert "MIT" in licence("toy", TOY.terms) and "RAIL" not in licence("toy", TOY.terms) and "NC" not in licence("toy", TOY.terms)
+    toy = licence("toy", TOY.terms)
+    assert "MIT" in toy and "RAIL" not in toy and "NC" not in toy
     assert "NC-ND" in licence("toy", UNI2H.terms) and "RAIL" in licence("other", TOY.terms)

@@ -18,9 +18,12 @@ def test_full_size_names_and_shapes_equal_diffusers(build, tensors, parameters):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     with torch.device("meta"):
         ours = build().state_dict()
-        theirs = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280)) \
-            if build is UNet else AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-                                                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+        theirs = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8,
+                                      block_out_channels=(320, 640, 1280, 1280)) \
+            if build is UNet else AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                                                latent_channels=4,
+                                                down_block_types=("DownEncoderBlock2D",) * 4,
+                                                up_block_types=("UpDecoderBlock2D",) * 4)
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.state_dict().items()}
     assert len(ours) == tensors and sum(t.numel() for t in ours.values()) == parameters
 
@@ -62,7 +65,8 @@ def test_vae_equals_diffusers_in_float64(diffusers_networks):
     theirs = diffusers_networks[1].double()
     ours = VAE(CHANNELS["vae"]).double()
     ours.load_state_dict(theirs.state_dict())
-    x, noise = torch.rand(2, 3, 64, 96, dtype=torch.float64) * 2 - 1, torch.randn(2, 4, 8, 12, dtype=torch.float64)
+    x, noise = torch.rand(2, 3, 64, 96,
+                          dtype=torch.float64) * 2 - 1, torch.randn(2, 4, 8, 12, dtype=torch.float64)
     with torch.no_grad():
         posterior = theirs.encode(x).latent_dist
         mean, logvar = ours.encode(x)
@@ -125,7 +129,8 @@ def test_a_diffusers_folder_loads_with_new_and_old_attention_names(base, diffuse
 def layouts(tmp_path_factory):
     """One network of random weights in the three layouts."""
     folder = tmp_path_factory.mktemp("layouts")
-    paths = {"diffusers": folder / "new", "diffusers-old": folder / "old", "compvis": folder / "one.safetensors"}
+    paths = {"diffusers": folder / "new", "diffusers-old": folder / "old",
+             "compvis": folder / "one.safetensors"}
     for layout, path in paths.items():
         make_sd15(path, layout, width=32)
     return paths
@@ -143,7 +148,8 @@ def test_every_layout_holds_the_network_that_diffusers_reads(layout, layouts):
 def test_our_names_for_a_compvis_file_are_those_of_diffusers_own_converter(layouts):
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
     theirs = load_file(layouts["compvis"])
-    unet_config = dict(down_block_types=[0] * 4, up_block_types=[0] * 4, layers_per_block=2, class_embed_type=None,
+    unet_config = dict(down_block_types=[0] * 4, up_block_types=[0] * 4, layers_per_block=2,
+                       class_embed_type=None,
                        addition_embed_type=None, block_out_channels=[32] * 4)
     vae_config = dict(down_block_types=[0] * 4, up_block_types=[0] * 4)
     files = open_sd15(str(layouts["compvis"]))
@@ -158,7 +164,8 @@ def test_a_float16_file_is_found_and_loads_in_the_wanted_type(base, tmp_path):
     for part in ("unet", "vae"):
         (tmp_path / part).mkdir()
         tensors = load_file(base / part / "diffusion_pytorch_model.safetensors")
-        save_file({n: t.half() for n, t in tensors.items()}, tmp_path / part / "diffusion_pytorch_model.fp16.safetensors")
+        save_file({n: t.half() for n, t in tensors.items()},
+                  tmp_path / part / "diffusion_pytorch_model.fp16.safetensors")
     unet = load_unet(open_sd15(str(tmp_path))[0], dtype=torch.bfloat16)
     expected = load_file(base / "unet/diffusion_pytorch_model.safetensors")
     for name, tensor in unet.state_dict().items():
@@ -173,5 +180,6 @@ def test_a_file_of_the_wanted_type_is_mapped_and_not_copied(base):
     unet = load_unet(open_sd15(str(base))[0])
     address = unet.conv_in.weight.data_ptr()
     maps = [line.split(maxsplit=5) for line in open("/proc/self/maps")]
-    [owner] = [m[-1].strip() for m in maps if int(m[0].split("-")[0], 16) <= address < int(m[0].split("-")[1], 16)]
+    [owner] = [m[-1].strip() for m in maps if int(m[0].split("-")[0],
+                                                  16) <= address < int(m[0].split("-")[1], 16)]
     assert owner.endswith("diffusion_pytorch_model.safetensors")

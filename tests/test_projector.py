@@ -1,18 +1,22 @@
 """The projector is eqs. (3)-(4); UNI2-h is timm's, with MahmoodLab's preprocessing."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ldm.data import load_rgb
-from ldm.encoder import open_encoder, preprocess
+from ldm.encoder import TOY, UNI2H, Encoder, open_encoder, preprocess
 from ldm.runs import parameter_table
 from ldm.unet import UNet
 from lora import inject
 from projector import Projector
 
-UNI2H = dict(img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True,
-             act_layer=torch.nn.SiLU, reg_tokens=8, dynamic_img_size=True)       # from MahmoodLab/UNI2-h's page
+TIMM_CALL = dict(img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0,
+                 no_embed_class=True,
+             # from MahmoodLab/UNI2-h's page
+             act_layer=torch.nn.SiLU, reg_tokens=8, dynamic_img_size=True)
 
 
 def test_tokens_are_eqs_3_and_4_written_out():
@@ -22,14 +26,16 @@ def test_tokens_are_eqs_3_and_4_written_out():
         f.norm[0].weight.normal_(), f.norm[0].bias.normal_()
     e = torch.randn(4, 6, dtype=torch.float64)
     h = e @ f.linear[0].weight.T + f.linear[0].bias
-    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * f.norm[0].weight + f.norm[0].bias
+    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True)
+                                          + 1e-5).sqrt() * f.norm[0].weight + f.norm[0].bias
     h = h / (1 + torch.exp(-h))
     c = (h @ f.out.weight.T + f.out.bias).reshape(4, 2, 3)
     assert (f(e) - c).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("options, expected", [
-    ({}, 4_724_736 + 1536),                 # Table 2's 4,726,272 with the null embedding inside; its total counts it twice
+    # Table 2's 4,726,272 with the null embedding inside; its total counts it twice
+    ({}, 4_724_736 + 1536),
     (dict(token_norm=True), 4_726_272 + 1536),                                   # the other reading
     (dict(depth=3), 4_724_736 + 1024 * 1024 + 3 * 1024 + 1536)])
 def test_parameters_count_as_table_2_says(options, expected):
@@ -38,13 +44,17 @@ def test_parameters_count_as_table_2_says(options, expected):
     assert sum(p.numel() for p in projector.parameters()) == expected
 
 
-@pytest.mark.parametrize("rank, lora, total, share", [(8, "1,594,368", "6,320,640", "0.74%"), (4, "797,184", "5,523,456", "0.64%")])
+@pytest.mark.parametrize("rank, lora, total, share", [(8, "1,594,368", "6,320,640", "0.74%"),
+                                                      (4, "797,184", "5,523,456", "0.64%")])
 def test_the_printed_table_has_the_numbers_of_table_2(rank, lora, total, share):
-    """At rank 8 the paper's Table 2, whose total counts the null embedding twice; at rank 4 the 0.64 % of its abstract."""
+    """At rank 8 the paper's Table 2, whose total counts the null embedding twice; at rank 4 the 0.64 % of its
+    abstract.
+    """
     with torch.device("meta"):
         table = parameter_table(inject(UNet().requires_grad_(False), rank), Projector())
     for row in (["LoRA", "adapters", lora], ["Projector", "MLP", "4,724,736"], ["Null", "embedding", "1,536"],
-                ["Total", "trainable", total], ["backbone", "(frozen)", "859,520,964"], ["Trainable/backbone", share]):
+                ["Total", "trainable", total], ["backbone", "(frozen)", "859,520,964"],
+                ["Trainable/backbone", share]):
         assert any(" ".join(row) in " ".join(line.split()) for line in table.splitlines()), row
 
 
@@ -72,11 +82,13 @@ def test_the_token_norm_normalises_each_token():
 def mahmoodlab_transform():
     """What `create_transform(**resolve_data_config(model.pretrained_cfg))` gives for the model of the hub."""
     from timm.data import create_transform
-    return create_transform((3, 224, 224), is_training=False, interpolation="bilinear", mean=(0.485, 0.456, 0.406),
+    return create_transform((3, 224, 224), is_training=False, interpolation="bilinear",
+                            mean=(0.485, 0.456, 0.406),
                             std=(0.229, 0.224, 0.225), crop_pct=1.0, crop_mode="center")
 
 
-@pytest.mark.parametrize("size", [(512, 512), (220, 220), (224, 224), (97, 97), (331, 250), (250, 331), (1000, 300)])
+@pytest.mark.parametrize("size", [(512, 512), (220, 220), (224, 224), (97, 97), (331, 250), (250, 331),
+                                  (1000, 300)])
 def test_preprocessing_equals_timms_pipeline(size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     assert (preprocess([image])[0] - mahmoodlab_transform()(image)).abs().max() < 1e-6
@@ -84,7 +96,8 @@ def test_preprocessing_equals_timms_pipeline(size):
 
 def test_embeddings_equal_timms_own(uni2h, dataset):
     import timm
-    theirs = timm.create_model("vit_giant_patch14_224", depth=2, num_heads=3, embed_dim=192, mlp_layer=timm.layers.SwiGLUPacked, **UNI2H)
+    theirs = timm.create_model("vit_giant_patch14_224", depth=2, num_heads=3, embed_dim=192,
+                               mlp_layer=timm.layers.SwiGLUPacked, **TIMM_CALL)
     theirs.load_state_dict(torch.load(uni2h / "pytorch_model.bin", weights_only=True), strict=True)
     images = [load_rgb(path) for path in sorted((dataset / "train").iterdir())[:3]]
     encoder = open_encoder(uni2h)
@@ -101,3 +114,16 @@ def test_a_folder_a_pickle_and_a_safetensors_file_hold_the_same_encoder(uni2h, t
     fingerprints = {open_encoder(path).fingerprint() for path in (
         uni2h, uni2h / "pytorch_model.bin", tmp_path, tmp_path / "model.safetensors")}
     assert len(fingerprints) == 1
+
+
+@pytest.mark.parametrize("change", [dict(mean=(0.5, 0.5, 0.5)), dict(interpolation="BICUBIC"),
+                                    dict(pooling="avg"), dict(licence="mit"),
+                                    dict(arguments=UNI2H.arguments + (("qkv_bias", False),))])
+def test_the_same_weights_under_another_recipe_are_another_encoder(change, uni2h):
+    """Cache and adapter are keyed by the fingerprint. UNI2-h's is that of the weights alone, as in adapters
+    of earlier versions.
+    """
+    file = open_encoder(uni2h).file
+    changed = Encoder(file, replace(UNI2H, **change)).fingerprint()
+    assert Encoder(file).fingerprint() == Encoder(file, TOY).fingerprint() == file.fingerprint() != changed
+    assert changed == Encoder(file, replace(UNI2H, **change, access="other advice")).fingerprint()

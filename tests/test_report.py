@@ -1,4 +1,6 @@
-"""The metrics beside the distances, each on a case whose answer is known; and the report and the ablation on tiny runs."""
+"""The metrics beside the distances, each on a case whose answer is known; and the report and the ablation on
+tiny runs.
+"""
 import csv
 import json
 
@@ -16,7 +18,8 @@ RNG = np.random.default_rng
 def test_fidelity_of_copies_is_1_and_of_orthogonal_others_0():
     x = np.eye(5) * np.arange(1, 6)[:, None]
     assert fid.fidelity(x, x) == pytest.approx((1, 0))
-    assert fid.fidelity(np.roll(x, 1, 0), x) == pytest.approx((0, 0.25))       # the own one is among the four others
+    # the own one is among the four others
+    assert fid.fidelity(np.roll(x, 1, 0), x) == pytest.approx((0, 0.25))
 
 
 def test_the_nearest_centroid_is_the_class_of_the_nearest_direction():
@@ -33,7 +36,9 @@ def test_a_planted_copy_of_a_training_image_is_found():
 
 
 def test_the_interval_holds_the_estimate_and_narrows_with_n():
-    """For the distance of means of one number each, the bootstrap's spread is the standard error of their difference."""
+    """For the distance of means of one number each, the bootstrap's spread is the standard error of their
+    difference.
+    """
     def distance(a, b):
         return float(a.mean() - b.mean())
     for n in (100, 1600):
@@ -58,7 +63,9 @@ def test_separable_classes_are_told_apart_and_inseparable_ones_are_not():
 
 
 def test_the_classifier_is_at_the_minimum_and_weighs_classes_alike():
-    """Two classes of 90 and 10 that differ by nothing but their mean: the boundary lies in the middle, whatever their numbers are."""
+    """Two classes of 90 and 10 that differ by nothing but their mean: the boundary lies in the middle,
+    whatever their numbers are.
+    """
     x = np.concatenate([RNG(8).normal(-1, 1, (900, 1)), RNG(9).normal(1, 1, (100, 1))])
     guess = fid.fit_linear(x, np.array(["a"] * 900 + ["b"] * 100))
     assert (guess(np.array([[-0.3], [0.3]])) == ["a", "b"]).all()
@@ -72,7 +79,8 @@ def test_recall_counts_each_class_by_itself():
 def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch):
     assert report.SWEEP == [f"{w / 10:.1f}" for w in range(10, 21)]
     monkeypatch.setattr(report, "SWEEP", ["1.0", "1.3"])
-    monkeypatch.setattr(report, "call", lambda name, *args: program(name, *args, cwd=trained, check=False).returncode)
+    monkeypatch.setattr(report, "call", lambda name, *args: program(name, *args, cwd=trained,
+                                                                    check=False).returncode)
     result = program("ldm.report", trained, "--limit", 8, cwd=trained)
     out = trained / "report"
     table = {path.stem: list(csv.DictReader(open(path))) for path in out.glob("*.csv")}
@@ -80,7 +88,8 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     assert [row["guidance"] for row in table["table5"]] == ["1.0", "1.3"]
     for row in table["table7"]:
         assert float(row["low"]) <= float(row["fid"]) <= float(row["high"]) and int(row["n"]) > 1
-    assert float(table["memorisation"][0]["closer"]) <= 0.5 and table["memorisation"][0]["images"] == "real val"
+    first = table["memorisation"][0]
+    assert float(first["closer"]) <= 0.5 and first["images"] == "real val"
     assert [row["train"] for row in table["usefulness"]] == ["real", "synthetic", "both", "all real"]
     text = (out / "report.md").read_text()
     for picture in ("sweep.png", "figure5.png", "closest.png"):
@@ -88,7 +97,8 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     assert "Table 5" in result.stdout
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
     program("ldm.report", trained, "--limit", 8, "--only", "fidelity", cwd=trained)
-    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}        # nothing is sampled twice
+    # nothing is sampled twice
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
 
 
 def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
@@ -113,7 +123,8 @@ def test_a_row_of_the_ablation_is_trained_once_and_tabulated(small, tmp_path):
     assert sorted((row["rank"], row["lr_ratio"]) for row in table) == [("4", "10"), ("8", "1")]
     assert float(table[0]["fid_encoder"]) <= float(table[1]["fid_encoder"])
     config = json.loads((tmp_path / "out/r4-t4-d2-w1024-x10/config.json").read_text())["args"]
-    assert (config["rank"], config["alpha"], config["hidden"], config["lr_ratio"], config["val_cfg"]) == (4, 4.0, 1024, 10.0, 1.3)
+    assert (config["rank"], config["alpha"], config["hidden"], config["lr_ratio"],
+            config["val_cfg"]) == (4, 4.0, 1024, 10.0, 1.3)
     config = tmp_path / "out/r8-t4-d2-w1024-x1/config.json"
     config.write_text(config.read_text().replace('"size": 64', '"size": 32'))
     result = program("ldm.report", "--ablation", "out", "--table", cwd=tmp_path, check=False)

@@ -22,7 +22,7 @@ import os, random, runpy, signal, sys, threading, time
 sys.path.insert(0, {root!r})
 place, nth, delay, seed = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 sys.argv = [{root!r} + "/train.py", *sys.argv[5:]]
-import fid, ldm.data, ldm.app, sample, train
+import fid, ldm.encoder, ldm.app, sample, train
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -41,7 +41,7 @@ mine = os.environ.get("RANK", "0") == seed          # under torchrun one of the 
 if mine and place == "clock":
     threading.Timer(delay, kill).start()
 elif mine and place != "nowhere":
-    watch(*dict(caching=(ldm.data.Cache, "_write"), step=(train.Trainer, "train_step"),
+    watch(*dict(caching=(ldm.encoder.Cache, "_write"), step=(train.Trainer, "train_step"),
                 validation=(train.Trainer, "validation_loss"),
                 samples=(sample, "make_images"), write=(ldm.app, "save"), rename=(os, "replace"))[place])
 ldm.app.run_program(train.main)

@@ -9,8 +9,10 @@ from ldm.unet import UNet
 from projector import Projector
 from sample import Sampling, guide, sample
 
-CONFIG = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, clip_sample=False,
-              steps_offset=1, timestep_spacing="leading", prediction_type="epsilon", variance_type="fixed_small")
+CONFIG = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
+              clip_sample=False,
+              steps_offset=1, timestep_spacing="leading", prediction_type="epsilon",
+              variance_type="fixed_small")
 
 
 @pytest.fixture
@@ -24,7 +26,8 @@ def scheduler():
 def test_alpha_bar_is_the_product_of_1_minus_beta(scheduler):
     exact = Decimal(1)
     for t in range(1000):       # in 28 decimal digits; Diffusers' own is a float32 product, hence 8e-7 off
-        beta = (Decimal("0.00085").sqrt() + (Decimal("0.012").sqrt() - Decimal("0.00085").sqrt()) * t / 999) ** 2
+        beta = (Decimal("0.00085").sqrt()
+                + (Decimal("0.012").sqrt() - Decimal("0.00085").sqrt()) * t / 999) ** 2
         exact *= 1 - beta
         assert schedule.alpha_bar()[t].item() == pytest.approx(float(exact), rel=1e-12)
     assert float(exact) == pytest.approx(0.0046601, abs=5e-8)
@@ -48,7 +51,8 @@ def test_impossible_numbers_of_steps_are_refused(steps):
 
 
 @pytest.mark.parametrize("t, previous, expected", [
-    (958, 925, (0.0321517778, 0.8301566836, 0.5524241307)), (34, 1, (0.9477553258, 0.0522380786, 0.0402035616)),
+    (958, 925, (0.0321517778, 0.8301566836, 0.5524241307)),
+    (34, 1, (0.9477553258, 0.0522380786, 0.0402035616)),
     (1, None, (1, 0, 0))])
 def test_step_coefficients_are_the_published_ones(t, previous, expected):
     assert schedule.ddpm_coefficients(t, previous) == pytest.approx(expected, abs=5e-11)
@@ -60,7 +64,8 @@ def test_added_noise_equals_eq_1_and_diffusers(scheduler):
     a = schedule.alpha_bar()[t][:, None, None, None]
     assert (z_t - (a.sqrt() * z0 + (1 - a).sqrt() * noise)).abs().max() < 1e-6      # eq. (1) in float64
     assert (z_t - scheduler.add_noise(z0, noise, t)).abs().max() < 1e-5
-    assert (z_t[0] - z0[0]).abs().max() > 0                                         # in bfloat16 no noise would be added at t = 0
+    # in bfloat16 no noise would be added at t = 0
+    assert (z_t[0] - z0[0]).abs().max() > 0
 
 
 def test_guidance_is_eq_5():
@@ -81,7 +86,8 @@ def test_the_guided_trajectory_equals_diffusers_fed_the_same_noise(model, schedu
     e, seed, w = torch.randn(1, 16), 11, 1.3
     ours = sample(e, projector, unet, Sampling(w, 30), [seed], (4, 8, 8))
 
-    g = torch.Generator().manual_seed(seed)         # Diffusers draws from it what our generator of the image draws
+    # Diffusers draws from it what our generator of the image draws
+    g = torch.Generator().manual_seed(seed)
     c, c_null = projector(e), projector(projector.null)
     z = torch.randn(1, 4, 8, 8, generator=g)
     for t in scheduler.timesteps:
@@ -94,9 +100,11 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(model):
     unet, projector = model
     e = torch.randn(3, 16)
     together = sample(e, projector, unet, Sampling(1.5, 4), [7, 8, 9], (4, 8, 8))
-    alone = torch.cat([sample(e[i:i + 1], projector, unet, Sampling(1.5, 4), [7 + i], (4, 8, 8)) for i in (2, 0, 1)])[[1, 2, 0]]
+    alone = torch.cat([sample(e[i:i + 1], projector, unet, Sampling(1.5, 4), [7 + i], (4, 8, 8))
+                       for i in (2, 0, 1)])[[1, 2, 0]]
     assert (together - alone).abs().max() < 1e-4 * together.abs().max()
-    assert (together[0] - sample(e[:1], projector, unet, Sampling(1.5, 4), [10], (4, 8, 8))[0]).abs().max() > 0.1
+    assert (together[0] - sample(e[:1], projector, unet, Sampling(1.5, 4), [10],
+                                 (4, 8, 8))[0]).abs().max() > 0.1
 
 
 def test_guidance_1_makes_no_null_pass_and_equals_eq_5_at_1(model):

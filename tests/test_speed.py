@@ -1,4 +1,6 @@
-"""What speed costs and saves, counted: bytes kept for the backward pass, and the same gradients with and without."""
+"""What speed costs and saves, counted: bytes kept for the backward pass, and the same gradients with and
+without.
+"""
 import pytest
 import torch
 import torch._functorch.config as functorch_config
@@ -12,10 +14,12 @@ SMALL = dict(channels=(64, 64), layers=1)
 
 @pytest.mark.slow
 def test_a_step_at_batch_16_and_512_px_keeps_less_than_6_gib_for_less_than_9_percent_more_flops():
-    """The full network on fake tensors. The paper's step is 28.2 TFLOP; what eager mode keeps is 11.85 GiB."""
+    """The full network on fake tensors. The paper's step is 28.2 TFLOP; what eager mode keeps is 11.85 GiB.
+    """
     all_of_it, flops = kept_for_backward()
     kept, more = kept_for_backward(budget=MEMORY_BUDGET)
-    print(f"kept {kept / 2 ** 30:.2f} of {all_of_it / 2 ** 30:.2f} GiB, {more / 1e12:.2f} in place of {flops / 1e12:.2f} TFLOP ({more / flops - 1:+.1%})")
+    print(f"kept {kept / 2 ** 30:.2f} of {all_of_it / 2 ** 30:.2f} GiB, "
+          f"{more / 1e12:.2f} in place of {flops / 1e12:.2f} TFLOP ({more / flops - 1:+.1%})")
     assert flops == pytest.approx(28.2e12, rel=0.01)
     assert kept <= 6 * 2 ** 30 < all_of_it and more <= 1.09 * flops
 
@@ -40,6 +44,7 @@ def test_what_is_computed_again_gives_the_same_gradients():
             network(z, t, c).square().mean().backward()
         gradients.append({name: p.grad.clone() for name, p in lora_parameters(unet).items()})
         unet.zero_grad()
-    worst = max((((a - b).norm() / a.norm()).item(), name) for name, a in gradients[0].items() for b in [gradients[1][name]])
+    worst = max((((a - b).norm() / a.norm()).item(), name) for name,
+                a in gradients[0].items() for b in [gradients[1][name]])
     print("largest relative difference of a gradient:", worst)
     assert worst[0] < 1e-4
