@@ -187,7 +187,7 @@ def parse_args():
     what = parser.add_argument_group("what to sample")
     what.add_argument("--ref", nargs="+", metavar="PATH",
                       help="reference patches: images, or folders of images; also searched for in the run")
-    what.add_argument("--split", choices=("train", "val", "test"), help="or all patches of this part of the run")
+    what.add_argument("--split", choices=("train", "val", "test"), help="or all patches of this part of it")
     what.add_argument("--label", nargs="+", metavar="CLASS", help="of --split, only patches of these classes")
     what.add_argument("--limit", type=number(int, 1), metavar="N", help="of --split, N patches at most")
     what.add_argument("--n", type=number(int, 1), default=1, help="samples per reference")
@@ -201,7 +201,7 @@ def parse_args():
     model.add_argument("--uni2h", metavar="PATH", help="UNI2-h (default: the one trained with)")
     model.add_argument("--other-base", action="store_true", help="accept another base than the adapter's")
     run = parser.add_argument_group("run")
-    run.add_argument("--batch", type=number(int, 1), default=16, help="images at a time (changes rounding)")
+    run.add_argument("--batch", type=number(int, 1), default=16, help="images at a time; affects rounding")
     run.add_argument("--out", metavar="DIR",
                      help="default: samples/stepN[-SPLIT] beside the adapter, which was trained for N steps")
     run.add_argument("--no-compile", action="store_true",

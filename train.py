@@ -33,9 +33,8 @@ from ldm.runs import (TOY_DATA, Lock, check_or_create, model_card, name_referenc
                       parse_settings, public_name, read_settings, split_of_run)
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import TISSUE, write_dataset
-from ldm.unet import UNet
 from ldm.vae import draw_latent
-from ldm.weights import SD15, TensorFile, licence, load_unet, load_vae, open_sd15
+from ldm.weights import TensorFile, licence, load_unet, load_vae, open_sd15, unet_on_meta
 from lora import inject, lora_parameters, save_adapter
 from projector import Projector
 from sample import Model, Sampling, ValidationSamples, latent_shape
@@ -502,10 +501,9 @@ def end_epoch(trainer, validation, signals, images_per_second):
 
 def count_parameters(settings):
     """Table 2 for these settings; for Stable Diffusion 1.5 and UNI2-h themselves no file is needed."""
-    with torch.device("meta"):
-        unet = UNet() if settings.sd15 == SD15 else load_unet(open_sd15(settings.sd15)[0], "meta")
+    unet = unet_on_meta(settings.sd15)
     width = 1536 if settings.uni2h == UNI2H.repository else open_encoder(settings.uni2h).width
-    unet = inject(unet.requires_grad_(False), settings.rank, settings.alpha)
+    unet = inject(unet, settings.rank, settings.alpha)
     return parameter_table(unet, build_projector(settings, width, unet.context))
 
 

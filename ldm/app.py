@@ -80,7 +80,7 @@ def explain(problem):
 
 @contextmanager
 def foreign_file(path, problem="is damaged", advice="restore or remove it"):
-    """Turn any exception while a foreign file is read into one line with its name and the advice."""
+    """Turn any exception of the block, which reads a foreign file, into one line with its name and advice."""
     try:
         yield
     except Fail:
@@ -270,12 +270,10 @@ def save_json(path, data):
 
 def read_json(path):
     """The object in a JSON file of this program; {} where the file does not exist."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not Path(path).exists():
         return {}
-    except (ValueError, RecursionError) as problem:
-        raise Fail(f"{path} is damaged ({first_line(problem)}); restore or remove it") from None
+    with foreign_file(path):
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(data, dict):
         raise Fail(f"{path} was not written by this program; restore or remove it")
     return data

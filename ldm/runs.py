@@ -29,8 +29,8 @@ class Settings:
     on_resume: whether a resumed run may have another value: "same" (the default), "free", or "this call" (not
     taken from the run). A setting that an older config.json lacks has its default.
     """
-    data: str = option(DATA, None, "train.json and test.json as in Chaoyang, a folder per class, or images "
-                       "(default: toy tissue)", kind=str, metavar="DIR", on_resume="free")
+    data: str | None = option(DATA, None, "train.json and test.json as in Chaoyang, a folder per class, or "
+                              "images (default: toy tissue)", kind=str, metavar="DIR", on_resume="free")
     split: str = option(DATA, "paper", "paper (pooled, by case, 5398:387:375), official, or a file",
                         metavar="HOW")
     sd15: str = option(DATA, SD15, "Diffusers folder, CompVis file, hub repository, or toy", metavar="PATH",
@@ -38,9 +38,9 @@ class Settings:
     uni2h: str = option(DATA, "MahmoodLab/UNI2-h", "folder or file of the weights, hub repository, or toy",
                         metavar="PATH", on_resume="free", toy="toy")
     size: int = option(DATA, 512, "side of the images in pixels", low=8, high=8192, toy=64)
-    limit: int = option(DATA, None, "use at most N images of each part", kind=int, low=1, metavar="N")
+    limit: int | None = option(DATA, None, "use at most N images of each part", kind=int, low=1, metavar="N")
     rank: int = option(MODEL, 8, "r of LoRA", low=1, high=4096)
-    alpha: float = option(MODEL, None, "α of LoRA (default: the rank)", kind=float, open_low=True)
+    alpha: float | None = option(MODEL, None, "α of LoRA (default: the rank)", kind=float, open_low=True)
     tokens: int = option(MODEL, 4, "condition tokens n_c", low=1, high=4096)
     hidden: int = option(MODEL, 1024, "width d_h of the projector", low=1, high=65536, toy=256)
     depth: int = option(MODEL, 2, "linear layers of the projector, 2 or 3", low=2, high=3)
@@ -50,21 +50,22 @@ class Settings:
     cfg_drop: float = option(TRAINING, 0.1, "p of the null embedding, per image", high=1)
     epochs: int = option(TRAINING, 12, "passes over the training images", low=1, toy=24)
     batch: int = option(TRAINING, 16, "images per step", low=1)
-    max_steps: int = option(TRAINING, None, "stop after N steps, the schedule shortened to them", kind=int,
-                            low=1, high=10 ** 9, metavar="N")
+    max_steps: int | None = option(TRAINING, None, "stop after N steps, the schedule shortened to them",
+                                   kind=int, low=1, high=10 ** 9, metavar="N")
     seed: int = option(TRAINING, 0, "of everything random except the split", high=2 ** 63)
-    val_samples: int = option(VALIDATION, None, "validation images to sample for FID and grid (default: all)",
-                              kind=int, metavar="N")
+    val_samples: int | None = option(VALIDATION, None, "validation images to sample for FID and grid "
+                                     "(default: all)", kind=int, metavar="N")
     # Of the toy's few validation images a FID every epoch is noise: sampled in the middle and at the end.
     val_every: int = option(VALIDATION, 1, "sample every Kth epoch, and the last", low=1, metavar="K", toy=12)
     val_cfg: float = option(VALIDATION, 1.5, "their guidance", metavar="W")
     val_steps: int = option(VALIDATION, 30, "their denoising steps", low=1, high=999, metavar="N")
-    features: str = option(VALIDATION, None, "of the FID (default: inception, or encoder where Inception's "
-                           "weights are not available)", kind=str, choices=("inception", "encoder"))
-    inception: str = option(VALIDATION, None, "pytorch-fid's weights (default: torch.hub's cache)", kind=str,
-                            metavar="FILE", on_resume="free")
-    run: str = option(RUN, None, "folder of the run (default: under runs/, named by its settings)", kind=str,
-                      metavar="DIR", on_resume="free")
+    features: str | None = option(VALIDATION, None, "of the FID (default: inception, or encoder where "
+                                  "Inception's weights are not available)", kind=str,
+                                  choices=("inception", "encoder"))
+    inception: str | None = option(VALIDATION, None, "pytorch-fid's weights (default: torch.hub's cache)",
+                                   kind=str, metavar="FILE", on_resume="free")
+    run: str | None = option(RUN, None, "folder of the run (default: under runs/, named by its settings)",
+                             kind=str, metavar="DIR", on_resume="free")
     device: str = option(RUN, "auto", "cuda, mps or cpu", on_resume="this call")
     no_compile: bool = option(RUN, False, "do not torch.compile the U-Net (it is compiled on CUDA only)",
                               on_resume="this call")
@@ -139,10 +140,11 @@ class Lock:
 
     def __init__(self, folder):
         self.handle = None          # where it cannot be opened
-        self.handle = os.open(folder, os.O_RDONLY) if fcntl else None
+        if fcntl is None:
+            return
+        self.handle = os.open(folder, os.O_RDONLY)
         try:
-            if fcntl:
-                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Fail(f"another process is using {folder}; wait for it, or pass another --run") from None
         except OSError:
@@ -302,8 +304,8 @@ def parameter_table(unet, projector):
     total = lora + mlp + null
     parts = {"LoRA adapters": lora, "Projector MLP": mlp, "Null embedding": null, "Total trainable": total}
     rows = [("Component", "Parameters", "Share")]
-    rows += [(name, f"{n:,}", f"{n / total:.1%}" if n / total >= 0.001 else "<0.1%")
-             for name, n in parts.items()]
+    for name, n in parts.items():
+        rows.append((name, f"{n:,}", f"{n / total:.1%}" if n / total >= 0.001 else "<0.1%"))
     rows += [("Stable Diffusion backbone (frozen)", f"{frozen:,}", "")]
     rows += [("Trainable/backbone", "", f"{total / frozen:.2%}")]
     return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in rows)

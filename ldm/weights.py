@@ -174,6 +174,14 @@ def load_unet(file, device="cpu", dtype=torch.float32):
     return load(build, file, device, dtype, HINT)
 
 
+def unet_on_meta(source):
+    """The U-Net of an `open_sd15` source without its weights; for SD15 itself no file is needed."""
+    if source != SD15:
+        return load_unet(open_sd15(source)[0], "meta")
+    with torch.device("meta"):
+        return UNet().requires_grad_(False)
+
+
 def load_vae(file, device="cpu", dtype=torch.float32):
     """The VAE of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
     def build():
