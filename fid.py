@@ -306,6 +306,12 @@ def choose_space(args):
         return open_encoder(encoder) if args.features == "encoder" else Inception(args.inception, args.resize)
 
 
+def available_spaces(inception, encoder):
+    """The feature spaces for a run: Inception, where its weights are available, and the run's encoder."""
+    spaces = [Inception(inception)] if inception_available(inception) else []
+    return [*spaces, open_encoder(encoder)]
+
+
 def encoder_of(path):
     """The encoder (--uni2h) of the run of train.py that a folder lies in, or None."""
     for parent in Path(path).resolve().parents:

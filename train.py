@@ -34,7 +34,7 @@ from ldm.runs import (TOY_DATA, Lock, check_or_create, model_card, name_referenc
 from ldm.schedule import T, add_noise
 from ldm.toy.tissue import TISSUE, write_dataset
 from ldm.vae import draw_latent
-from ldm.weights import TensorFile, empty_unet, licence, load_unet, load_vae, open_sd15
+from ldm.weights import TensorFile, licence, load_unet, load_vae, open_sd15, unet_on_meta
 from lora import inject, lora_parameters, save_adapter
 from projector import Projector
 from sample import Model, Sampling, ValidationSamples, latent_shape
@@ -501,8 +501,9 @@ def end_epoch(trainer, validation, signals, images_per_second):
 
 def count_parameters(settings):
     """Table 2 for these settings; for Stable Diffusion 1.5 and UNI2-h themselves no file is needed."""
-    unet = inject(empty_unet(settings.sd15), settings.rank, settings.alpha)
+    unet = unet_on_meta(settings.sd15)
     width = 1536 if settings.uni2h == UNI2H.repository else open_encoder(settings.uni2h).width
+    unet = inject(unet, settings.rank, settings.alpha)
     return parameter_table(unet, build_projector(settings, width, unet.context))
 
 

@@ -81,7 +81,7 @@ def explain(problem):
 
 @contextmanager
 def foreign_file(path, problem="is damaged", advice="restore or remove it"):
-    """Turn any exception while a foreign file is read into one line with its name and the advice."""
+    """Turn any exception of the block, which reads a foreign file, into one line with its name and advice."""
     try:
         yield
     except Fail:

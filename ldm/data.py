@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from .app import Fail, atomic_write, foreign_file, safe_name
@@ -80,16 +80,21 @@ def to_images(x):
     return [Image.fromarray(image) for image in x.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def contact_sheet(groups, columns=8, gap=4):
-    """Groups of PIL images of one size -> one image, tiles 128 to 256 wide; no group is broken over rows."""
+def contact_sheet(groups, columns=8, texts=()):
+    """Groups of PIL images of one size -> one image, tiles 128 to 256 wide; no group is broken over rows.
+
+    texts: a line above each image, in their order.
+    """
     per_row = max(1, columns // max(map(len, groups)))
     rows = [sum(groups[i:i + per_row], []) for i in range(0, len(groups), per_row)]
-    side = min(256, max(128, groups[0][0].width))
-    step = side + gap
-    sheet = Image.new("RGB", (max(map(len, rows)) * step - gap, len(rows) * step - gap), "white")
+    side, head = (256, 16) if texts else (min(256, max(128, groups[0][0].width)), 0)
+    width, height, texts = side + 4, side + head + 4, iter(texts)
+    sheet = Image.new("RGB", (max(map(len, rows)) * width - 4, len(rows) * height - 4), "white")
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (j * step, i * step))
+            ImageDraw.Draw(sheet).text((j * width, i * height + 2), next(texts, ""), fill="black")
+            tile = image.resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (j * width, i * height + head))
     return sheet
 
 

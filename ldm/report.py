@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 import fid
 from fid import ImageSet
@@ -26,7 +25,6 @@ from sample import Sampling
 
 from .data import (contact_sheet, list_images, load_rgb, resize_crop, save_image, subsample, to_images,
                    to_tensor)
-from .encoder import Inception, inception_available, open_encoder
 from .app import (Fail, Parser, atomic_write, call, file_sha256, number, pick_device, read_csv, run_program,
                   save_csv, save_text)
 from .runs import best_epoch, model_card, name_references, patches_of, read_settings
@@ -53,9 +51,8 @@ class Evaluation:
             self.patches[part] = [(patch.label, *item) for (patch, _), item in zip(found, names.items())]
             if len(found) < 2:
                 raise Fail(f"{folder}: the {part} part of its split needs two images or more for a report")
-        self.encoder = open_encoder(settings.uni2h)
-        self.spaces = [Inception(inception)] if inception_available(inception) else []
-        self.spaces.append(self.encoder)
+        self.spaces = fid.available_spaces(inception, settings.uni2h)
+        self.encoder = self.spaces[-1]
         self._features = {}
 
     def labels(self, part, n=None):
@@ -164,11 +161,11 @@ def table8(ev):
 
 def figure5(ev):
     """Figure 5: real | synthetic of each class, from the test part"""
-    labels, real, fake, tiles = ev.labels("test"), ev.real("test"), ev.fake("test"), []
-    for name in np.unique(labels):
-        i = np.flatnonzero(labels == name)[0]
-        tiles += [(f"{name}: real", load_rgb(real[i])), (f"{name}: synthetic", load_rgb(fake[i]))]
-    save_image(ev.out / "figure5.png", labelled(4, tiles))
+    labels, real, fake = ev.labels("test"), ev.real("test"), ev.fake("test")
+    names, first = np.unique(labels, return_index=True)
+    texts = [f"{name}: {kind}" for name in names for kind in ("real", "synthetic")]
+    pairs = [[load_rgb(real[i]), load_rgb(fake[i])] for i in first]
+    save_image(ev.out / "figure5.png", contact_sheet(pairs, 4, texts))
 
 
 # ---- beyond the paper --------------------------------------------------------------------------------------
@@ -311,18 +308,6 @@ def ablation():
 
 
 # ---- pictures and the program ------------------------------------------------------------------------------
-
-def labelled(columns, tiles):
-    """[(text, PIL image)] -> one picture of `columns` tiles a row, 256 wide, each under its text."""
-    side, head, gap = 256, 16, 4
-    rows = -(-len(tiles) // columns)
-    out = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + head + gap) - gap), "white")
-    for i, (text, image) in enumerate(tiles):
-        x, y = i % columns * (side + gap), i // columns * (side + head + gap)
-        ImageDraw.Draw(out).text((x, y + 2), text, fill="black")
-        out.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y + head))
-    return out
-
 
 def plot(path, rows, x, columns):
     """A line for each column over column x, where matplotlib is installed; rows without a value are omitted.

@@ -304,8 +304,8 @@ def parameter_table(unet, projector):
     total = lora + mlp + null
     parts = {"LoRA adapters": lora, "Projector MLP": mlp, "Null embedding": null, "Total trainable": total}
     rows = [("Component", "Parameters", "Share")]
-    rows += [(name, f"{n:,}", f"{n / total:.1%}" if n / total >= 0.001 else "<0.1%")
-             for name, n in parts.items()]
+    for name, n in parts.items():
+        rows.append((name, f"{n:,}", f"{n / total:.1%}" if n / total >= 0.001 else "<0.1%"))
     rows += [("Stable Diffusion backbone (frozen)", f"{frozen:,}", "")]
     rows += [("Trainable/backbone", "", f"{total / frozen:.2%}")]
     return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in rows)

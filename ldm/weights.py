@@ -174,8 +174,8 @@ def load_unet(file, device="cpu", dtype=torch.float32):
     return load(build, file, device, dtype, HINT)
 
 
-def empty_unet(source):
-    """The U-Net of a source on the meta device, frozen; for SD15 itself no file is needed."""
+def unet_on_meta(source):
+    """The U-Net of an `open_sd15` source without its weights; for SD15 itself no file is needed."""
     if source != SD15:
         return load_unet(open_sd15(source)[0], "meta")
     with torch.device("meta"):

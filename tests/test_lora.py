@@ -167,7 +167,7 @@ def test_diffusers_loads_the_adapter_file_as_it_is(adapter, unet, inputs, diffus
 
 
 def test_an_adapter_for_another_width_names_its_base(adapter):
-    with pytest.raises(Fail, match=r"pass the one that it was trained on \(x\)"):
+    with pytest.raises(Fail, match=r"pass the one it was trained on \(x\)"):
         load_adapter(open_adapter(adapter[0]), UNet((64, 64, 128, 128)))
 
 
