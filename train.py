@@ -136,15 +136,15 @@ def learning_rate_factor(step, warm_up, total):
 class Trainer:
     """The trainable parameters, their optimizer, the log: the complete state of a run; `save` writes it."""
 
-    def __init__(self, settings, unet, projector, cache, train, latent, device):
-        """train: [(name, hash)] of the training images. latent: (4, h, w)."""
+    def __init__(self, settings, unet, projector, cache, images, latent, device):
+        """images: [(name, hash)] of the training images. latent: (4, h, w)."""
         self.settings, self.device, self.latent = settings, device, latent
-        self.unet, self.projector, self.cache, self.train = unet, projector, cache, train
+        self.unet, self.projector, self.cache, self.images = unet, projector, cache, images
         self.compiled = device.type == "cuda" and not settings.no_compile
         self.network = torch.compile(unet, dynamic=False) if self.compiled else unet
         functorch_config.activation_memory_budget = MEMORY_BUDGET
         self.per_process = math.ceil(settings.batch / WORLD)                # images at a time
-        self.steps_per_epoch = math.ceil(len(train) / settings.batch)       # see batch_of_step
+        self.steps_per_epoch = math.ceil(len(images) / settings.batch)       # see batch_of_step
         self.total = min(settings.epochs * self.steps_per_epoch, settings.max_steps or math.inf)
         self.warm_up = min(self.steps_per_epoch, max(1, self.total // 2))   # half of a run of one epoch
         lora, rest = lora_parameters(unet), dict(projector.named_parameters())
@@ -173,13 +173,13 @@ class Trainer:
         Every process draws for the whole batch and computes its shard; loss and gradient are summed over all.
         """
         s = self.settings
-        indices = batch_of_step(s.seed, self.step, s.batch, len(self.train))                        # 3
+        indices = batch_of_step(s.seed, self.step, s.batch, len(self.images))                       # 3
         hidden = (self.projector.shape["depth"] - 1, self.projector.shape["hidden"])
         noise = draw_noise(generator(s.seed, STEP, self.step), s.batch, self.latent, s.cfg_drop, hidden)
         mine = shard(range(s.batch))
         r = noise.subset(mine, self.device)
-        images = self.load_batch([self.train[indices[i]][1] for i in mine], r)
-        loss = noise_prediction_loss(self.network, self.projector, *images, r).sum() / s.batch      # 4 to 10
+        cached = self.load_batch([self.images[indices[i]][1] for i in mine], r)
+        loss = noise_prediction_loss(self.network, self.projector, *cached, r).sum() / s.batch      # 4 to 10
         self.optimizer.zero_grad()
         loss.backward()
         loss = loss.detach()
@@ -187,9 +187,9 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
         loss, norm = loss.item(), norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            images = ", ".join(self.train[i][0] for i in indices)
+            names = ", ".join(self.images[i][0] for i in indices)
             raise Fail(f"step {self.step}: loss {loss}, gradient norm {norm}; nothing was updated, and the "
-                       f"last good state is kept. timesteps {noise.t.tolist()}, images {images}. Try a lower "
+                       f"last good state is kept. timesteps {noise.t.tolist()}, images {names}. Try a lower "
                        "--lr, or check these images")
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates(self.step)):
             group["lr"] = rate
@@ -206,8 +206,8 @@ class Trainer:
         for start in shard(range(0, n, size)):
             at = [i % n for i in range(start, start + size)]
             r = noise.subset(at, self.device)
-            images = self.load_batch([hashes[i] for i in at], r)
-            loss = noise_prediction_loss(self.network, self.projector, *images, r)
+            cached = self.load_batch([hashes[i] for i in at], r)
+            loss = noise_prediction_loss(self.network, self.projector, *cached, r)
             losses[start:start + size] = loss[:n - start]
         all_reduce([losses])
         return losses.mean().item()
@@ -342,14 +342,14 @@ def prepare(settings, resumed):
     if WORLD > settings.batch:
         raise Fail(f"--batch {settings.batch} gives {WORLD} processes less than an image each; start fewer")
     with rank0_first():
-        if settings.data != TOY_DATA:           # a wrong folder is found before gigabytes are downloaded
-            read_dataset(settings.data)
+        # a wrong folder is found before gigabytes are downloaded
+        patches = None if settings.data == TOY_DATA else read_dataset(settings.data)
         unet_file, vae_file = open_sd15(settings.sd15)
         encoder = open_encoder(settings.uni2h)
         # on the meta device: arguments that do not fit are found before anything is computed or written
         latent = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), settings.size)
         data = open_data(settings, folder, announce=not resumed)
-        patches = read_dataset(data)
+        patches = patches or read_dataset(data)
         lock = Lock(folder) if RANK0 and folder.is_dir() else None
         started = (folder / "state.safetensors").exists()
         if not started and (folder / "log.csv").exists():       # which is written after the first state
