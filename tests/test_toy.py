@@ -10,12 +10,11 @@ from PIL import Image
 
 from ldm.data import CLASSES, load_rgb, read_dataset, split_patches, to_images, to_tensor
 from ldm.encoder import open_encoder
-from ldm.runs import parse_settings
 from ldm.schedule import alpha_bar
 from ldm.toy.base import draw_world, pictures_of, small_picture
 from ldm.toy.tissue import draw_patch, draw_slide, write_dataset
 from ldm.vae import SCALE
-from ldm.weights import BUILT_IN, SD15, load_unet, load_vae, open_sd15
+from ldm.weights import BUILT_IN, load_unet, load_vae, open_sd15
 
 WEIGHTS = BUILT_IN["toy"]
 needs_weights = pytest.mark.skipif(not (WEIGHTS / "unet").is_dir(), reason="the toy base is not trained yet (python -m ldm.toy.base)")
@@ -161,23 +160,6 @@ def test_the_readmes_three_lines_work_on_what_they_leave_behind(tmp_path):
     again = program("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 4, "--limit", 40, "--val-samples", 8, cwd=tmp_path)
     assert "resumes after step 4 of 4" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in before} == before
-
-
-@needs_weights
-@pytest.mark.parametrize("wrong, culprit", [(["--uni2h", "nowhere"], "nowhere"), (["--size", "100"], "multiple of 16"),
-                                            (["--split", "official"], "--data"), (["--run", "a", "--resume", "b"], "--resume")])
-def test_a_wrong_argument_without_data_writes_nothing(wrong, culprit, tmp_path):
-    result = program("train.py", *wrong, cwd=tmp_path, check=False)
-    assert result.returncode == 2 and culprit in result.stderr and not list(tmp_path.iterdir())
-
-
-def test_flags_beat_the_toys_table_and_other_bases_have_the_papers(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--sd15", "toy", "--data", str(ROOT), "--epochs", "3"])
-    args, _, _ = parse_settings("")
-    assert (args.epochs, args.size, args.uni2h) == (3, 64, "toy")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(ROOT)])
-    args, _, _ = parse_settings("")
-    assert (args.epochs, args.size, args.lr, args.hidden, args.sd15) == (12, 512, 5e-5, 1024, SD15)
 
 
 @pytest.mark.slow

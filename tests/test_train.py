@@ -426,45 +426,6 @@ def test_one_reference_gives_the_same_image_as_among_others(trained, dataset, tm
     assert abs(pixels[0] - pixels[1]).max() <= 1
 
 
-BAD_TRAIN = [
-    (["--data", "nowhere"], "nowhere"), (["--rank", "0"], "--rank"), (["--lr", "nan"], "--lr"),
-    (["--cfg-drop", "1.5"], "--cfg-drop"),
-    (["--size", "100"], "multiple of 64"), (["--sd15", "nowhere"], "nowhere"),
-    (["--uni2h", "nowhere"], "nowhere"),
-    (["--split", "nowhere.json"], "nowhere.json"), (["--device", "abacus"], "abacus"),
-    (["--resume", "nowhere"], "nowhere"),
-    (["--depth", "4"], "--depth"), (["--unknown"], "--unknown")]
-
-
-@pytest.mark.parametrize("extra, culprit", BAD_TRAIN)
-def test_a_wrong_argument_of_training_fails_in_one_line_and_writes_nothing(extra, culprit, small, tmp_path,
-                                                                           monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, small), *extra])
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(train.Fail) as problem:
-            train.main()
-    finally:
-        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
-    assert culprit in str(problem.value) and "\n" not in str(problem.value)
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
-
-
-@pytest.mark.parametrize("name, arguments, culprit", [
-    ("train.py", ["--sd15", "elsewhere"], "--data"),
-    ("sample.py", ["--ref", "missing.png", "--run", "{run}"], "missing.png"),
-    ("sample.py", ["--ref", "{run}/grids", "--cfg", "nan"], "--cfg"),
-    ("fid.py", ["nowhere", "nowhere"], "nowhere"),
-    ("train.py", ["--data", "nowhere"], "nowhere"),
-    ("sample.py", ["--ref", "{run}/log.csv", "--run", "{run}"], "log.csv"), ("sample.py", [], "--ref")])
-def test_a_failing_program_prints_one_line_and_exits_with_2(name, arguments, culprit, trained, tmp_path):
-    start = process if name == "fid.py" else program        # one of them as a process of its own
-    result = start(name, *[a.format(run=trained) for a in arguments], cwd=tmp_path, check=False)
-    assert result.returncode == 2 and culprit in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr
-
-
 @pytest.mark.parametrize("other", [["--epochs", "3"], ["--split", "official"],
                                    ["--resume", "runs/x", "--rank", "3"]])
 def test_a_run_with_other_settings_is_not_overwritten(other, trained, small, monkeypatch):
