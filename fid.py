@@ -98,8 +98,7 @@ def cosine(x, y):
 
 
 def fidelity(samples, references):
-    """Mean cosine of row i of samples (n, d) with row i of references, its own; with all others.
-    """
+    """Mean cosine of row i of samples (n, d) with row i of references, its own; with all others."""
     c = cosine(samples, references)
     n = len(c)
     return float(np.trace(c) / n), float((c.sum() - np.trace(c)) / (n * (n - 1)))

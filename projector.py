@@ -32,8 +32,7 @@ class Projector(nn.Module):
 
     @classmethod
     def from_header(cls, header):
-        """Rebuild from the strings of an adapter's header. Raises KeyError or ValueError where they are none.
-        """
+        """Rebuild from the strings of an adapter's header. Raises KeyError or ValueError."""
         shape = [int(header[key]) for key in SHAPE]
         if min(shape[:4]) < 1 or shape[4] not in (2, 3):
             raise ValueError(f"no projector has the sizes {shape}")

@@ -310,8 +310,7 @@ def ablation():
 # ---- pictures and the program ------------------------------------------------------------------------------
 
 def plot(path, rows, x, columns):
-    """A line for each column over column x, where matplotlib is installed; rows without a value are omitted.
-    """
+    """A line for each column over column x, where matplotlib is installed; no value, no point."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -147,8 +147,7 @@ class ResBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Self-attention over the positions, cross-attention to the condition, feed-forward; residual throughout.
-    """
+    """Self-attention over the positions, cross-attention to the condition, feed-forward; each residual."""
 
     def __init__(self, c, heads, context):
         super().__init__()
