@@ -230,9 +230,9 @@ def main():
     guard = dict(adapter_sha256=file_sha256(adapter.path), base_sha256=unet_file.fingerprint(),
                  vae_sha256=vae_file.fingerprint(), resolution=size, **hows[0].others())
     saved = read_json(out / "samples.json")
-    saved = Sampling().others() | saved if saved else {}            # a field that it lacks had its default
-    if saved and any(saved.get(key) != value for key, value in guard.items()):
-        raise Fail(f"{out} holds samples of another adapter, base, size or --steps; pass another --out")
+    before = Sampling().others() | saved                    # an option that it lacks had its default
+    if saved and (other := [key for key, value in guard.items() if before.get(key) != value]):
+        raise Fail(f"{out} holds samples with another {other[0].removesuffix('_sha256')}; pass another --out")
     names, known = name_references(found, saved.get("references", {}))
     check_same("weights or references", [guard, known])
     references = {name: path for i, (name, path) in enumerate(names.items()) if i in chosen}
