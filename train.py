@@ -176,9 +176,9 @@ class Trainer:
         indices = batch_of_step(s.seed, self.step, s.batch, len(self.images))                       # 3
         hidden = (self.projector.shape["depth"] - 1, self.projector.shape["hidden"])
         noise = draw_noise(generator(s.seed, STEP, self.step), s.batch, self.latent, s.cfg_drop, hidden)
-        mine = shard(range(s.batch))
-        r = noise.subset(mine, self.device)
-        cached = self.load_batch([self.images[indices[i]][1] for i in mine], r)
+        own = shard(range(s.batch))
+        r = noise.subset(own, self.device)
+        cached = self.load_batch([self.images[indices[i]][1] for i in own], r)
         loss = noise_prediction_loss(self.network, self.projector, *cached, r).sum() / s.batch      # 4 to 10
         self.optimizer.zero_grad()
         loss.backward()

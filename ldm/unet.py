@@ -51,7 +51,7 @@ class UNet(nn.Module):
     def forward(self, z, t, c):
         """z (B, 4, H, W), t (B,) integer timesteps, c (B, N, d_c) -> ε (B, 4, H, W).
 
-        Computed in the network's dtype, returned in that of z: float32 around a bfloat16 network.
+        Computed in the network's dtype, returned in z's: float32 around a bfloat16 network.
         """
         dtype = self.conv_in.weight.dtype
         t, c = self.time_embedding(t), c.to(dtype)          # (B, 4 C₀), (B, N, d_c)
