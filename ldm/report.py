@@ -1,4 +1,6 @@
-"""The paper's evaluation of a run, and more: tables (CSV), pictures and report.md in RUN/report/. And its ablation study (Tables 3 and 6): twelve runs of train.py that differ in one factor.
+"""The paper's evaluation of a run, and more: tables (CSV), pictures and report.md in RUN/report/.
+
+And its ablation study (Tables 3 and 6): twelve runs of train.py that differ in one factor.
 
     python -m ldm.report runs/x                                 # everything
     python -m ldm.report runs/x --only sweep                    # Table 5
