@@ -54,20 +54,18 @@ class LoRALinear(nn.Module):
         return linear
 
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-
-
-def target_layers(unet):
-    """{name: linear layer} of Q, K, V and O of every attention, in the order of the network."""
-    found = {name: m for name, m in unet.named_modules() if name.endswith((".attn1", ".attn2"))}
-    return {f"{name}.{target}": m.get_submodule(target) for name, m in found.items() for target in TARGETS}
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]      # Q, K, V, O
 
 
 def inject(unet, rank, alpha=None, generator=None):
-    """Wrap the target layers in LoRALinear, in place; α = r if not given. generator: draws A, on the CPU."""
+    """Wrap Q, K, V and O of every attention in LoRALinear, in place; α = r if not given.
+
+    generator: draws A, on the CPU.
+    """
     alpha = float(rank if alpha is None else alpha)
-    for name, linear in target_layers(unet).items():
-        unet.set_submodule(name, LoRALinear(linear, rank, alpha, generator))
+    attentions = [name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
+    for name in (f"{attention}.{target}" for attention in attentions for target in TARGETS):
+        unet.set_submodule(name, LoRALinear(unet.get_submodule(name), rank, alpha, generator))
     return unet
 
 
@@ -123,9 +121,8 @@ def open_adapter(path):
     with foreign_file(path, "has a damaged header", REMEDY):
         if missing := REQUIRED - file.header.keys():
             raise ValueError(f"it lacks {min(missing)}")
-        for key, low, high in (("resolution", 1, 8192), ("step", 0, 10 ** 9), ("rank", 1, 4096)):
-            if not low <= int(file.header[key]) <= high:
-                raise ValueError(f"{key} is not {low} to {high}")
+        if not (0 < int(file.header["resolution"]) <= 8192 and 0 <= int(file.header["step"]) < 10 ** 9):
+            raise ValueError("its resolution or step is impossible")
     return file
 
 
@@ -137,7 +134,6 @@ def load_projector(file):
         names = [name for name in file.names if name.startswith("lora_projector.")]
         state = {name.removeprefix("lora_projector."): file.get(name).float() for name in names}
         projector.load_state_dict(state, assign=True)
-        _check_finite(state)
     return projector.requires_grad_(False)
 
 
@@ -154,6 +150,8 @@ def load_adapter(file, unet):
         name, *_ = min(wanted ^ found)
         raise Fail(f"{file.path} does not fit this base: {name} is missing or of another shape; with --sd15 "
                    f"pass the one it was trained on ({file.header['base']})")
+    if not all(tensor.isfinite().all() for tensor in (*tensors.values(), *projector.parameters())):
+        raise Fail(f"{file.path}: a number in it is not finite; {REMEDY}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -172,13 +170,7 @@ def read_lora(file):
             raise ValueError("there are no layers, or α is not finite")
         if any(tensor.shape[name.endswith("B")] != rank for name, tensor in tensors.items()):
             raise ValueError(f"a layer has another rank than {rank}")
-        _check_finite(tensors)
     return rank, alpha, tensors
-
-
-def _check_finite(tensors):
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise ValueError("a number in it is not finite")
 
 
 # ---- the same LoRA in the files of other programs ----------------------------------------------------------

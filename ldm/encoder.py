@@ -22,10 +22,7 @@ from .weights import BUILT_IN, TensorFile, hub_file, is_hub_name, load
 
 
 class FeatureSpace:
-    """A network with its preprocessing. Subclasses define kind, resize, `file`, `preprocess` and `load`.
-
-    preprocess: PIL RGB images of any size -> the network's input (B, 3, side, side).
-    """
+    """A network with its preprocessing. Subclasses define kind, resize, `file`, `preprocess` and `load`."""
 
     def fingerprint(self):
         """sha256 of all that features depend on."""
@@ -67,7 +64,6 @@ class Recipe:
     model: str                      # timm's name of the architecture
     arguments: dict                 # of timm.create_model; width and depth are those of the tensors
     head_width: int = 64
-    pooling: str = "token"          # timm's global_pool: the class token
     size: int = 224
     interpolation: str = "BILINEAR"     # Pillow's, antialiased
     mean: tuple = (0.485, 0.456, 0.406)
@@ -84,7 +80,7 @@ UNI2H = Recipe(
     model="vit_giant_patch14_224",
     arguments=dict(img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0,
                    no_embed_class=True, mlp_layer="SwiGLUPacked", act_layer="silu", reg_tokens=8,
-                   dynamic_img_size=True),
+                   dynamic_img_size=True, global_pool="token"),
     access="UNI2-h is gated: request access on https://huggingface.co/MahmoodLab/UNI2-h with an "
            "institutional e-mail address, then run `hf auth login` or set HF_TOKEN; or pass --uni2h")
 TOY = replace(UNI2H, repository="toy", terms="the toy encoder (MIT)", licence="mit", access="")
@@ -135,11 +131,11 @@ def preprocess(images, recipe=UNI2H):
 def build_encoder(width=1536, depth=24, recipe=UNI2H):
     """The network of a recipe, untrained. The timm call is the one on the publisher's page."""
     import timm             # slow to import, and only encoders need it
-    arguments = dict(embed_dim=width, depth=depth, num_heads=width // recipe.head_width,
-                     global_pool=recipe.pooling, **recipe.arguments)
+    arguments = dict(recipe.arguments)
     if "mlp_layer" in arguments:
         arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"])
-    return timm.create_model(recipe.model, **arguments)
+    heads = width // recipe.head_width
+    return timm.create_model(recipe.model, embed_dim=width, depth=depth, num_heads=heads, **arguments)
 
 
 def open_encoder(source=UNI2H.repository):
@@ -167,14 +163,15 @@ SIDE = 299
 class Inception(FeatureSpace):
     """Images -> the 2,048 features "pool3" of TensorFlow's graph. resize: whose resizer, see RESIZERS.
 
-    path: weights as pytorch-fid names them, .pth or .safetensors (default: torch.hub's cache, else a
-    download).
+    path: pytorch-fid's weights, .pth or .safetensors (default: torch.hub's cache, else a download).
     """
-    kind = "inception"
-    hint = "pass pytorch-fid's Inception weights"
+    kind, hint = "inception", "pass pytorch-fid's Inception weights"
 
     def __init__(self, path=None, resize="pytorch-fid"):
-        self.file, self.resize = TensorFile(path or _download_inception(), _inception_name), resize
+        def rename(name):           # the classifier and the counters are not used
+            return None if name.startswith("fc.") or name.endswith("num_batches_tracked") else name
+
+        self.file, self.resize = TensorFile(path or _download_inception(), rename), resize
         load(build_inception, self.file, "meta", hint=self.hint)      # names and shapes are checked at once
 
     def preprocess(self, images):
@@ -210,10 +207,6 @@ def _exchange_pool(block, pool):
     inputs = []
     block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     block.branch_pool.register_forward_pre_hook(lambda *_: pool(inputs.pop()))
-
-
-def _inception_name(name):
-    return None if name.startswith("fc.") or name.endswith("num_batches_tracked") else name
 
 
 def _cached_inception():
