@@ -119,10 +119,7 @@ def table5(ev):
     ev.sample("val", SWEEP)
     space, rows = ev.spaces[0], []
     for w in SWEEP:
-        row = fid.compare(*ev.image_sets(space, "val", w))
-        rows.append(dict(guidance=w, n=row["n_fake"], features=space.kind, fid=row["fid"]))
-    shown = subsample(list(zip(ev.real("val"), *(ev.fake("val", None, w) for w in SWEEP))), 6)
-    save_sheet(ev.out / "sweep.png", shown, len(SWEEP) + 1)
+        rows.append(dict(guidance=w, features=space.kind) | fid.compare(*ev.image_sets(space, "val", w)))
     return rows
 
 
@@ -162,13 +159,13 @@ def fidelity_table(ev):
     """Fidelity: cosine of a test sample's embedding with its reference's and with other references'; the
     share whose nearest class centroid (of real training images) is the reference's class, beside the share of
     the real images"""
-    labels, train_labels = ev.labels("test"), ev.labels("train")
     sets = ("real", "test"), ("fake", "test"), ("real", "train")
     real, fake, train = (ev.features(ev.encoder, *args) for args in sets)
     own, others = fid.fidelity(fake, real)
-    of_fake, of_real = ((fid.nearest_centroid(train, train_labels, x) == labels).mean() for x in (fake, real))
-    return [dict(n=len(fake), cosine_own=own, cosine_others=others, consistency=of_fake,
-                 consistency_real=of_real)]
+    row, labels = dict(n=len(fake), cosine_own=own, cosine_others=others), ev.labels("train")
+    for name, x in (("consistency", fake), ("consistency_real", real)):
+        row[name] = (fid.nearest_centroid(train, labels, x) == ev.labels("test")).mean()
+    return [row]
 
 
 def memorisation_table(ev):

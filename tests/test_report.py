@@ -93,7 +93,7 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     assert float(first["closer"]) <= 0.5 and first["images"] == "real val"
     assert [row["train"] for row in table["usefulness"]] == ["real", "synthetic", "both", "all real"]
     text = (out / "report.md").read_text()
-    for picture in ("sweep.png", "figure5.png", "memorisation.png"):
+    for picture in ("figure5.png", "memorisation.png"):
         assert Image.open(out / picture).width > 64 and f"({picture})" in text
     assert "Table 5" in result.stdout
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
