@@ -8,18 +8,19 @@
 The number depends on --resize: pytorch-fid, clean (clean-fid) or tf1 (torch-fidelity, torchmetrics).
 """
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import scipy.linalg
-import scipy.optimize
+import torch
+import torch.nn.functional as F
+from scipy.spatial.distance import cdist
 
 from ldm.data import list_images
 from ldm.encoder import RESIZERS, Inception, inception_available, open_encoder
-from ldm.app import (RANK0, Fail, Parser, atomic_write, broadcast, check_same, foreign_file, join_processes,
-                     number, pick_device, rank0_first, run_program, save_text)
+from ldm.app import (RANK0, Fail, Parser, atomic_write, check_same, foreign_file, join_processes, number,
+                     pick_device, rank0_first, run_program, save_text)
 from ldm.runs import find, read_settings
 
 # ---- metrics of two sets, of features x (n, d) and y (m, d) ------------------------------------------------
@@ -76,6 +77,11 @@ def kid(x, y, subset=1000, subsets=100, seed=2020):
 METRICS = (kid,)
 
 
+def all_metrics(x, y, subset):
+    """The columns of all METRICS."""
+    return {key: value for metric in METRICS for key, value in metric(x, y, subset).items()}
+
+
 def bootstrap_interval(distance, x, y, repeats=200, level=0.95, seed=0):
     """Bootstrap of distance(x, y), where row i of y was made from row i of x -> (low, high).
 
@@ -91,55 +97,47 @@ def bootstrap_interval(distance, x, y, repeats=200, level=0.95, seed=0):
 
 # ---- metrics of single samples -----------------------------------------------------------------------------
 
-def cosine(x, y):
-    """Cosine similarity of every row of x (n, d) with every row of y (m, d) -> (n, m)."""
-    x, y = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (x, y))
-    return x @ y.T
-
-
 def fidelity(samples, references):
     """Mean cosine of row i of samples (n, d) with row i of references, its own; with all others."""
-    c = cosine(samples, references)
-    n = len(c)
-    return float(np.trace(c) / n), float((c.sum() - np.trace(c)) / (n * (n - 1)))
+    c = 1 - cdist(samples, references, "cosine")
+    n, own = len(c), np.trace(c)
+    return float(own / n), float((c.sum() - own) / (n * (n - 1)))
 
 
 def nearest_centroid(train, labels, x):
     """The label of the class whose mean embedding has the largest cosine with each row of x -> (n,)."""
     names = np.unique(labels)
     centroids = np.stack([train[labels == name].mean(0) for name in names])
-    return names[cosine(x, centroids).argmax(1)]
+    return names[cdist(x, centroids, "cosine").argmin(1)]
 
 
 def nearest(x, train):
     """The Euclidean nearest row of train (m, d) to each row of x (n, d) -> (index, distance), both (n,)."""
-    squared = np.square(x).sum(1)[:, None] - 2 * x @ train.T + np.square(train).sum(1)
-    index = squared.argmin(1)
-    return index, np.linalg.norm(x - train[index], axis=1)      # the expansion is inexact for near-equal rows
+    distance = cdist(x, train)
+    return distance.argmin(1), distance.min(1)
 
 
 def fit_linear(x, labels, penalty=1.0):
     """Multinomial logistic regression on standardised features x (n, d) -> a function, features to labels.
 
-    Minimises the mean cross-entropy plus penalty/(2n) |W|², classes weighted equally, by scipy's L-BFGS.
+    Minimises the mean cross-entropy plus penalty/(2n) |W|², classes weighted equally, by torch's L-BFGS.
     """
     names, y = np.unique(labels, return_inverse=True)
     mu, spread = x.mean(0), x.std(0) + 1e-6
-    z, target = (x - mu) / spread, np.eye(len(names))[y]
-    weight = (len(y) / len(names) / np.bincount(y))[y] / len(y)
+    z, y = torch.from_numpy((x - mu) / spread), torch.from_numpy(y)
+    W = torch.zeros(z.shape[1] + 1, len(names), dtype=z.dtype, requires_grad=True)      # biases: the last row
+    optimizer = torch.optim.LBFGS([W], max_iter=1000, line_search_fn="strong_wolfe")
 
-    def loss(flat):
-        w = flat.reshape(len(names), -1)
-        logits = z @ w[:, 1:].T + w[:, 0]
-        log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-        slope = weight[:, None] * (np.exp(log_p) - target)
-        gradient = np.hstack([slope.sum(0)[:, None], slope.T @ z + penalty / len(z) * w[:, 1:]])
-        entropy = -(weight * log_p[np.arange(len(z)), y]).sum()
-        return entropy + penalty / (2 * len(z)) * np.square(w[:, 1:]).sum(), gradient.ravel()
+    def loss():
+        optimizer.zero_grad()
+        entropy = F.cross_entropy(z @ W[:-1] + W[-1], y, weight=1 / y.bincount().double())
+        value = entropy + penalty / (2 * len(z)) * W[:-1].square().sum()
+        value.backward()
+        return value
 
-    start = np.zeros(len(names) * (z.shape[1] + 1))
-    w = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x.reshape(len(names), -1)
-    return lambda f: names[((f - mu) / spread @ w[:, 1:].T + w[:, 0]).argmax(1)]
+    optimizer.step(loss)
+    W = W.detach().numpy()
+    return lambda f: names[((f - mu) / spread @ W[:-1] + W[-1]).argmax(1)]
 
 
 def recalls(labels, guesses):
@@ -151,33 +149,44 @@ def recalls(labels, guesses):
 
 @dataclass
 class ImageSet:
-    """Statistics of n images: mean (d,), covariance (d, d); features (n, d) unless they are foreign."""
-    n: int | None
+    """Statistics of images: mean (d,), covariance (d, d); n and features (n, d) unless they are foreign."""
     mu: np.ndarray
     sigma: np.ndarray
     features: np.ndarray | None = None
     names: np.ndarray | None = None         # (n,) paths within the folder
+    n: int | None = None
+
+    def __post_init__(self):
+        """Raises ValueError for what cannot be statistics of features."""
+        d = len(self.mu)
+        if self.mu.shape != (d,) or self.sigma.shape != (d, d):
+            raise ValueError(f"mu has the shape {self.mu.shape}, sigma {self.sigma.shape}")
+        if not (np.abs([self.mu, *self.sigma]) < 1e24).all():
+            raise ValueError("a number in it is not finite, or larger than any feature")
+        if self.n is not None and self.names.shape != (self.n,):
+            raise ValueError(f"it has {self.n} images, but names of the shape {self.names.shape}")
 
     @classmethod
     def of_features(cls, features, names):
-        return cls(len(features), features.mean(0), np.cov(features, rowvar=False), features, np.array(names))
+        if len(features) < 2:
+            raise ValueError("it has fewer than two images")
+        sigma = np.cov(features, rowvar=False)
+        return cls(features.mean(0), sigma, features, np.array(names, dtype=str), len(features))
 
     def by_class(self):
         """{subfolder: features}, of at least two images."""
-        if self.features is None:
+        if self.n is None:
             return {}
-        labels = np.array([name.split("/")[0] if "/" in name else "" for name in self.names])
+        labels = np.array([name.rpartition("/")[0].split("/")[0] for name in self.names])
         return {str(name): self.features[labels == name] for name in np.unique(labels)
                 if name and (labels == name).sum() > 1}
 
 
 def images_of(folder):
     """The files of a folder of two images or more."""
-    if not folder.is_dir():
-        raise Fail(f"{folder}: no such folder (or .npz file of statistics)")
-    files = list_images(folder)
+    files = list_images(folder) if folder.is_dir() else []
     if len(files) < 2:
-        raise Fail(f"{folder} contains fewer than two images; at least two are needed")
+        raise Fail(f"{folder}: no such folder (or .npz file of statistics), or fewer than two images in it")
     return files
 
 
@@ -191,69 +200,46 @@ def read_set(path, space, device="cpu", batch=32):
 
 
 def save_set(path, images, resize, weights):
-    """Write statistics as pytorch-fid reads them (mu, sigma), with the features and their space."""
+    """Write statistics as pytorch-fid reads them (mu, sigma), with the features (float32) and their space."""
     with atomic_write(path) as temporary, open(temporary, "wb") as f:
-        np.savez(f, mu=images.mu, sigma=images.sigma, n=images.n, features=images.features.astype(np.float32),
+        np.savez(f, mu=images.mu, sigma=images.sigma, features=images.features.astype(np.float32),
                  names=images.names, resize=resize, weights=weights)
-
-
-ARRAYS = ("mu", "sigma", "n", "features", "names", "resize", "weights")
 
 
 def load_set(path, resize, weights):
     """Read an .npz of `save_set`, or any with mu and sigma -> ImageSet. Fails if it is of another space."""
+    arrays = ("mu", "sigma", "features", "names", "resize", "weights")
     with foreign_file(path, "contains no statistics of features", "make them with --save"):
         with np.load(path, allow_pickle=False) as f:
-            data = {key: f[key] for key in ARRAYS if key in f}
-        images = _check_statistics(data)
+            data = {key: f[key] for key in arrays if key in f}
+        if "features" in data:
+            images = ImageSet.of_features(np.float64(data["features"]), data["names"])
+        else:
+            images = ImageSet(np.float64(data["mu"]), np.float64(data["sigma"]))
     for key, value in (("resize", resize), ("weights", weights)):
         if key in data and str(data[key]) != value:
             raise Fail(f"{path} was made with {key} {data[key]}, not {value}: make it again with --save")
     return images
 
 
-def _check_statistics(data):
-    """The arrays of an .npz -> ImageSet. Raises KeyError or ValueError where they are no statistics."""
-    data = data | {key: data[key].astype(np.float64) for key in ("mu", "sigma", "features") if key in data}
-    if not all((np.abs(data[key]) < 1e12).all() for key in ("mu", "sigma", "features") if key in data):
-        raise ValueError("a number in it is not finite, or larger than any feature")
-    if data["mu"].ndim != 1 or data["sigma"].shape != 2 * data["mu"].shape:
-        raise ValueError(f"mu has the shape {data['mu'].shape}, sigma {data['sigma'].shape}")
-    n = int(data["n"]) if "n" in data else None
-    if n is not None and n < 2:
-        raise ValueError(f"they are of {n} images; at least 2 are needed")
-    if not n or "features" not in data or "names" not in data:
-        return ImageSet(n, data["mu"], data["sigma"])
-    features, names = data["features"], data["names"]
-    if features.shape != (n, len(data["mu"])) or names.shape != (n,) or names.dtype.kind != "U":
-        raise ValueError(f"features have the shape {features.shape}, names {names.shape}, n is {n}")
-    return ImageSet(n, data["mu"], data["sigma"], features, names)
-
-
 def compare(real, fake, subset=1000):
     """Two ImageSets -> {"fid", "n_real", "n_fake"}; where the features are known, METRICS' columns too."""
     if real.mu.shape != fake.mu.shape:
         raise Fail(f"one has {len(real.mu)} features, the other {len(fake.mu)}: use one network for both")
-    both = real.features is not None and fake.features is not None
+    both = real.n is not None and fake.n is not None
     if both and min(real.n, fake.n) < len(real.mu):
         distance = frechet_distance_of_features(real.features, fake.features)
     else:
         distance = frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)
-    result = dict(fid=distance, n_real=real.n, n_fake=fake.n)
-    for metric in METRICS if both else ():
-        result |= metric(real.features, fake.features, subset)
-    return result
+    others = all_metrics(real.features, fake.features, subset) if both else {}
+    return dict(fid=distance, n_real=real.n, n_fake=fake.n) | others
 
 
 def compare_classes(real, fake, subset=1000):
     """{class: {"n_real", "n_fake", columns of METRICS}} for every common subfolder (Table 8)."""
-    result, others = {}, fake.by_class()
-    for name, x in real.by_class().items():
-        if name in others:
-            result[name] = dict(n_real=len(x), n_fake=len(others[name]))
-            for metric in METRICS:
-                result[name] |= metric(x, others[name], subset)
-    return result
+    x, y = real.by_class(), fake.by_class()
+    return {name: dict(n_real=len(x[name]), n_fake=len(y[name])) | all_metrics(x[name], y[name], subset)
+            for name in x if name in y}
 
 
 # ---- the program -------------------------------------------------------------------------------------------
@@ -269,54 +255,38 @@ def parse_args():
     parser.add_argument("--inception", metavar="FILE",
                         help="pytorch-fid's weights, .pth or .safetensors (default: torch.hub's cache)")
     parser.add_argument("--features", choices=("inception", "encoder"),
-                        help="encoder: that of REAL's run (default: inception; encoder for a toy run without "
-                             "Inception's weights)")
+                        help="default: inception; for a toy run without its weights, the run's encoder")
     parser.add_argument("--save", metavar="FILE", help="write the statistics of REAL to this .npz file")
-    parser.add_argument("--json", metavar="FILE",
-                        help="write the results to this .json file; - prints them, and all else to stderr")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     parser.add_argument("--batch", type=number(int, 1), default=32, help="images at a time")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
-    if not args.fake and not args.save:
-        raise Fail("pass a second folder to compare with, or --save FILE.npz")
-    if args.save and Path(args.save).suffix != ".npz":
-        raise Fail(f"--save {args.save}: the name must end in .npz")
+    if not args.fake and (args.json or not args.save):
+        raise Fail("pass a second folder to compare with, or --save FILE.npz alone")
     args.real, *args.fake = find([args.real, *args.fake])
-    if args.save and args.real.suffix == ".npz":
-        raise Fail(f"--save: {args.real} is already a file of statistics")
-    if args.json and not args.fake:
-        raise Fail("--json: nothing is compared; pass a second folder")
-    if args.json not in (None, "-") and Path(args.json).suffix != ".json":
-        raise Fail(f"--json {args.json}: the name must end in .json, or be -")
+    if args.save and (Path(args.save).suffix != ".npz" or args.real.suffix == ".npz"):
+        raise Fail(f"--save {args.save}: the name must end in .npz, and {args.real} must be a folder")
     return args
 
 
 def choose_space(args):
-    """The feature space of --features, --inception and --resize."""
-    encoder = encoder_of(args.real)
-    if args.features is None:
-        use_encoder = encoder == "toy" and not inception_available(args.inception)
-        args.features = broadcast("encoder" if use_encoder else "inception")
-    if args.features == "encoder" and encoder is None:
-        raise Fail(f"--features encoder: {args.real} is in no run of train.py; pass --features inception")
-    if args.features == "encoder" and args.resize != "pytorch-fid":
-        raise Fail(f"--resize {args.resize} is for Inception's features; the encoder has its own resizer")
+    """The feature space of --features (by default, that of the run that REAL lies in), and --resize."""
+    inside = (p for p in args.real.resolve().parents if (p / "adapter.safetensors").is_file())
+    settings = next(map(read_settings, inside), None)
+    encoder = settings.uni2h if settings else None
+    default = "encoder" if encoder == "toy" and not inception_available(args.inception) else "inception"
     with rank0_first():            # rank 0 downloads what is missing
-        return open_encoder(encoder) if args.features == "encoder" else Inception(args.inception, args.resize)
+        if (args.features or default) == "inception":
+            return Inception(args.inception, args.resize)
+        if encoder is None:
+            raise Fail(f"--features encoder: {args.real} is in no run of train.py; pass --features inception")
+        return open_encoder(encoder)
 
 
 def available_spaces(inception, encoder):
     """The feature spaces for a run: Inception, where its weights are available, and the run's encoder."""
     spaces = [Inception(inception)] if inception_available(inception) else []
     return [*spaces, open_encoder(encoder)]
-
-
-def encoder_of(path):
-    """The encoder (--uni2h) of the run of train.py that a folder lies in, or None."""
-    for parent in Path(path).resolve().parents:
-        if (parent / "adapter.safetensors").is_file() and (settings := read_settings(parent)):
-            return settings.uni2h
-    return None
 
 
 def result_lines(result):
@@ -338,11 +308,10 @@ def describe_metrics(row):
     """KID x 1000 with its spread, and every other column of METRICS; "" where there are none."""
     texts = []
     for key, value in row.items():
-        if key == "kid" and row["kid_std"] == 0:
-            texts.append(f"KID x 1000 {1000 * value:.3f} (one subset, all {row['kid_subset']})")
-        elif key == "kid":
-            texts.append(f"KID x 1000 {1000 * value:.3f} ± {1000 * row['kid_std']:.3f} "
-                         f"(100 subsets of {row['kid_subset']})")
+        if key == "kid":
+            spread, n = 1000 * row["kid_std"], row["kid_subset"]
+            how = f" ± {spread:.3f} (100 subsets of {n})" if spread else f" (one subset, all {n})"
+            texts.append(f"KID x 1000 {1000 * value:.3f}{how}")
         elif isinstance(value, float) and key not in ("fid", "kid_std"):
             texts.append(f"{key} {value:.4f}")
     return ", ".join(texts)
@@ -367,12 +336,10 @@ def main():
                       weights=space.short_hash) | compare(real, fake, args.kid_subset)
         if args.per_class:
             result["classes"] = compare_classes(real, fake, args.kid_subset)
-        print(*result_lines(result), sep="\n", file=sys.stderr if args.json == "-" else sys.stdout)
+        print(*result_lines(result), sep="\n")
         results.append(result)
-        if args.json not in (None, "-"):    # after each: a later failure keeps the earlier ones
+        if args.json:                       # after each: a later failure keeps the earlier ones
             save_text(args.json, json.dumps(results, indent=1) + "\n")
-    if args.json == "-" and RANK0:
-        print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -48,31 +48,24 @@ class LoRALinear(nn.Module):
         """A plain linear layer with W' = W + (α/r) B A, summed in at least float32."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         weight = self.weight.to(dtype) + self.scale * (self.B.to(dtype) @ self.A.to(dtype))     # (eq. 6)
-        linear = nn.Linear(*reversed(weight.shape), bias=self.bias is not None, device="meta")
+        linear = nn.Linear(*reversed(weight.shape), device="meta")
         linear.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
         linear.bias = self.bias
         return linear
 
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-
-
-def target_layers(unet):
-    """{name: linear layer} of Q, K, V and O of every attention, in the order of the network."""
-    found = {name: m for name, m in unet.named_modules() if name.endswith((".attn1", ".attn2"))}
-    return {f"{name}.{target}": m.get_submodule(target) for name, m in found.items() for target in TARGETS}
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]      # Q, K, V, O
 
 
 def inject(unet, rank, alpha=None, generator=None):
-    """Wrap the target layers in LoRALinear; α = r if not given. Changes `unet`.
+    """Wrap Q, K, V and O of every attention in LoRALinear, in place; α = r if not given.
 
-    generator: the CPU generator that draws A; torch's global one by default.
+    generator: draws A, on the CPU.
     """
-    if rank < 1:
-        raise Fail(f"LoRA's rank must be 1 or more, not {rank}")
     alpha = float(rank if alpha is None else alpha)
-    for name, linear in target_layers(unet).items():
-        unet.set_submodule(name, LoRALinear(linear, rank, alpha, generator))
+    attentions = [name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
+    for name in (f"{attention}.{target}" for attention in attentions for target in TARGETS):
+        unet.set_submodule(name, LoRALinear(unet.get_submodule(name), rank, alpha, generator))
     return unet
 
 
@@ -90,22 +83,14 @@ def lora_layers(unet):
 
 def lora_parameters(unet):
     """{name: A or B}, the trainable tensors; a name is the layer's with .A or .B."""
-    return {f"{name}.{x}": getattr(layer, x) for name, layer in lora_layers(unet).items() for x in ("A", "B")}
+    return {f"{name}.{x}": getattr(layer, x) for name, layer in lora_layers(unet).items() for x in "AB"}
 
 
 # ---- adapter.safetensors: LoRA, projector and null embedding, and what is needed to rebuild them -----------
 
 FORMAT = "uni2h-sd15-lora-1"
 REQUIRED = {"base", "base_sha256", "vae_sha256", "encoder", "encoder_sha256"}
-
-
-def adapter_tensors(unet, projector):
-    """{name in the file: tensor}. LoRA has PEFT's names under Diffusers' `unet.` prefix.
-
-    Diffusers' pipelines refuse a name without "lora": hence `lora_projector.` for the rest, which they skip.
-    """
-    tensors = {f"unet.{name[:-1]}lora_{name[-1]}.weight": p for name, p in lora_parameters(unet).items()}
-    return tensors | {f"lora_projector.{name}": p for name, p in projector.state_dict().items()}
+REMEDY = "write it again with train.py"
 
 
 def peft_config(rank, alpha, prefix=""):
@@ -114,13 +99,18 @@ def peft_config(rank, alpha, prefix=""):
 
 
 def save_adapter(path, unet, projector, header):
-    """Write the adapter with `header` ({str: str}) and the shape of its parts, atomically."""
+    """Write the adapter with `header` ({str: str}) and the shape of its parts, atomically.
+
+    LoRA has PEFT's names under Diffusers' prefix `unet.`. Diffusers' pipelines refuse a name without "lora":
+    hence `lora_projector.` for the rest, which they skip.
+    """
     layer = next(iter(lora_layers(unet).values()))
     rank, alpha = len(layer.A), layer.scale * len(layer.A)
-    shape = dict(rank=rank, alpha=alpha) | projector.shape
-    save_tensors(path, adapter_tensors(unet, projector), {
-        "format": FORMAT, "lora_adapter_metadata": json.dumps(peft_config(rank, alpha, "unet.")),
-        **{name: str(value) for name, value in shape.items()}, **header})
+    tensors = {f"unet.{name[:-1]}lora_{name[-1]}.weight": p for name, p in lora_parameters(unet).items()}
+    tensors |= {f"lora_projector.{name}": p for name, p in projector.state_dict().items()}
+    shape = {name: str(value) for name, value in (dict(rank=rank, alpha=alpha) | projector.shape).items()}
+    config = json.dumps(peft_config(rank, alpha, "unet."))
+    save_tensors(path, tensors, {"format": FORMAT, "lora_adapter_metadata": config, **shape, **header})
 
 
 def open_adapter(path):
@@ -128,25 +118,22 @@ def open_adapter(path):
     file = TensorFile(path)
     if file.header.get("format") != FORMAT:
         raise Fail(f"{path} is not an adapter written by train.py")
-    if missing := REQUIRED - file.header.keys():
-        raise Fail(f"{path}: its header lacks {min(missing)}; write it again with train.py")
-    for key, high in dict(resolution=8192, step=10 ** 9, rank=4096).items():
-        value = file.header.get(key, "")
-        if not re.fullmatch(r"[0-9]{1,10}", value) or int(value) > high:
-            raise Fail(f"{path}: the {key} in its header is {value!r}, not 0 to {high}; write it again with "
-                       "train.py")
+    with foreign_file(path, "has a damaged header", REMEDY):
+        if missing := REQUIRED - file.header.keys():
+            raise ValueError(f"it lacks {min(missing)}")
+        if not (0 < int(file.header["resolution"]) <= 8192 and 0 <= int(file.header["step"]) < 10 ** 9):
+            raise ValueError("its resolution or step is impossible")
     return file
 
 
 def load_projector(file):
     """The Projector of an open adapter, in float32, frozen."""
-    with foreign_file(file.path, "has a damaged projector", "write it again with train.py"):
+    with foreign_file(file.path, "has a damaged projector", REMEDY):
         with torch.device("meta"):          # sizes in a header take no memory, unless the tensors have them
             projector = Projector.from_header(file.header)
         names = [name for name in file.names if name.startswith("lora_projector.")]
         state = {name.removeprefix("lora_projector."): file.get(name).float() for name in names}
         projector.load_state_dict(state, assign=True)
-        _check_finite(state)
     return projector.requires_grad_(False)
 
 
@@ -156,85 +143,71 @@ def load_adapter(file, unet):
     The U-Net's tensors must have the shapes that the adapter was trained on; whether it is the same base in
     content, the caller checks by the header's `base_sha256`.
     """
-    projector, (rank, alpha, layers) = load_projector(file), read_lora(file)
-    found = {name: (parts["A"].shape[1], len(parts["B"])) for name, parts in layers.items()}
-    wanted = {name: (linear.in_features, linear.out_features) for name, linear in target_layers(unet).items()}
-    wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
-    if wrong:
-        raise Fail(f"{file.path} does not fit this base: {len(wrong)} layers are missing or of another shape "
-                   f"({min(wrong)}); with --sd15 pass the one it was trained on ({file.header['base']})")
+    projector, (rank, alpha, tensors) = load_projector(file), read_lora(file)
+    parameters = lora_parameters(inject(unet, rank, alpha))
+    wanted, found = ({(name, *t.shape) for name, t in named.items()} for named in (parameters, tensors))
+    if wanted != found:
+        name, *_ = min(wanted ^ found)
+        raise Fail(f"{file.path} does not fit this base: {name} is missing or of another shape; with --sd15 "
+                   f"pass the one it was trained on ({file.header['base']})")
+    if not all(tensor.isfinite().all() for tensor in (*tensors.values(), *projector.parameters())):
+        raise Fail(f"{file.path}: a number in it is not finite; {REMEDY}")
     with torch.no_grad():
-        for name, layer in lora_layers(inject(unet, rank, alpha)).items():
-            layer.A.copy_(layers[name]["A"])
-            layer.B.copy_(layers[name]["B"])
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
     unet.requires_grad_(False)
     return projector.to(next(unet.parameters()).device)
 
 
 def read_lora(file):
-    """The LoRA of an open adapter -> (rank, α, {layer: {"A": (r, d_in), "B": (d_out, r)}}) in float32."""
-    layers = {}
-    with foreign_file(file.path, "has a damaged LoRA", "write it again with train.py"):
-        rank, alpha = int(file.header["rank"]), float(file.header["alpha"])
+    """The LoRA of an open adapter -> (rank, α, {name: A (r, d_in) or B (d_out, r)}), as `lora_parameters`."""
+    with foreign_file(file.path, "has a damaged LoRA", REMEDY):
+        rank, alpha, tensors = int(file.header["rank"]), float(file.header["alpha"]), {}
         for name in file.names:
-            if m := re.fullmatch(r"unet\.(.+)\.lora_([AB])\.weight", name):
-                layers.setdefault(m[1], {})[m[2]] = file.get(name).float()
-        if not layers or not math.isfinite(alpha):
+            if m := re.fullmatch(r"unet\.(.+\.)lora_([AB])\.weight", name):
+                tensors[m[1] + m[2]] = file.get(name).float()
+        if not tensors or not math.isfinite(alpha):
             raise ValueError("there are no layers, or α is not finite")
-        for parts in layers.values():
-            if len(parts["A"]) != rank or parts["B"].shape[1] != rank:
-                raise ValueError(f"a layer has another rank than {rank}")
-            _check_finite(parts)
-    return rank, alpha, layers
-
-
-def _check_finite(tensors):
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise ValueError("a number in it is not finite")
+        if any(tensor.shape[name.endswith("B")] != rank for name, tensor in tensors.items()):
+            raise ValueError(f"a layer has another rank than {rank}")
+    return rank, alpha, tensors
 
 
 # ---- the same LoRA in the files of other programs ----------------------------------------------------------
 
-def export(path, form, out):
-    """Write an adapter's LoRA under the names of "kohya", "diffusers" or "peft". The projector is omitted."""
+def export(path, form):
+    """Write an adapter's LoRA beside it under the names of "kohya", "diffusers" or "peft" -> the new file."""
     file = open_adapter(path)
-    rank, alpha, layers = read_lora(file)
+    rank, alpha, lora = read_lora(file)
     tensors, header = {}, {"licence": file.header.get("licence", "")}
-    for name, layer in layers.items():
-        if form == "kohya":
-            name = "lora_unet_" + name.replace(".", "_")
-            tensors |= {f"{name}.lora_down.weight": layer["A"], f"{name}.lora_up.weight": layer["B"],
-                        f"{name}.alpha": torch.tensor(alpha)}
-        else:
-            prefix = "unet." if form == "diffusers" else "base_model.model."
-            tensors |= {f"{prefix}{name}.lora_{x}.weight": layer[x] for x in "AB"}
+    out = path.with_name(f"{path.stem}-{form}.safetensors")
     if form == "kohya":
+        for name, tensor in lora.items():
+            layer = "lora_unet_" + name[:-2].replace(".", "_")
+            kind = "lora_down" if name.endswith("A") else "lora_up"
+            tensors |= {f"{layer}.{kind}.weight": tensor, f"{layer}.alpha": torch.tensor(alpha)}
         header |= {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1",
                    "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
-    elif form == "diffusers":
-        header["lora_adapter_metadata"] = json.dumps(peft_config(rank, alpha, "unet."))
     else:
+        prefix = "unet." if form == "diffusers" else "base_model.model."
+        tensors = {f"{prefix}{name[:-1]}lora_{name[-1]}.weight": tensor for name, tensor in lora.items()}
+    if form == "diffusers":
+        header["lora_adapter_metadata"] = json.dumps(peft_config(rank, alpha, "unet."))
+    elif form == "peft":            # a folder, with its configuration in a file
+        out = out.with_suffix("") / "adapter_model.safetensors"
         config = {"peft_type": "LORA", "bias": "none"} | peft_config(rank, alpha)
         save_text(out.with_name("adapter_config.json"), json.dumps(config, indent=1) + "\n")
     save_tensors(out, tensors, header)
+    return out
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("file", type=Path, metavar="ADAPTER", help="an adapter of train.py")
     parser.add_argument("--export", required=True, choices=("kohya", "diffusers", "peft"),
-                        help="whose names to write")
-    parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="default: ADAPTER with -kohya and so on appended; peft: a folder of that name")
+                        help="whose names to write, into ADAPTER-kohya.safetensors and so on; peft: a folder")
     args = parser.parse_args()
-    suffix = "" if args.export == "peft" else ".safetensors"
-    out = args.out or args.file.with_name(f"{args.file.stem}-{args.export}{suffix}")
-    out = out / "adapter_model.safetensors" if args.export == "peft" else out
-    if out.suffix != ".safetensors" or out.is_dir():
-        raise Fail(f"--out {out}: it must be the name of a .safetensors file")
-    if out.exists() and TensorFile(out).header.get("format") == FORMAT:
-        raise Fail(f"--out {out} is an adapter, and what is written is its LoRA alone; pass another --out")
-    export(args.file, args.export, out)
+    out = export(args.file, args.export)
     print(f"{out}: the LoRA alone; the projector's tokens take the place of the prompt (README)")
 
 

@@ -304,7 +304,7 @@ def open_files(args, settings, adapter):
             raise Fail(f"{file.path} is of another base than the one {adapter.path} was trained on "
                        f"({header['base']}); pass that one with --sd15, or --other-base to use this one")
     if encoder.fingerprint() != header["encoder_sha256"]:
-        raise Fail(f"{encoder.path} is not the encoder that the adapter was trained with "
+        raise Fail(f"{encoder.file.path} is not the encoder that the adapter was trained with "
                    f"({header['encoder']}); pass that one with --uni2h")
     return unet_file, vae_file, encoder
 

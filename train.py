@@ -404,7 +404,7 @@ def build(settings, inputs, device):
     unet = load_unet(inputs.unet_file, device, frozen_dtype(device))
     inject(unet, settings.rank, settings.alpha, torch.Generator().manual_seed(settings.seed))
     torch.manual_seed(seed_of(settings.seed, INITIAL))      # of the projector alone, whatever LoRA's rank is
-    projector = build_projector(settings, cache.width, unet.context).to(device)
+    projector = build_projector(settings, inputs.encoder.width, unet.context).to(device)
     print(parameter_table(unet, projector))
     images = list(zip(inputs.names["train"], hashes["train"]))
     trainer = Trainer(settings, unet, projector, cache, images, inputs.latent, device)

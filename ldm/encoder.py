@@ -1,8 +1,4 @@
-"""Frozen networks that turn images into features: the pathology encoder and FID's Inception.
-
-Architecture, preprocessing, pooling, width and licence travel with the weights, and the fingerprint covers
-them.
-"""
+"""Frozen networks that turn images into features: the pathology encoder and FID's Inception; their cache."""
 import hashlib
 import json
 import os
@@ -19,18 +15,14 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .app import (WORLD, Fail, all_gather, barrier, broadcast, file_sha256, first_line, foreign_file,
-                  progress, save_tensors, shard)
+from .app import (Fail, all_gather, barrier, broadcast, file_sha256, first_line, foreign_file, progress,
+                  save_tensors, shard)
 from .data import load_rgb, prefetch, resize_crop, to_tensor
 from .weights import BUILT_IN, TensorFile, hub_file, is_hub_name, load
 
 
 class FeatureSpace:
     """A network with its preprocessing. Subclasses define kind, resize, `file`, `preprocess` and `load`."""
-
-    @property
-    def path(self):
-        return self.file.path
 
     def fingerprint(self):
         """sha256 of all that features depend on."""
@@ -51,16 +43,13 @@ class FeatureSpace:
         def read(image):
             return self.preprocess([image if isinstance(image, Image.Image) else load_rgb(image)])[0]
 
-        network = self.load(device)
+        network, features = self.load(device), []
         batches = shard([images[i:i + batch] for i in range(0, len(images), batch)])
-        features, total = [], sum(map(len, batches))
         # convolutions in full float32, as on the CPU
-        with (ThreadPoolExecutor() as pool, torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-              progress(total=total, desc="features", unit="image", leave=False) as bar):
-            for batch in prefetch(pool, read, batches):
+        with ThreadPoolExecutor() as pool, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for batch in progress(prefetch(pool, read, batches), "features", len(batches), leave=False):
                 x = network(torch.stack(batch).to(device))
                 features.append(x.cpu().double().numpy())       # in this order: Apple's GPUs have no float64
-                bar.update(len(batch))
         return np.concatenate(all_gather(features))
 
 
@@ -73,9 +62,8 @@ class Recipe:
     terms: str                      # a phrase for the adapter's header and the model card
     licence: str                    # its name on the Hugging Face hub
     model: str                      # timm's name of the architecture
-    arguments: tuple                # (name, value) for timm.create_model; width and depth are the tensors'
+    arguments: dict                 # of timm.create_model; width and depth are those of the tensors
     head_width: int = 64
-    pooling: str = "token"          # timm's global_pool: the class token
     size: int = 224
     interpolation: str = "BILINEAR"     # Pillow's, antialiased
     mean: tuple = (0.485, 0.456, 0.406)
@@ -89,10 +77,10 @@ class Recipe:
 UNI2H = Recipe(
     repository="MahmoodLab/UNI2-h", licence="cc-by-nc-nd-4.0",
     terms="UNI2-h (CC BY-NC-ND 4.0, gated: non-commercial research only)",
-    model="vit_giant_patch14_224", arguments=(
-        ("img_size", 224), ("patch_size", 14), ("init_values", 1e-5), ("mlp_ratio", 2.66667 * 2),
-        ("num_classes", 0), ("no_embed_class", True), ("mlp_layer", "SwiGLUPacked"), ("act_layer", "silu"),
-        ("reg_tokens", 8), ("dynamic_img_size", True)),
+    model="vit_giant_patch14_224",
+    arguments=dict(img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0,
+                   no_embed_class=True, mlp_layer="SwiGLUPacked", act_layer="silu", reg_tokens=8,
+                   dynamic_img_size=True, global_pool="token"),
     access="UNI2-h is gated: request access on https://huggingface.co/MahmoodLab/UNI2-h with an "
            "institutional e-mail address, then run `hf auth login` or set HF_TOKEN; or pass --uni2h")
 TOY = replace(UNI2H, repository="toy", terms="the toy encoder (MIT)", licence="mit", access="")
@@ -108,23 +96,17 @@ class Encoder(FeatureSpace):
 
     def __init__(self, file, recipe=UNI2H):
         self.file, self.recipe, self.resize = file, recipe, str(recipe.size)
+        self.preprocess = partial(preprocess, recipe=recipe)
         self.hint = f"It does not fit {recipe.repository}"
         with foreign_file(file.path, "is no vision transformer with patch_embed and blocks", self.hint):
             self.width = file.shapes["patch_embed.proj.weight"][0]
             self.depth = len({name.split(".")[1] for name in file.shapes if name.startswith("blocks.")})
-            if not self.width or self.width % recipe.head_width or not self.depth:
-                raise ValueError(f"its width is no multiple of {recipe.head_width}")
 
     def fingerprint(self):
         """sha256 of weights and recipe; for UNI2-h and the toy of the weights alone, as in old adapters."""
         weights = self.file.fingerprint()
-        if self.recipe in (UNI2H, TOY):
-            return weights
-        return hashlib.sha256(f"{weights} {self.recipe}".encode()).hexdigest()
-
-    def preprocess(self, images):
-        """PIL RGB images of any size -> (B, 3, size, size)."""
-        return preprocess(images, self.recipe)
+        text = f"{weights} {self.recipe}"
+        return weights if self.recipe in (UNI2H, TOY) else hashlib.sha256(text.encode()).hexdigest()
 
     def load(self, device="cpu"):
         """The frozen network in float32: (B, 3, size, size) -> (B, d_e)."""
@@ -152,8 +134,8 @@ def build_encoder(width=1536, depth=24, recipe=UNI2H):
     arguments = dict(recipe.arguments)
     if "mlp_layer" in arguments:
         arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"])
-    return timm.create_model(recipe.model, embed_dim=width, depth=depth, num_heads=width // recipe.head_width,
-                             global_pool=recipe.pooling, **arguments)
+    heads = width // recipe.head_width
+    return timm.create_model(recipe.model, embed_dim=width, depth=depth, num_heads=heads, **arguments)
 
 
 def open_encoder(source=UNI2H.repository):
@@ -161,10 +143,8 @@ def open_encoder(source=UNI2H.repository):
     recipe = RECIPES.get(source, UNI2H)
     path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
     if path.is_dir():
-        found = [path / name for name in reversed(recipe.files) if (path / name).is_file()]
-        if not found:
-            raise Fail(f"{path} contains no {' or '.join(recipe.files)}; pass a folder or file of weights")
-        path = found[0]
+        names = [name for name in recipe.files if (path / name).is_file()]
+        path = path / (names or recipe.files)[-1]       # TensorFile fails on one that does not exist
     elif not path.is_file():
         if not is_hub_name(source):
             raise Fail(f"--uni2h {source}: no such folder or file; pass UNI2-h's weights, or omit it for "
@@ -183,14 +163,15 @@ SIDE = 299
 class Inception(FeatureSpace):
     """Images -> the 2,048 features "pool3" of TensorFlow's graph. resize: whose resizer, see RESIZERS.
 
-    path: weights as pytorch-fid names them, .pth or .safetensors (default: torch.hub's cache, else a
-    download).
+    path: pytorch-fid's weights, .pth or .safetensors (default: torch.hub's cache, else a download).
     """
-    kind = "inception"
-    hint = "pass pytorch-fid's Inception weights"
+    kind, hint = "inception", "pass pytorch-fid's Inception weights"
 
     def __init__(self, path=None, resize="pytorch-fid"):
-        self.file, self.resize = TensorFile(path or _download_inception(), _drop_classifier), resize
+        def rename(name):           # the classifier and the counters are not used
+            return None if name.startswith("fc.") or name.endswith("num_batches_tracked") else name
+
+        self.file, self.resize = TensorFile(path or _download_inception(), rename), resize
         load(build_inception, self.file, "meta", hint=self.hint)      # names and shapes are checked at once
 
     def preprocess(self, images):
@@ -228,22 +209,18 @@ def _exchange_pool(block, pool):
     block.branch_pool.register_forward_pre_hook(lambda *_: pool(inputs.pop()))
 
 
-def _drop_classifier(name):
-    return None if name.startswith("fc.") or name.endswith("num_batches_tracked") else name
-
-
-def cached_inception():
+def _cached_inception():
     """Where torch.hub, and so pytorch-fid, keeps the weights."""
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
 
 
 def inception_available(path=None):
     """Whether Inception needs no download: a file is named, or torch.hub's cache has it."""
-    return path is not None or cached_inception().is_file()
+    return path is not None or _cached_inception().is_file()
 
 
 def _download_inception():
-    path = cached_inception()
+    path = _cached_inception()
     if not path.is_file():
         print(f"downloading {INCEPTION_URL} (96 MB) to {path}", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,22 +242,19 @@ def resize_pytorch_fid(image):
 
 def resize_clean(image):
     """PIL's antialiased bicubic on float channels, as clean-fid does."""
-    channels = [Image.fromarray(c).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-                for c in np.asarray(image, dtype=np.float32).transpose(2, 0, 1)]
+    bicubic = Image.Resampling.BICUBIC
+    channels = [channel.convert("F").resize((SIDE, SIDE), bicubic) for channel in image.split()]
     return (torch.from_numpy(np.stack(channels)).clamp(0, 255) - 128) / 128
 
 
 def resize_tf1(image):
     """TensorFlow 1's bilinear, sampled at the pixels' corners, as torch-fidelity and torchmetrics do."""
+    def weights(n):                 # (299, n): row i interpolates at i·n/299
+        at = (torch.arange(SIDE) * (n / SIDE)).clamp(max=n - 1)
+        return (1 - (at[:, None] - torch.arange(n)).abs()).clamp(min=0)
+
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
-    for dim in (1, 2):
-        n = x.shape[dim]
-        at = torch.arange(SIDE, dtype=torch.float32) * (n / SIDE)
-        low = at.long()
-        weight = (at - low).view(-1, *[1] * (2 - dim))
-        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
-        x = a + (b - a) * weight
-    return (x - 128) / 128
+    return (weights(image.height) @ x @ weights(image.width).T - 128) / 128
 
 
 RESIZERS = {"pytorch-fid": resize_pytorch_fid, "clean": resize_clean, "tf1": resize_tf1}
@@ -296,31 +270,22 @@ class Cache:
     images, each image under the hash of its file. So nothing in it can be stale. Shards are written
     atomically: an interrupted run resumes, and two runs may share a folder.
     """
-    SHARD = 32
+    SHARD, COLUMNS = 32, ("mean", "logvar", "embedding")
 
     def __init__(self, folder, vae_sha256, encoder_sha256, size):
         key = f"1 {vae_sha256} {encoder_sha256} {size}"
         self.folder, self.size = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16], size
         self.rows = {}          # image hash -> (mean, logvar (2, 4, h, w), embedding (d_e,)), mapped
-        self._read_all()
+        self._read()
 
-    @property
-    def width(self):
-        """d_e, the width of the embeddings."""
-        return len(next(iter(self.rows.values()))[2])
-
-    def _read_all(self):
+    def _read(self):
         for path in sorted(self.folder.glob("[!.]*.safetensors")):      # hidden ones are still being written
-            self._read(path)
-
-    def _read(self, path):
-        try:
-            file = TensorFile(path)
-            tensors = [file.get(name) for name in ("mean", "logvar", "embedding")]
-            images = json.loads(file.header["images"])
-            self.rows |= {image: [tensor[i] for tensor in tensors] for i, image in enumerate(images)}
-        except Exception:       # Fail among them: restoring or downloading is not the remedy here
-            raise Fail(f"{path} is no complete shard of the cache; remove it, to compute it again") from None
+            try:
+                file = TensorFile(path)
+                images, tensors = json.loads(file.header["images"]), [file.get(name) for name in self.COLUMNS]
+                self.rows |= {image: [tensor[i] for tensor in tensors] for i, image in enumerate(images)}
+            except Exception:       # Fail among them: restoring or downloading is not the remedy here
+                raise Fail(f"{path} is no complete shard of the cache; remove it") from None
 
     def fill(self, paths, encoders):
         """Add the images that are missing -> the hash of each path's file.
@@ -336,30 +301,27 @@ class Cache:
             if shards:
                 encode, embed = encoders()
                 batches = prefetch(pool, load_rgb, [[path for _, path in part] for part in shards])
-                with progress(total=sum(map(len, shards)), desc="caching", unit="image") as bar:
-                    for part, images in zip(shards, batches):
-                        self._write([h for h, _ in part], images, encode, embed, bar)
-            if todo and WORLD > 1:
-                barrier()
-                self._read_all()
+                for part, images in zip(shards, progress(batches, "caching", len(shards))):
+                    self._write([h for h, _ in part], images, encode, embed)
+        if todo:
+            barrier()
+            self._read()
         if lost := [path for h, path in zip(hashes, paths) if h not in self.rows]:
             raise Fail(f"{lost[0]} is not in the cache {self.folder} of this process; all must see the same "
                        "images and cache")
         return hashes
 
-    def _write(self, hashes, images, encode, embed, bar):
+    def _write(self, hashes, images, encode, embed):
         rows = []
         for i in range(0, len(images), 4):          # in fours: small enough for 12 GB at 512 px
             x = to_tensor(images[i:i + 4], self.size)
             latents = encode(torch.cat([x, x.flip(-1)]))
             mean, logvar = (t.unflatten(0, (2, -1)).transpose(0, 1) for t in latents)
             rows.append((mean, logvar, embed(images[i:i + 4])))
-            bar.update(len(x))
-        tensors = dict(zip(("mean", "logvar", "embedding"), (torch.cat(column) for column in zip(*rows))))
+        tensors = dict(zip(self.COLUMNS, map(torch.cat, zip(*rows))))
         names = json.dumps(hashes)
-        path = self.folder / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.safetensors"
-        save_tensors(path, tensors, {"images": names})
-        self._read(path)
+        shard_name = hashlib.sha256(names.encode()).hexdigest()[:16]
+        save_tensors(self.folder / f"{shard_name}.safetensors", tensors, {"images": names})
 
     def batch(self, hashes, mirrored):
         """Image hashes and a flag for each -> mean, logvar (B, 4, h, w) and embeddings (B, d_e)."""

@@ -6,14 +6,12 @@ And its ablation study (Tables 3 and 6): twelve runs of train.py that differ in 
     python -m ldm.report runs/x --only sweep                    # Table 5
     python -m ldm.report --ablation OUT --data chaoyang/        # trains all twelve; all else goes to train.py
     python -m ldm.report --ablation OUT --row 3 --data ...      # only this one, for an array job of a cluster
-    python -m ldm.report --ablation OUT --table                 # only the table of the finished runs
 
 Samples are made by sample.py and kept: an interrupted report resumes, as an ablation does. FID and KID are
 Inception's where its weights are available (--inception, or torch.hub's cache), and the encoder's in any
 case, comparable with nothing else.
 """
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -24,15 +22,13 @@ import fid
 from fid import ImageSet
 from sample import Sampling
 
-from .data import (contact_sheet, list_images, load_rgb, resize_crop, save_image, subsample, to_images,
-                   to_tensor)
-from .app import (Fail, Parser, atomic_write, call, file_sha256, number, pick_device, read_csv, run_program,
-                  save_csv, save_text)
+from .data import contact_sheet, load_rgb, resize_crop, save_image, subsample, to_images, to_tensor
+from .app import (Fail, Parser, call, file_sha256, number, pick_device, read_csv, run_program, save_csv,
+                  save_text)
 from .runs import best_epoch, model_card, name_references, patches_of, read_settings
 from .weights import TensorFile, load_vae, open_sd15
 
 SWEEP = [f"{1 + k / 10:.1f}" for k in range(11)]        # Table 5
-PARTS = ("train", "val", "test")
 
 
 class Evaluation:
@@ -45,11 +41,12 @@ class Evaluation:
         self.folder, self.out, self.cfg, self.device = folder, folder / "report", f"{cfg:g}", device
         self.settings, self.size, self.limit = settings, settings.size, limit
         self.samples = self.out / "samples" / file_sha256(folder / "adapter-best.safetensors")[:8]
-        self.patches = {}           # part -> [(label, name, path)], named as sample.py does
-        for part in PARTS:
+        self.patches = {}           # part -> [(label, name, path, seed)], names and seeds as in sample.py
+        for part in ("train", "val", "test"):
             found = patches_of(part, settings, folder)
             names = name_references([(patch.title, path) for patch, path in found], {})[0]
-            self.patches[part] = [(patch.label, *item) for (patch, _), item in zip(found, names.items())]
+            self.patches[part] = [(patch.label, name, path, seed)
+                                  for seed, ((patch, path), name) in enumerate(zip(found, names))]
             if len(found) < 2:
                 raise Fail(f"{folder}: the {part} part of its split needs two images or more for a report")
         self.spaces = fid.available_spaces(inception, settings.uni2h)
@@ -57,12 +54,12 @@ class Evaluation:
         self._features = {}
 
     def labels(self, part, n=None):
-        return np.array([label for label, _, _ in subsample(self.patches[part], n)])
+        return np.array([label for label, *_ in subsample(self.patches[part], n)])
 
     def real(self, part, n=None):
         """The files of a part's images at the model's size."""
         paths = []
-        for _, name, source in subsample(self.patches[part], n):
+        for _, name, source, _ in subsample(self.patches[part], n):
             paths.append(self.out / "real" / part / f"{name}.png")
             if not paths[-1].exists():
                 save_image(paths[-1], resize_crop(load_rgb(source), self.size))
@@ -70,15 +67,13 @@ class Evaluation:
 
     def fake(self, part, n=None, cfg=None):
         """One sample for each image of a part -> files in the order of `real`."""
-        cfg, names = cfg or self.cfg, [name for _, name, _ in subsample(self.patches[part], n)]
-        folder = self.samples / part / Sampling(cfg=float(cfg)).name
-        seed = re.compile(rf"_seed\d+_{re.escape(folder.name)}$")
-        for attempt in range(2):
-            found = list_images(folder) if folder.is_dir() else []
-            made = {seed.sub("", path.relative_to(folder).with_suffix("").as_posix()): path for path in found}
-            if attempt or set(names) <= set(made):
-                return [made[name] for name in names]
+        cfg = cfg or self.cfg
+        how = Sampling(cfg=float(cfg)).name
+        paths = [self.samples / part / how / f"{name}_seed{seed}_{how}.png"
+                 for _, name, _, seed in subsample(self.patches[part], n)]
+        if not all(path.exists() for path in paths):
             self.sample(part, [cfg], n)
+        return paths
 
     def sample(self, part, cfgs, n=None):
         """Call sample.py, which makes what is missing."""
@@ -90,10 +85,9 @@ class Evaluation:
     def reconstructed(self, part):
         """The images of a part through the VAE and back -> PIL images."""
         vae, images = load_vae(open_sd15(self.settings.sd15)[1], self.device), []
-        paths = self.real(part)
-        with torch.no_grad():
-            for i in range(0, len(paths), 4):
-                x = to_tensor([load_rgb(path) for path in paths[i:i + 4]], self.size).to(self.device)
+        for path in self.real(part):
+            x = to_tensor([load_rgb(path)], self.size).to(self.device)
+            with torch.no_grad():
                 images += to_images(vae.reconstruct(x))
         return images
 
@@ -117,9 +111,7 @@ def table4(ev):
     """Table 4: validation FID at the end of every epoch"""
     log = read_csv(ev.folder / "log.csv")
     keys = [k for k in log[0] if k in ("epoch", "train_loss", "val_loss") or k.startswith("fid")]
-    rows = [{k: row[k] for k in keys} for row in log]
-    plot(ev.out / "table4.png", rows, "epoch", [k for k in keys if k.startswith("fid")])
-    return rows
+    return [{k: row[k] for k in keys} for row in log]
 
 
 def table5(ev):
@@ -127,12 +119,7 @@ def table5(ev):
     ev.sample("val", SWEEP)
     space, rows = ev.spaces[0], []
     for w in SWEEP:
-        row = fid.compare(*ev.image_sets(space, "val", w))
-        rows.append(dict(guidance=w, n=row["n_fake"], features=space.kind, fid=row["fid"]))
-    plot(ev.out / "table5.png", rows, "guidance", ["fid"])
-    shown = subsample(list(zip(ev.real("val"), *(ev.fake("val", None, w) for w in SWEEP))), 6)
-    sheet = contact_sheet([[load_rgb(path) for path in row] for row in shown], len(SWEEP) + 1)
-    save_image(ev.out / "sweep.png", sheet)
+        rows.append(dict(guidance=w, features=space.kind) | fid.compare(*ev.image_sets(space, "val", w)))
     return rows
 
 
@@ -145,12 +132,10 @@ def table7(ev):
             sets = ev.image_sets(space, part)
             real, fake = (images.features for images in sets)
             low, high = fid.bootstrap_interval(distance, real, fake)
-            row = fid.compare(*sets)
-            rows.append(dict(
-                part=part, features=space.kind, n=row.pop("n_real"), fid=row.pop("fid"), low=low, high=high,
-                floor_real=distance(real, ev.features(space, "real", "train", len(real))),
-                floor_vae=distance(real, ev.features(space, "reconstructed", part))) | row)
-            del rows[-1]["n_fake"]
+            floor_real = distance(real, ev.features(space, "real", "train", len(real)))
+            floor_vae = distance(real, ev.features(space, "reconstructed", part))
+            rows.append(dict(part=part, features=space.kind) | fid.compare(*sets) | dict(
+                fid_low=low, fid_high=high, floor_real=floor_real, floor_vae=floor_vae))
     return rows
 
 
@@ -165,8 +150,7 @@ def figure5(ev):
     labels, real, fake = ev.labels("test"), ev.real("test"), ev.fake("test")
     names, first = np.unique(labels, return_index=True)
     texts = [f"{name}: {kind}" for name in names for kind in ("real", "synthetic")]
-    pairs = [[load_rgb(real[i]), load_rgb(fake[i])] for i in first]
-    save_image(ev.out / "figure5.png", contact_sheet(pairs, 4, texts))
+    save_sheet(ev.out / "figure5.png", [(real[i], fake[i]) for i in first], 4, texts)
 
 
 # ---- beyond the paper --------------------------------------------------------------------------------------
@@ -175,14 +159,13 @@ def fidelity_table(ev):
     """Fidelity: cosine of a test sample's embedding with its reference's and with other references'; the
     share whose nearest class centroid (of real training images) is the reference's class, beside the share of
     the real images"""
-    labels, train_labels = ev.labels("test"), ev.labels("train")
-    real, fake, train = (ev.features(ev.encoder, *args)
-                         for args in (("real", "test"), ("fake", "test"), ("real", "train")))
+    sets = ("real", "test"), ("fake", "test"), ("real", "train")
+    real, fake, train = (ev.features(ev.encoder, *args) for args in sets)
     own, others = fid.fidelity(fake, real)
-    of_fake, of_real = (
-        (fid.nearest_centroid(train, train_labels, x) == labels).mean().item() for x in (fake, real))
-    return [dict(n=len(fake), cosine_own=own, cosine_others=others, consistency=of_fake,
-                 consistency_real=of_real)]
+    row, labels = dict(n=len(fake), cosine_own=own, cosine_others=others), ev.labels("train")
+    for name, x in (("consistency", fake), ("consistency_real", real)):
+        row[name] = (fid.nearest_centroid(train, labels, x) == ev.labels("test")).mean()
+    return [row]
 
 
 def memorisation_table(ev):
@@ -196,14 +179,12 @@ def memorisation_table(ev):
         for name, images in sets.items():
             index, distance = fid.nearest(ev.features(space, *images), train)
             limit = np.quantile(distance, 0.01) if limit is None else limit
-            rows.append(dict(space=space.kind, images=name, n=len(distance),
-                             median=np.median(distance).item(), lowest=distance.min().item(),
-                             closer=(distance < limit).mean().item()))
+            rows.append(dict(space=space.kind, images=name, n=len(distance), median=np.median(distance),
+                             lowest=distance.min(), closer=(distance < limit).mean()))
             if (space.kind, name) == ("encoder", "samples of train"):
                 paths, nearest = ev.fake("train", n), ev.real("train")
                 pairs = [(paths[i], nearest[index[i]]) for i in distance.argsort()[:10]]
-                sheet = contact_sheet([[load_rgb(path) for path in pair] for pair in pairs], 4)
-                save_image(ev.out / "closest.png", sheet)
+                save_sheet(ev.out / "memorisation.png", pairs, 4)
     return rows
 
 
@@ -258,21 +239,14 @@ def row_folder(out, factors):
     return out / "r{}-t{}-d{}-w{}-x{}".format(*factors)
 
 
-def train_row(out, factors, rest):
-    """Run train.py for a row -> its exit code. α follows the rank, which is its default."""
-    flags = [text for name, value in zip(FACTORS, factors) for text in (f"--{name.replace('_', '-')}", value)]
-    return call("train.py", *rest, *flags, "--val-cfg", 1.3, "--run", row_folder(out, factors))
-
-
 def table6(out):
     """The finished rows -> [{column of Table 6: value}], sorted by FID. Fails if they are not comparable."""
     table, first, column = [], None, None
     for factors, paper_epoch, paper_fid in ROWS:
         folder = row_folder(out, factors)
         log, settings = read_csv(folder / "log.csv"), read_settings(folder)
-        if not log:
-            continue
-        if int(log[-1]["epoch"]) < settings.epochs and int(log[-1]["step"]) != settings.max_steps:
+        if not log or (int(log[-1]["epoch"]) < settings.epochs
+                       and int(log[-1]["step"]) != settings.max_steps):
             continue
         first = first or settings
         for name in set(settings.differing(first)) - {*FACTORS, "alpha"}:
@@ -293,54 +267,37 @@ def ablation():
     parser.add_argument("--ablation", type=Path, metavar="OUT", help="holds a run per row, and table6.csv")
     parser.add_argument("--row", type=number(int, 1, len(ROWS)), metavar="N",
                         help="only this row of ROWS in ldm/report.py, 1 (the baseline) to 12")
-    parser.add_argument("--table", action="store_true", help="train nothing")
     args, rest = parser.parse_known_args()
-    rows = [] if args.table else ROWS[args.row - 1:args.row] if args.row else ROWS
-    for factors, *_ in rows:
-        if code := train_row(args.ablation, factors, rest + ["--quiet"] * args.quiet):
+    rest += ["--quiet"] * args.quiet + ["--val-cfg", 1.3]
+    for factors, *_ in ROWS[args.row - 1:args.row] if args.row else ROWS:   # α: train.py's default, the rank
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in zip(FACTORS, factors)]
+        if code := call("train.py", *rest, *flags, "--run", row_folder(args.ablation, factors)):
             sys.exit(code)              # train.py has printed why; it returns at once where a run is complete
     table = table6(args.ablation)
     if not table:
         raise Fail(f"{args.ablation} contains no finished run of the ablation study")
     save_csv(args.ablation / "table6.csv", table)
-    print((args.ablation / "table6.csv").read_text(encoding="utf-8").replace(",", "\t"), end="")
-    print(f"{len(table)} of {len(ROWS)} rows; the paper's FIDs are on Chaoyang at 512 px with Stable "
-          "Diffusion 1.5 and UNI2-h")
+    print(as_markdown(table))
+    print(f"{len(table)} of {len(ROWS)} rows; the paper's FIDs are of Chaoyang, 512 px, SD1.5 and UNI2-h")
 
 
 # ---- pictures and the program ------------------------------------------------------------------------------
 
-def plot(path, rows, x, columns):
-    """A line for each column over column x, where matplotlib is installed; no value, no point."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(5, 3), layout="constrained")
-    axes = figure.subplots()
-    for column in columns:
-        points = [(float(row[x]), float(row[column])) for row in rows if row[column]]
-        axes.plot(*np.array(points).reshape(-1, 2).T, marker="o", label=column)
-    axes.set_xlabel(x)
-    axes.legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+def save_sheet(path, groups, columns, texts=()):
+    """A contact sheet of groups of image files."""
+    images = [[load_rgb(file) for file in group] for group in groups]
+    save_image(path, contact_sheet(images, columns, texts))
 
 
 def as_markdown(rows):
-    def cell(value):
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (
-        list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)))
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-# name in --only: (section, name of its table, pictures). A section's docstring is its heading.
-SECTIONS = dict(
-    epochs=(table4, "table4", ["table4.png"]), sweep=(table5, "table5", ["table5.png", "sweep.png"]),
-    test=(table7, "table7", []), classes=(table8, "table8", []), figure5=(figure5, None, ["figure5.png"]),
-    fidelity=(fidelity_table, "fidelity", []),
-    memorisation=(memorisation_table, "memorisation", ["closest.png"]),
-    usefulness=(usefulness_table, "usefulness", []))
+# name in --only: a section, whose docstring is its heading, and which may write a picture of that name
+SECTIONS = dict(epochs=table4, sweep=table5, test=table7, classes=table8, figure5=figure5,
+                fidelity=fidelity_table, memorisation=memorisation_table, usefulness=usefulness_table)
 
 
 def main():
@@ -360,16 +317,16 @@ def main():
     evaluation = Evaluation(args.run, args.cfg, args.limit, args.inception, pick_device(args.device))
     text = f"# {args.run.name}\n"
     for name in args.only:
-        section, table, pictures = SECTIONS[name]
+        section, picture = SECTIONS[name], evaluation.out / f"{name}.png"
         part = "\n## " + " ".join(section.__doc__.split()) + "\n\n"
         if rows := section(evaluation):
-            save_csv(evaluation.out / f"{table}.csv", rows)
+            save_csv(evaluation.out / f"{section.__name__.removesuffix('_table')}.csv", rows)
             part += as_markdown(rows) + "\n"
         print(part, flush=True)
-        text += part + "".join(f"\n![{name}]({p})\n" for p in pictures if (evaluation.out / p).exists())
-        report = "report.md" if args.only == list(SECTIONS) else f"report-{'-'.join(args.only)}.md"
-        save_text(evaluation.out / report, text)
-    save_text(args.run / "README.md", model_card(args.run))         # which includes the complete report
+        text += part + (f"\n![{name}]({picture.name})\n" if picture.exists() else "")
+    if args.only == list(SECTIONS):
+        save_text(evaluation.out / "report.md", text)
+        save_text(args.run / "README.md", model_card(args.run))         # which includes the report
 
 
 if __name__ == "__main__":

@@ -43,59 +43,57 @@ def draw_latent(mean, logvar, noise):
     return SCALE * (mean + torch.exp(0.5 * logvar) * noise)
 
 
+class Stage(Level):
+    """n residual blocks from c_in to c channels, attention after the first of them; then the resampling."""
+
+    def __init__(self, c_in, c, n, **others):
+        super().__init__([ResBlock(c_in if j == 0 else c, c, eps=EPS) for j in range(n)], **others)
+
+    def forward(self, h):
+        first, *others = self.resnets
+        for part in (first, *self.attentions, *others, *self.downsamplers, *self.upsamplers):
+            h = part(h)
+        return h
+
+
 class ImageEncoder(nn.Module):
     def __init__(self, channels, layers, latent):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        first, last = channels[0], channels[-1]
+        self.conv_in = nn.Conv2d(3, first, 3, padding=1)
         self.down_blocks = nn.ModuleList()
-        width = channels[0]
-        for i, c in enumerate(channels):
-            self.down_blocks.append(Level(
-                resnets=[ResBlock(width if j == 0 else c, c, eps=EPS) for j in range(layers)],
-                downsamplers=[Downsample(c, asymmetric=True)] if i < len(channels) - 1 else []))
-            width = c
-        self.mid_block = middle(width)
-        self.conv_norm_out = nn.GroupNorm(32, width, EPS)
-        self.conv_out = nn.Conv2d(width, 2 * latent, 3, padding=1)
+        for c_in, c in zip((first, *channels), channels):
+            self.down_blocks.append(Stage(c_in, c, layers, downsamplers=[Downsample(c, asymmetric=True)]))
+        del self.down_blocks[-1].downsamplers[0]        # the last level keeps its size
+        self.mid_block = Stage(last, last, 2, attentions=[SpatialAttention(last)])
+        self.conv_norm_out = nn.GroupNorm(32, last, EPS)
+        self.conv_out = nn.Conv2d(last, 2 * latent, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)
-        for level in self.down_blocks:
-            for part in (*level.resnets, *level.downsamplers):
-                h = part(h)
-        h = through_middle(self.mid_block, h)
+        for stage in (*self.down_blocks, self.mid_block):
+            h = stage(h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
 class LatentDecoder(nn.Module):
     def __init__(self, channels, layers, latent):
         super().__init__()
-        width = channels[-1]
-        self.conv_in = nn.Conv2d(latent, width, 3, padding=1)
-        self.mid_block = middle(width)
+        first, last = channels[-1], channels[0]
+        self.conv_in = nn.Conv2d(latent, first, 3, padding=1)
+        self.mid_block = Stage(first, first, 2, attentions=[SpatialAttention(first)])
         self.up_blocks = nn.ModuleList()
-        for i, c in enumerate(reversed(channels)):
-            self.up_blocks.append(Level(
-                resnets=[ResBlock(width if j == 0 else c, c, eps=EPS) for j in range(layers + 1)],
-                upsamplers=[Upsample(c)] if i < len(channels) - 1 else []))
-            width = c
-        self.conv_norm_out = nn.GroupNorm(32, width, EPS)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        for c_in, c in zip((first, *channels[::-1]), channels[::-1]):
+            self.up_blocks.append(Stage(c_in, c, layers + 1, upsamplers=[Upsample(c)]))
+        del self.up_blocks[-1].upsamplers[0]
+        self.conv_norm_out = nn.GroupNorm(32, last, EPS)
+        self.conv_out = nn.Conv2d(last, 3, 3, padding=1)
 
     def forward(self, z):
-        h = through_middle(self.mid_block, self.conv_in(z))
-        for level in self.up_blocks:
-            for part in (*level.resnets, *level.upsamplers):
-                h = part(h)
+        h = self.conv_in(z)
+        for stage in (self.mid_block, *self.up_blocks):
+            h = stage(h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
-
-
-def middle(c):
-    return Level(resnets=[ResBlock(c, c, eps=EPS) for _ in range(2)], attentions=[SpatialAttention(c)])
-
-
-def through_middle(block, h):
-    return block.resnets[1](block.attentions[0](block.resnets[0](h)))
 
 
 class SpatialAttention(Attention):

@@ -265,12 +265,12 @@ def test_mixed_sizes_upper_case_and_subfolders_are_read_and_classes_counted(tmp_
             folder = tmp_path / name / "ab"[i % 2]
             folder.mkdir(parents=True, exist_ok=True)
             texture(i + 50 * (name == "fake"), 40 + i).save(folder / f"{i}.PNG")
-    result = program("fid.py", "real", "fake", "--per-class", "--inception", weights, "--json", "-",
+    result = program("fid.py", "real", "fake", "--per-class", "--inception", weights, "--json", "out.json",
                      cwd=tmp_path)
-    [row] = json.loads(result.stdout)
+    [row] = json.loads((tmp_path / "out.json").read_text())
     assert {name: (c["n_real"], c["n_fake"]) for name,
             c in row["classes"].items()} == {"a": (4, 4), "b": (4, 4)}
-    assert "4 | 4" in result.stderr and row["kid_subset"] == 8
+    assert "4 | 4" in result.stdout and row["kid_subset"] == 8
 
 
 def test_a_folder_without_two_images_is_refused(tmp_path):

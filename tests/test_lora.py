@@ -12,8 +12,7 @@ from ldm.data import load_rgb
 from ldm.encoder import TOY, UNI2H
 from ldm.unet import UNet
 from ldm.weights import licence
-from lora import (adapter_tensors, fold, inject, load_adapter, lora_layers, lora_parameters, open_adapter,
-                  save_adapter)
+from lora import fold, inject, load_adapter, lora_layers, lora_parameters, open_adapter, save_adapter
 from projector import Projector
 
 CHANNELS = (32, 64, 128, 128)
@@ -120,12 +119,6 @@ def test_the_update_of_a_bfloat16_network_is_summed_in_float32(unet):
     assert torch.equal(linear.weight, exact.float().bfloat16())
 
 
-@pytest.mark.parametrize("rank", [0, -1])
-def test_an_impossible_rank_is_refused(rank, unet):
-    with pytest.raises(Fail, match="rank"):
-        inject(unet, rank)
-
-
 @pytest.fixture
 def adapter(unet, tmp_path):
     torch.manual_seed(2)
@@ -184,7 +177,7 @@ def test_peft_names_and_configuration_are_in_the_file(adapter):
 def test_the_file_holds_every_trainable_tensor_and_no_other(adapter, unet):
     _, projector = adapter
     trainable = len(lora_parameters(unet)) + len(list(projector.parameters()))
-    assert len(adapter_tensors(unet, projector)) == trainable == len(open_adapter(adapter[0]).names)
+    assert len(open_adapter(adapter[0]).names) == trainable
 
 
 # ---- damaged files, and other programs' --------------------------------------------------------------------
@@ -203,7 +196,7 @@ def test_an_adapter_with_a_number_that_is_none_is_refused(name, adapter, tmp_pat
 
 @pytest.mark.parametrize("change", [{"hidden": "1" + 19 * "0"}, {"tokens": "1" + 20 * "0"},
                                     {"step": "9" * 5000}, {"alpha": "inf"},
-                                    {"rank": "5"}, {"rank": "1" + 400 * "0"}])
+                                    {"rank": "0"}, {"rank": "5"}, {"rank": "1" + 400 * "0"}])
 def test_a_header_with_a_number_beyond_measure_is_refused(change, adapter, tmp_path):
     file = open_adapter(adapter[0])
     save_file({n: file.get(n) for n in file.names}, tmp_path / "x.safetensors", file.header | change)
@@ -211,7 +204,7 @@ def test_a_header_with_a_number_beyond_measure_is_refused(change, adapter, tmp_p
         load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
 
 
-@pytest.mark.parametrize("dropped, words", [("lora_B.weight", "damaged LoRA"),
+@pytest.mark.parametrize("dropped, words", [("lora_B.weight", "does not fit this base"),
                                             ("to_q.lora_", "does not fit this base")])
 def test_an_adapter_that_lacks_tensors_is_refused(dropped, words, adapter, tmp_path):
     file = open_adapter(adapter[0])
@@ -234,9 +227,9 @@ def test_an_exported_lora_is_the_same_in_the_program_it_is_for(form, adapter, un
 
     from diffusers import StableDiffusionPipeline
     from peft import PeftModel
-    out = tmp_path / "out" / ("adapter_model.safetensors" if form == "peft" else "lora.safetensors")
-    result = program("lora.py", adapter[0], "--export", form, "--out", out.parent if form == "peft" else out,
-                     cwd=tmp_path)
+    out = tmp_path / ("adapter-peft/adapter_model" if form == "peft" else f"adapter-{form}")
+    out = out.with_suffix(".safetensors")
+    result = program("lora.py", adapter[0], "--export", form, cwd=tmp_path)
     assert str(out) in result.stdout
     z, t, c = inputs
     with torch.no_grad():
@@ -290,21 +283,6 @@ def test_the_readmes_diffusers_pipeline_makes_our_image(trained, base, uni2h, da
     share = (ours != theirs).mean()
     print(f"largest difference of a pixel: {abs(ours - theirs).max()} of 255, of {share:.1%} of them")
     assert abs(ours - theirs).max() <= 1
-
-
-@pytest.mark.parametrize("name, words", [("adapter.safetensors", "LoRA alone"),
-                                         ("other.safetensors", "LoRA alone"),
-                                         ("folder", "name of a .safetensors"),
-                                         ("a.bak", "name of a .safetensors")])
-def test_an_export_replaces_no_adapter(adapter, name, words, tmp_path):
-    path, _ = adapter
-    (path.parent / "other.safetensors").write_bytes(path.read_bytes())
-    (path.parent / "folder").mkdir(exist_ok=True)
-    before = path.read_bytes()
-    result = program("lora.py", path, "--export", "kohya", "--out", path.parent / name, cwd=tmp_path,
-                     check=False)
-    assert result.returncode == 2 and words in result.stderr
-    assert path.read_bytes() == (path.parent / "other.safetensors").read_bytes() == before
 
 
 def test_an_adapters_terms_are_those_of_its_parents():

@@ -117,8 +117,9 @@ def test_a_folder_a_pickle_and_a_safetensors_file_hold_the_same_encoder(uni2h, t
 
 
 @pytest.mark.parametrize("change", [dict(mean=(0.5, 0.5, 0.5)), dict(interpolation="BICUBIC"),
-                                    dict(pooling="avg"), dict(licence="mit"),
-                                    dict(arguments=UNI2H.arguments + (("qkv_bias", False),))])
+                                    dict(arguments=UNI2H.arguments | {"global_pool": "avg"}),
+                                    dict(arguments=UNI2H.arguments | {"qkv_bias": False}),
+                                    dict(licence="mit")])
 def test_the_same_weights_under_another_recipe_are_another_encoder(change, uni2h):
     """Cache and adapter are keyed by the fingerprint. UNI2-h's is that of the weights alone, as in adapters
     of earlier versions.

@@ -151,8 +151,8 @@ def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, m
     unet = inject(load_unet(unet_file), 16)
     frozen = {n: p.clone() for n, p in unet.state_dict().items() if not n.endswith((".A", ".B"))}
     settings = replace(SETTINGS, lr=5e-3, lr_ratio=1.0, batch=8, cfg_drop=0.5, epochs=200)
-    t = Trainer(settings, unet, Projector(cache.width, 256, 4), cache, list(zip(names, hashes)), (4, 8, 8),
-                torch.device("cpu"))
+    projector = Projector(encoder_file.width, 256, 4)
+    t = Trainer(settings, unet, projector, cache, list(zip(names, hashes)), (4, 8, 8), torch.device("cpu"))
     before = {n: p.detach().clone() for n, p in t.named.items()}
     monkeypatch.setattr(train, "generator", lambda *key: generator(0, 0, 0))
     for _ in range(200):
@@ -216,7 +216,7 @@ def test_a_validation_loss_does_not_depend_on_the_batch_size():
 
 # ---- as programs -------------------------------------------------------------------------------------
 
-def test_a_run_leaves_what_the_readme_says(trained):
+def test_a_run_leaves_what_the_readme_says(trained, tmp_path):
     rows = list(csv.DictReader(open(trained / "log.csv")))
     assert [int(row["epoch"]) for row in rows] == [1, 2] and all(float(row["val_loss"]) > 0 for row in rows)
     distances = [float(row["fid_encoder"]) for row in rows]
@@ -228,10 +228,10 @@ def test_a_run_leaves_what_the_readme_says(trained):
     config = json.loads((trained / "config.json").read_text())
     assert config["args"]["rank"] == 2
     assert set(config["sha256"]) == {"vae", "encoder", "base", "images", "features"}
-    result = program("fid.py", trained / "real", trained / "fake", "--features", "encoder", "--json", "-",
-                     cwd=trained)
+    program("fid.py", trained / "real", trained / "fake", "--features", "encoder", "--json", "out.json",
+            cwd=tmp_path)
     # the logged number is fid.py's
-    assert json.loads(result.stdout)[0]["fid"] == pytest.approx(distances[-1], rel=1e-6)
+    assert json.loads((tmp_path / "out.json").read_text())[0]["fid"] == pytest.approx(distances[-1], rel=1e-6)
     best_epoch = 1 + distances.index(min(distances))
     header = train.TensorFile(trained / "adapter-best.safetensors").header
     assert int(header["step"]) == int(rows[best_epoch - 1]["step"])
