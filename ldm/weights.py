@@ -10,6 +10,7 @@ import re
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,8 +61,7 @@ class TensorFile:
 
     def get(self, name):
         """One tensor, mapped from the file."""
-        [(_, tensor)] = self.read([name])
-        return tensor
+        return next(self.read([name]))[1]
 
     def read(self, names):
         """(name, tensor) of each in turn, mapped; reopens the file every 128 MB, to unmap earlier ones."""
@@ -129,13 +129,14 @@ def open_sd15(source):
     path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
     pairs = [[FILE.format(part, kind) for kind in ("", ".fp16")] for part in ("unet", "vae")]
     if path.is_file():
-        unet, vae = TensorFile(path, _compvis_unet_name), TensorFile(path, _compvis_vae_name)
+        unet = TensorFile(path, partial(_rename, "model.diffusion_model.", _COMPVIS_UNET))
+        vae = TensorFile(path, partial(_rename, "first_stage_model.", _COMPVIS_VAE))
     elif path.is_dir() or is_hub_name(source):
         # of a repository float16 first: half as large, and finer than the bfloat16 that it is used in
         sha256 = SD15_SHA256 if source == SD15 else {}
         paths = [_find(path, pair) if path.is_dir() else hub_file(source, pair[::-1], sha256)
                  for pair in pairs]
-        unet, vae = TensorFile(paths[0]), TensorFile(paths[1], _vae_attention_name)
+        unet, vae = TensorFile(paths[0]), TensorFile(paths[1], partial(_rename, "", _OLD_ATTENTION))
     else:
         raise Fail(f"--sd15 {source}: no such folder or file; pass a Diffusers folder, a CompVis file, or a "
                    f"Hugging Face repository such as {SD15}")
@@ -222,46 +223,30 @@ _COMPVIS_VAE = {
     r"down\.(\d)": r"down_blocks.\1", r"up\.0": "up_blocks.3", r"up\.1": "up_blocks.2",
     r"up\.2": "up_blocks.1", r"up\.3": "up_blocks.0", r"\.block\.(\d)": r".resnets.\1",
     r"\.(down|up)sample\.": r".\1samplers.0."}
+for i in range(12):         # three blocks a level, after input block 0, which is conv_in
+    level, j = divmod(i, 3)
+    for side, block in (("down", rf"^input_blocks\.{i + 1}"), ("up", rf"^output_blocks\.{i}")):
+        _COMPVIS_UNET |= {rf"{block}\.\d\.(op|conv)\.": f"{side}_blocks.{level}.{side}samplers.0.conv.",
+                          rf"{block}\.0\.": f"{side}_blocks.{level}.resnets.{j}.",
+                          rf"{block}\.1\.": f"{side}_blocks.{level}.attentions.{j}."}
 
 
-def _substitute(name, table):
+def _rename(prefix, table, name):
+    """The name without the prefix, each pattern of the table replaced; None for a name of another part."""
+    if not name.startswith(prefix):
+        return None
+    name = name.removeprefix(prefix)
     for old, new in table.items():
         name = re.sub(old, new, name)
     return name
-
-
-def _vae_attention_name(name):
-    return _substitute(name, _OLD_ATTENTION)
-
-
-def _compvis_unet_name(name):
-    """None for the VAE, the text encoder, the schedule and the EMA copy."""
-    if not name.startswith("model.diffusion_model."):
-        return None
-    name = _substitute(name.removeprefix("model.diffusion_model."), _COMPVIS_UNET)
-    if m := re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.(.*)", name):
-        side, part, rest = "up", "attentions" if int(m[3]) else "resnets", m[4]
-        level, j = divmod(int(m[2]), 3)
-        if m[1] == "input":                     # of which number 0 is conv_in
-            side, (level, j) = "down", divmod(int(m[2]) - 1, 3)
-        if rest.startswith(("op.", "conv.")):
-            part, j, rest = f"{side}samplers", 0, rest.replace("op.", "conv.")
-        name = f"{side}_blocks.{level}.{part}.{j}.{rest}"
-    return name
-
-
-def _compvis_vae_name(name):
-    if not name.startswith("first_stage_model."):
-        return None
-    return _substitute(name.removeprefix("first_stage_model."), _COMPVIS_VAE)
 
 
 # ---- the Hugging Face hub ----------------------------------------------------------------------------------
 
 def is_hub_name(source):
     """Whether this is a name of a repository, owner/name, by the hub's rules."""
-    fits = re.fullmatch(r"\b[\w.-]+\b/\b[\w.-]{1,96}\b", str(source))
-    return fits is not None and not re.search(r"--|\.\.|\.git$", str(source))
+    rules = r"(?!.*(--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]{1,96}\b"
+    return re.fullmatch(rules, str(source)) is not None
 
 
 def hub_file(repository, candidates, sha256=None, access=""):
@@ -271,7 +256,7 @@ def hub_file(repository, candidates, sha256=None, access=""):
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError
     for name in candidates:
         if isinstance(path := try_to_load_from_cache(repository, name), str):
             return Path(path)
@@ -279,13 +264,7 @@ def hub_file(repository, candidates, sha256=None, access=""):
     try:
         size = (get_hf_file_metadata(hf_hub_url(repository, name)).size or 0) / 1e9
         print(f"downloading {name} of {repository} ({size:.2f} GB) to {HF_HUB_CACHE}", file=sys.stderr)
-        for attempt in range(3, 0, -1):
-            try:
-                path = Path(hf_hub_download(repository, name))
-                break
-            except Exception as problem:    # a broken connection: the next attempt resumes the download
-                if isinstance(problem, (HfHubHTTPError, OSError)) or attempt == 1:
-                    raise
+        path = Path(hf_hub_download(repository, name))      # which resumes after a broken connection
     except Exception as problem:            # of the hub's client and the libraries beneath it
         if others and isinstance(problem, EntryNotFoundError):
             return hub_file(repository, others, sha256, access)
