@@ -82,7 +82,7 @@ class Evaluation:
 
     def sample(self, part, cfgs, n=None):
         """Call sample.py, which makes what is missing."""
-        code = call("sample.py", "--quiet", "--run", self.folder, "--split", part, "--cfg", *cfgs,
+        code = call("sample.py", "--run", self.folder, "--split", part, "--cfg", *cfgs,
                     "--out", self.samples / part, "--device", self.device, *(["--limit", n] if n else []))
         if code:
             sys.exit(code)              # sample.py has printed the reason
@@ -297,7 +297,7 @@ def ablation():
     args, rest = parser.parse_known_args()
     rows = [] if args.table else ROWS[args.row - 1:args.row] if args.row else ROWS
     for factors, *_ in rows:
-        if code := train_row(args.ablation, factors, rest + ["--quiet"] * args.quiet):
+        if code := train_row(args.ablation, factors, rest):
             sys.exit(code)              # train.py has printed why; it returns at once where a run is complete
     table = table6(args.ablation)
     if not table:
