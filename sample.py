@@ -183,7 +183,7 @@ class ValidationSamples:
 
 def parse_args():
     """-> (arguments, a Sampling for each guidance)."""
-    parser = Parser(__doc__, prints_results=False)
+    parser = Parser(__doc__)
     what = parser.add_argument_group("what to sample")
     what.add_argument("--ref", nargs="+", metavar="PATH",
                       help="reference patches: images, or folders of images; also searched for in the run")

@@ -24,7 +24,7 @@ import torch
 import torch._functorch.config as functorch_config
 
 from fid import frechet_distance_of_features
-from ldm.app import (RANK0, WORLD, Fail, Signals, all_max, all_reduce, barrier, broadcast, check_same,
+from ldm.app import (RANK0, WORLD, Fail, Signals, all_gather, all_reduce, barrier, broadcast, check_same,
                      foreign_file, frozen_dtype, join_processes, peak_memory, pick_device, progress,
                      rank0_first, run_program, save_csv, save_tensors, save_text, shard)
 from ldm.data import describe_split, read_dataset, subsample
@@ -467,7 +467,7 @@ def train(trainer, validation, folder, header, signals):
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.3f}", refresh=False,
                             images_per_s=f"{images / (now - clock):.1f}")
-            stop = all_max(signals.received, trainer.device)        # all processes stop after the same step
+            stop = max(all_gather([signals.received]))      # all processes stop after the same step
             if trainer.epoch_is_due() or stop or now - trainer.saved_at > SAVE_SECONDS:
                 trainer.save(folder, header)
             if stop:

@@ -1,19 +1,15 @@
 """Shared by the programs: clear failures, arguments, atomic files, device and memory, processes, signals.
 
-Under torchrun every process runs the whole program on its shard of the images:
-
-    torchrun --nproc-per-node 4 -- train.py --data chaoyang/ --rank 4 --tokens 4
-
-All processes must see the same folders. Rank 0 writes what a run has once; every process writes its own
-images and cache shards. Without torchrun there is one process, and the collective functions return their
-argument.
+Under torchrun every process runs the whole program on its shard of the images. Rank 0 writes what a run has
+once; every process writes its own images and cache shards. Without torchrun there is one process, and the
+collective functions return their argument.
 """
 import argparse
 import csv
 import hashlib
-import io
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -28,12 +24,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 RANK0 = RANK == 0
-TIMEOUT = timedelta(hours=2)            # the others wait that long while rank 0 prepares alone
-quiet = False                           # --quiet
 
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -43,40 +38,46 @@ class Fail(Exception):
 
 
 def run_program(main):
-    """Call main() as a program. Exit codes: 2 with one line for what the user can fix, 130, 143."""
+    """Call main() as a program. Exit codes: 2 with one line for what the user can fix, 130, 143.
+
+    Rank 0 alone prints more than failures.
+    """
+    if not RANK0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")        # a console without α prints another character for it
     # SIGTERM becomes an exception, so that temporary files are removed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
+        for text in sys.argv:
+            if text != text.encode(errors="replace").decode():
+                raise Fail(f"the argument {text!r} is not valid UTF-8; rename the file or folder")
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (Fail, OSError, MemoryError, RuntimeError) as problem:
-        message = explain(problem)
-        if message is None:
+    except Exception as problem:
+        if not (message := explain(problem)):
             raise
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
 
 
 def explain(problem):
-    """The message for an exception that the user can act on, or None for an error of the program itself."""
+    """The message for an exception that the user can act on, "" for an error of the program itself."""
+    words, line = str(problem), first_line(problem)
     if isinstance(problem, Fail):
-        return str(problem)
+        return words
     if isinstance(problem, OSError):                    # disk full, read-only folder, no permission
         return f"{problem.strerror or problem}: {problem.filename or 'no file named'}"
-    words = str(problem)
-    full = "DefaultCPUAllocator" in words or "out of memory" in words   # torch's RuntimeError on CPU and MPS
-    if full or isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
-        return f"out of memory; try a smaller --batch or --size ({first_line(problem)})"
+    # torch's OutOfMemoryError on CUDA, its RuntimeErrors on MPS and on the CPU
+    if isinstance(problem, MemoryError) or re.search("out of memory|DefaultCPUAllocator", words):
+        return f"out of memory; try a smaller --batch or --size ({line})"
     if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile cannot compile here; pass --no-compile ({first_line(problem)})"
-    if WORLD > 1 and (isinstance(problem, dist.DistError) or "gloo" in words):
-        return ("another process has ended, so this one stops too; fix the error printed above, then repeat "
-                "the command to resume")
-    return None
+        return f"torch.compile cannot compile here; pass --no-compile ({line})"
+    if isinstance(problem, dist.DistError) or (WORLD > 1 and "gloo" in words):
+        return "another process has ended; fix the error printed above, then repeat the command to resume"
+    return ""
 
 
 @contextmanager
@@ -100,65 +101,45 @@ def first_line(problem):
 # ---- arguments -----------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help, and one line instead of the usage for a wrong argument.
+    """argparse with defaults in --help, and one line instead of the usage for a wrong argument."""
 
-    prints_results: whether stdout is the program's result, so that --quiet keeps it.
-    """
-
-    def __init__(self, description, prints_results=True):
+    def __init__(self, description):
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-        self.prints_results = prints_results
-        self.add_argument("--quiet", action="store_true", help="print only results and failures")
-
-    def parse_known_args(self, *args, **kwargs):
-        for text in sys.argv:
-            if text != text.encode(errors="replace").decode():
-                raise Fail(f"the argument {text!r} is not valid UTF-8; rename the file or folder")
-        found, rest = super().parse_known_args(*args, **kwargs)
-        global quiet
-        quiet = found.quiet
-        if quiet and not self.prints_results:
-            sys.stdout = null_stream()
-        return found, rest
 
     def error(self, message):
         raise Fail(f"{message}; --help lists the arguments")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=26, width=110)
-
     def _get_help_string(self, action):
-        # compared by identity, since 0 equals False
-        hidden = any(action.default is x for x in (None, False, argparse.SUPPRESS))
-        shown = not hidden and "default" not in action.help
-        return action.help + (" (default: %(default)s)" if shown else "")
+        hidden = action.nargs == 0 or action.default in (None, argparse.SUPPRESS) or "default" in action.help
+        return action.help + ("" if hidden else " (default: %(default)s)")
 
 
-def number(kind, low, high=10 ** 6, open_low=False):
-    """An argparse type: an int or float from low to high, without low itself where open_low. Refuses nan."""
+def number(kind, low, high=10 ** 6):
+    """An argparse type: an int or float from low to high. Refuses nan."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        if value is None or not low <= value <= high or (open_low and value == low):
-            article = "a whole number" if kind is int else "a number"
-            bounds = f"{'above' if open_low else 'from'} {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {article} {bounds}")
+            value = math.nan
+        if not low <= value <= high:
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
         return value
     return parse
 
 
-def option(group, default, help, kind=None, low=0, high=10 ** 6, open_low=False, **more):
+def option(group, default, help, kind=None, low=0, high=10 ** 6, **more):
     """A dataclass field that is also an argument --name of a program; see `add_options` and `from_saved`.
 
     kind: its type where the default is None; low, high: the range of a number; more: argparse's metavar and
     choices, and whatever else the dataclass records about its fields.
     """
     kind = kind or type(default)
-    parse = number(kind, low, high, open_low) if kind in (int, float) else kind
+    parse = number(kind, low, high) if kind in (int, float) else kind
+    if default is not None and kind is not bool and "default" not in help:
+        help += f" (default: {default})"
     return field(default=default, metadata=dict(group=group, help=help, kind=kind, parse=parse, **more))
 
 
@@ -167,12 +148,10 @@ def add_options(parser, record):
     for title, members in itertools.groupby(fields(record), key=lambda f: f.metadata["group"]):
         group = parser.add_argument_group(title)
         for f in members:
-            default = None if f.default is None or f.default is False else f.default
-            shown = "" if default is None or "default" in f.metadata["help"] else f" (default: {default})"
-            how = {key: f.metadata[key] for key in ("metavar", "choices", "nargs") if key in f.metadata}
-            how |= dict(action="store_true") if f.metadata["kind"] is bool else dict(type=f.metadata["parse"])
-            flag = f"--{f.name.replace('_', '-')}"
-            group.add_argument(flag, help=f.metadata["help"] + shown, default=argparse.SUPPRESS, **how)
+            m, flag = f.metadata, f"--{f.name.replace('_', '-')}"
+            how = dict(action="store_true") if m["kind"] is bool else dict(type=m["parse"])
+            how |= {key: m[key] for key in ("help", "metavar", "choices", "nargs") if key in m}
+            group.add_argument(flag, default=argparse.SUPPRESS, **how)
 
 
 def from_saved(record, values):
@@ -186,12 +165,10 @@ def from_saved(record, values):
             raise ValueError(f"the setting {name} is unknown")
         m = options[name].metadata
         try:
-            text = m["kind"] in (str, bool)
-            right = isinstance(value, m["kind"]) if text else m["parse"](repr(value)) == value
-            right = right and value in m.get("choices", [value])
+            right = isinstance(value, bool) if m["kind"] is bool else m["parse"](str(value)) == value
         except argparse.ArgumentTypeError:
             right = False
-        if not (right or value is options[name].default is None):
+        if not (right and value in m.get("choices", [value]) or value is options[name].default is None):
             raise ValueError(f"the setting {name} is {value!r}")
     return record(**values)
 
@@ -203,25 +180,19 @@ def safe_name(text):
 
 
 def progress(*args, **kwargs):
-    """tqdm's bar; silent off a terminal, with --quiet, and in every process but rank 0."""
-    return tqdm(*args, disable=None if RANK0 and not quiet else True, **kwargs)
+    """tqdm's bar; silent off a terminal, and in every process but rank 0."""
+    return tqdm(*args, disable=None if RANK0 else True, **kwargs)
 
 
-def null_stream():
-    """A text stream that discards what is written to it."""
-    return open(os.devnull, "w", encoding="utf-8", errors="replace")
-
-
-def call(program, *args, **options):
+def call(program, *args):
     """Run one of our programs in its own process -> its exit code. Stopping this process stops it first."""
     script = Path(__file__).resolve().parents[1] / program
-    child = subprocess.Popen([sys.executable, str(script), *map(str, args)], **options)
+    child = subprocess.Popen([sys.executable, str(script), *map(str, args)])
     try:
         return child.wait()
-    except BaseException:
-        child.terminate()
+    finally:
+        child.terminate()       # no effect on a program that has ended
         child.wait()
-        raise
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -282,11 +253,10 @@ def read_json(path):
 
 def save_csv(path, rows):
     """Write [{column: value}], all with the same columns; None as an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    save_text(path, text.getvalue())
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_csv(path):
@@ -308,14 +278,11 @@ def pick_device(name="auto"):
     if name == "auto":
         mps = torch.backends.mps.is_available() and WORLD == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if WORLD > 1 and name == "mps":
-        raise Fail("--device mps supports one process: start without torchrun, or pass --device cpu")
-    if WORLD > 1 and name == "cuda":
+    if name == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
-    known = name.partition(":")[0] in ("cuda", "mps", "cpu")
+    if name.partition(":")[0] not in ("cuda", "mps", "cpu") or (name == "mps" and WORLD > 1):
+        raise Fail(f"--device {name}: pass cuda, cpu or, for one process, mps")
     try:
-        if not known:
-            raise RuntimeError("it is none of cuda, mps and cpu")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as problem:
         raise Fail(f"--device {name} cannot be used here: {first_line(problem)}") from None
@@ -341,15 +308,13 @@ def peak_memory(device):
 # ---- one process or many -------------------------------------------------------------------------
 
 def join_processes(device):
-    """Join the other processes of torchrun, where there are any; only rank 0 prints more than failures."""
+    """Join the other processes of torchrun, where there are any."""
     if WORLD > 1:
-        if not RANK0:
-            sys.stdout = null_stream()
-        if device.type == "cuda":
+        cuda = device.type == "cuda"
+        if cuda:
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
-        else:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                timeout=timedelta(hours=2))     # the others wait while rank 0 prepares
 
 
 def barrier():
@@ -400,25 +365,13 @@ def all_gather(rows):
 def all_reduce(tensors):
     """Sum each tensor over the processes, in place, in one message."""
     if WORLD > 1:
-        flat = torch.cat([t.flatten() for t in tensors])
+        flat = parameters_to_vector(tensors)
         dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view_as(t))
-
-
-def all_max(value, device):
-    """The largest of the processes' integers."""
-    if WORLD > 1:
-        value = torch.tensor(value, device=device)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-    return int(value)
+        vector_to_parameters(flat, tensors)
 
 
 class Signals:
-    """SIGINT and SIGTERM end the program with 130 or 143: at once or, while `deferred`, at `leave`.
-
-    A second Ctrl-C always ends it at once.
-    """
+    """SIGINT and SIGTERM end the program (130, 143): at once or, while `deferred`, at `leave`."""
 
     def __init__(self):
         self.received, self.deferred = 0, False
@@ -426,8 +379,7 @@ class Signals:
             signal.signal(kind, self._handle)
 
     def _handle(self, kind, frame):
-        if self.received and kind == signal.SIGINT:     # not SIGTERM: schedulers and torchrun send several
-            os._exit(128 + kind)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second Ctrl-C ends it at once
         self.received = self.received or kind
         if not self.deferred:
             self.leave()

@@ -5,11 +5,12 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from .app import Fail, atomic_write, foreign_file, safe_name
@@ -27,35 +28,23 @@ def load_rgb(path):
     The one reader of train.py, sample.py and fid.py. Fails with the file's name unless it is a single
     readable image from 16 pixels a side to 8192 x 8192.
     """
-    with foreign_file(path, "cannot be read", "restore or remove it"):
-        try:
-            image = Image.open(path)
-        except UnidentifiedImageError:
-            raise Fail(f"{path} is not an image, despite its name: remove it") from None
-        with image:
-            size = f"{image.width} x {image.height}"
-            if image.width * image.height > MAX_PIXELS or min(image.size) < MIN_SIDE:
-                raise Fail(f"{path} has {size} pixels; a patch has {MIN_SIDE} a side or more, "
-                           f"{MAX_PIXELS // 10 ** 6} megapixels or less: remove it, or cut patches from it")
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise Fail(f"{path} is a strip of {size} pixels; cut patches from it")
-            if getattr(image, "n_frames", 1) > 1:
-                raise Fail(f"{path} has {image.n_frames} frames; save the one you mean as a single image")
-            return _to_rgb(ImageOps.exif_transpose(image), path)
-
-
-def _to_rgb(image, path):
-    if image.mode.startswith("I"):      # 16 bits; Pillow's own conversion would clip all above 255 to white
-        pixels = np.asarray(image).astype(np.float64)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise Fail(f"{path} has more than 16 bits per channel; save it as 8 or 16 bits")
-        return Image.fromarray((pixels / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise Fail(f"{path} has floating-point pixels of unknown range; save it as 8 or 16 bits")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    with foreign_file(path, "cannot be read"), Image.open(path) as image:
+        short, long = sorted(image.size)
+        if short * long > MAX_PIXELS or short < MIN_SIDE or long > MAX_ASPECT * short:
+            raise Fail(f"{path} has {image.width} x {image.height} pixels; remove it, or cut patches of it: "
+                       f"from {MIN_SIDE} a side to {MAX_PIXELS // 10 ** 6} megapixels, no strips")
+        if getattr(image, "n_frames", 1) > 1:
+            raise Fail(f"{path} has {image.n_frames} frames; save the one you mean as a single image")
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":       # 16 bits; Pillow's own conversion would clip all above 255 to white
+            pixels = np.asarray(image).astype(np.float64)
+            if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+                raise Fail(f"{path} has floating-point pixels or more than 16 bits; save it as 8 or 16 bits")
+            image = Image.fromarray((pixels / 257).round().astype(np.uint8))
+        elif image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def resize_crop(image, size, filter=Image.Resampling.LANCZOS):
@@ -81,20 +70,19 @@ def to_images(x):
 
 
 def contact_sheet(groups, columns=8, texts=()):
-    """Groups of PIL images of one size -> one image, tiles 128 to 256 wide; no group is broken over rows.
+    """Groups, equally many PIL images each -> one image, tiles 128 to 256 wide; no group is broken over rows.
 
     texts: a line above each image, in their order.
     """
-    per_row = max(1, columns // max(map(len, groups)))
-    rows = [sum(groups[i:i + per_row], []) for i in range(0, len(groups), per_row)]
-    side, head = (256, 16) if texts else (min(256, max(128, groups[0][0].width)), 0)
-    width, height, texts = side + 4, side + head + 4, iter(texts)
-    sheet = Image.new("RGB", (max(map(len, rows)) * width - 4, len(rows) * height - 4), "white")
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            ImageDraw.Draw(sheet).text((j * width, i * height + 2), next(texts, ""), fill="black")
-            tile = image.resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(tile, (j * width, i * height + head))
+    images = [image for group in groups for image in group]
+    columns = min(len(images), len(groups[0]) * max(1, columns // len(groups[0])))
+    side, head = (256, 16) if texts else (min(256, max(128, images[0].width)), 0)
+    width, height, rows = side + 4, side + head + 4, -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width - 4, rows * height - 4), "white")
+    for i, (image, text) in enumerate(zip_longest(images, texts, fillvalue="")):
+        x, y = i % columns * width, i // columns * height
+        ImageDraw.Draw(sheet).text((x, y + 2), text, fill="black")
+        sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y + head))
     return sheet
 
 
@@ -115,17 +103,16 @@ def list_images(folder):
     def stop(problem):
         raise problem
 
-    found, seen = [], {os.path.realpath(folder)}
+    found, seen = [], set()
     for base, folders, names in os.walk(folder, followlinks=True, onerror=stop):
-        here, folders[:] = sorted(folders), []
-        for name in here:
-            real = os.path.realpath(os.path.join(base, name))
-            if not name.startswith(".") and real not in seen:
-                seen.add(real)
-                folders.append(name)
-        found += [Path(base, name) for name in names
-                  if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+        if (real := os.path.realpath(base)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = [Path(base, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
+    return sorted(found, key=Path.as_posix)
 
 
 def prefetch(pool, work, batches):
@@ -162,14 +149,12 @@ class Patch:
     part: str | None = None
 
     def __post_init__(self):
-        try:
-            f"{self.name}{self.label}".encode()
-        except UnicodeEncodeError:
-            raise Fail(f"the name {self.name!r} is not valid UTF-8; rename the file") from None
-        steps = self.name.split("/")
-        if not self.name or "" in steps[:1] or ".." in steps or "\\" in self.name or "\0" in self.name:
+        text, steps = self.name + self.label, self.name.split("/")
+        if text != text.encode(errors="replace").decode():
+            raise Fail(f"the name {self.name!r} is not valid UTF-8; rename the file")
+        if not steps[0] or ".." in steps or set(self.name) & set("\\\0"):
             raise Fail(f"{self.name!r} names a file outside the folder; use paths within it, with slashes")
-        if not self.label.strip(".") or any(c in self.label for c in "/\\\0"):
+        if not self.label.strip(".") or set(self.label) & set("/\\\0"):
             raise Fail(f"{self.name!r} has the label {self.label!r}, which cannot name a folder; use another")
 
     @property
@@ -224,26 +209,25 @@ def _case_of(name):
 
 
 def _read_list(path):
-    if path.stat().st_size > 2 ** 28:
-        raise Fail(f"{path} is larger than 256 MiB, too large for a list of patches")
     with foreign_file(path, "is not valid JSON", "write it again"):
         rows = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(rows, list):
         raise Fail(f'{path} must contain a list of {{"name": ..., "label": ...}}')
-    undecided = 0
+    patches = []
     for i, row in enumerate(rows):
         try:
-            label = _label_of(row)
-            if label is None:
-                undecided += 1
+            if (label := _label_of(row)) is None:
                 continue
             patch = Patch(Path(row["name"]).as_posix(), CLASSES[label], _case_of(row["name"]), path.stem)
-            _check_file(path.parent, patch.name)
+            real = Path(os.path.realpath(path.parent / patch.name))     # resolve() fails on a link to itself
+            if not (real.is_relative_to(path.parent.resolve()) and real.is_file()):
+                raise Fail(f"{patch.name!r} is not there, or outside the folder; restore it, or omit it")
         except Fail as problem:
             raise Fail(f"{path}: entry {i}: {problem}") from None
-        yield patch
-    if undecided:
+        patches.append(patch)
+    if undecided := len(rows) - len(patches):
         print(f"{path}: {undecided} patches without a majority among the annotators are omitted")
+    return patches
 
 
 def _label_of(row):
@@ -251,26 +235,14 @@ def _label_of(row):
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         raise Fail('it has no "name"')
     votes = [row[f"label_{x}"] for x in "ABC" if f"label_{x}" in row]
-    if "label" in row:
-        label = row["label"]
-    elif not votes:
+    if "label" not in row and not votes:
         raise Fail('it has neither "label" nor "label_A", "label_B" and "label_C"')
-    else:
-        chosen, n = Counter(map(repr, votes)).most_common(1)[0]
-        if n < 2:
-            return None
-        label = next(vote for vote in votes if repr(vote) == chosen)
+    label = row["label"] if "label" in row else max(votes, key=votes.count)
+    if "label" not in row and votes.count(label) < 2:
+        return None
     if type(label) is not int or not 0 <= label < len(CLASSES):
         raise Fail(f"it has the label {label!r}; it must be 0 to {len(CLASSES) - 1} ({', '.join(CLASSES)})")
     return label
-
-
-def _check_file(root, name):
-    real = Path(os.path.realpath(root / name))          # Path.resolve fails on a link to itself
-    if not real.is_relative_to(root.resolve()):
-        raise Fail(f"{name!r} names a file outside the folder; use paths within it")
-    if not real.is_file():
-        raise Fail(f"{name!r} is not there; restore the file, or remove the entry")
 
 
 # ---- the split ---------------------------------------------------------------------------------------------
@@ -331,19 +303,18 @@ def read_split(path, patches):
     """Read and check a split file against the dataset."""
     if not Path(path).exists():
         raise Fail(f"--split {path}: no such file; pass paper, official, or a split.json")
-    with foreign_file(path, "is not a split file", "give it lists of names under train, val and test"):
+    with foreign_file(path, "is no split of these patches", "list names under train, val and test"):
         split = json.loads(Path(path).read_text(encoding="utf-8"))
         split = {part: split[part] for part in PROPORTIONS}
         names = [name for part in split.values() for name in part]
         if not all(isinstance(part, list) for part in split.values()):
             raise ValueError("one of these is no list")
-        strangers = set(names) - {p.name for p in patches}
-    if strangers:
-        raise Fail(f"{path}: {min(map(str, strangers))} is not in the dataset")
-    if len(set(names)) < len(names):
-        raise Fail(f"{path}: a name is in it twice")
-    if not split["train"] or not split["val"]:
-        raise Fail(f"{path}: train and val must not be empty")
+        if strangers := set(names) - {p.name for p in patches}:
+            raise ValueError(f"{min(map(str, strangers))} is not in the dataset")
+        if len(set(names)) < len(names):
+            raise ValueError("a name is in it twice")
+        if not split["train"] or not split["val"]:
+            raise ValueError("train or val is empty")
     return split
 
 

@@ -77,7 +77,7 @@ class Evaluation:
 
     def sample(self, part, cfgs, n=None):
         """Call sample.py, which makes what is missing."""
-        code = call("sample.py", "--quiet", "--run", self.folder, "--split", part, "--cfg", *cfgs,
+        code = call("sample.py", "--run", self.folder, "--split", part, "--cfg", *cfgs,
                     "--out", self.samples / part, "--device", self.device, *(["--limit", n] if n else []))
         if code:
             sys.exit(code)              # sample.py has printed the reason
@@ -268,7 +268,7 @@ def ablation():
     parser.add_argument("--row", type=number(int, 1, len(ROWS)), metavar="N",
                         help="only this row of ROWS in ldm/report.py, 1 (the baseline) to 12")
     args, rest = parser.parse_known_args()
-    rest += ["--quiet"] * args.quiet + ["--val-cfg", 1.3]
+    rest += ["--val-cfg", 1.3]
     for factors, *_ in ROWS[args.row - 1:args.row] if args.row else ROWS:   # α: train.py's default, the rank
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in zip(FACTORS, factors)]
         if code := call("train.py", *rest, *flags, "--run", row_folder(args.ablation, factors)):

@@ -40,7 +40,7 @@ class Settings:
     size: int = option(DATA, 512, "side of the images in pixels", low=8, high=8192, toy=64)
     limit: int | None = option(DATA, None, "use at most N images of each part", kind=int, low=1, metavar="N")
     rank: int = option(MODEL, 8, "r of LoRA", low=1, high=4096)
-    alpha: float | None = option(MODEL, None, "α of LoRA (default: the rank)", kind=float, open_low=True)
+    alpha: float | None = option(MODEL, None, "α of LoRA (default: the rank)", kind=float, low=1e-6)
     tokens: int = option(MODEL, 4, "condition tokens n_c", low=1, high=4096)
     hidden: int = option(MODEL, 1024, "width d_h of the projector", low=1, high=65536, toy=256)
     depth: int = option(MODEL, 2, "linear layers of the projector, 2 or 3", low=2, high=3)
@@ -78,13 +78,13 @@ class Settings:
 
 def parse_settings(description):
     """The command line of train.py -> (Settings, whether --resume was given, whether --parameters was)."""
-    parser = Parser(description, prints_results="--parameters" in sys.argv)
+    parser = Parser(description)
     add_options(parser, Settings)
     call = parser.add_argument_group("this call")
     call.add_argument("--resume", metavar="DIR", help="resume this run, with its own settings")
     call.add_argument("--parameters", action="store_true", help="print parameter counts (Table 2) and exit")
     given = vars(parser.parse_args())
-    resume, parameters, _ = (given.pop(name) for name in ("resume", "parameters", "quiet"))
+    resume, parameters = given.pop("resume"), given.pop("parameters")
     if resume:
         settings = _resumed(resume, given)
     elif given.get("sd15") == "toy" or not (parameters or {"sd15", "data"} & given.keys()):

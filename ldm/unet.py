@@ -80,7 +80,7 @@ class UNet(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Integer timesteps (B,) -> (B, width)."""
+    """Integer timesteps (B,) -> (B, width), from cosines, then sines, of t · 10000^(-2i/dim) in float32."""
 
     def __init__(self, dim, width):
         super().__init__()
@@ -88,16 +88,10 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, t):
-        wave = sinusoid(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        half = self.linear_1.in_features // 2
+        angle = t[:, None] * torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(wave)))
-
-
-def sinusoid(t, dim):
-    """t (B,) -> (B, dim) in float32: cosines, then sines, of t · 10000^(-2i/dim)."""
-    half = dim // 2
-    frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angle = t[:, None].float() * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class Level(nn.Module):
@@ -105,10 +99,8 @@ class Level(nn.Module):
 
     def __init__(self, resnets, attentions=(), downsamplers=(), upsamplers=()):
         super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList(downsamplers)
-        self.upsamplers = nn.ModuleList(upsamplers)
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+        self.downsamplers, self.upsamplers = nn.ModuleList(downsamplers), nn.ModuleList(upsamplers)
 
 
 class Conv(nn.Conv2d):
@@ -203,20 +195,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])
+        geglu = nn.ModuleDict({"proj": nn.Linear(c, 8 * c)})
+        self.net = nn.ModuleList([geglu, nn.Identity(), nn.Linear(4 * c, c)])
 
     def forward(self, h):
-        return self.net[2](self.net[0](h))
-
-
-class GEGLU(nn.Module):
-    def __init__(self, c, inner):
-        super().__init__()
-        self.proj = nn.Linear(c, 2 * inner)
-
-    def forward(self, h):
-        h, gate = self.proj(h).chunk(2, dim=-1)
-        return h * F.gelu(gate)
+        h, gate = self.net[0]["proj"](h).chunk(2, dim=-1)
+        return self.net[2](h * F.gelu(gate))
 
 
 class Downsample(nn.Module):

@@ -8,7 +8,9 @@ import math
 import os
 import re
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,39 +41,36 @@ class TensorFile:
     """
 
     def __init__(self, path, rename=lambda name: name):
-        self.path, self._fingerprint = Path(path), None
-        check_download(self.path)
-        if self.path.suffix == ".safetensors":
-            with self._open() as f:
-                shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
-                self.header = f.metadata() or {}
-            self._pickled = None
-        else:
-            self._pickled, self.header = _unpickle(self.path), {}
-            shapes = {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
+        self.path, self.header, self._fingerprint = Path(path), {}, None
+        with foreign_file(self.path, "is not a plain file of tensors, or is truncated",
+                          "restore it, or download it again"):
+            with open(self.path, "rb") as f:
+                if f.read(23) == b"version https://git-lfs":
+                    raise Fail(f"{self.path} is a Git LFS pointer: run `git lfs pull` there, or download it")
+            if self.path.suffix == ".safetensors":
+                self._open = lambda: safe_open(self.path, "pt").get_tensor      # name in the file -> tensor
+                with safe_open(self.path, "pt") as f:
+                    shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+                    self.header |= f.metadata() or {}
+            else:
+                state = _unpickle(self.path)
+                self._open = lambda: state.__getitem__
+                shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self.names = {ours: name for name in shapes if (ours := rename(name)) is not None}
         self.shapes = {ours: shapes[name] for ours, name in self.names.items()}
 
-    def _open(self):
-        with foreign_file(self.path, "is no complete safetensors file", "restore it, or download it again"):
-            return safe_open(self.path, "pt")
-
     def get(self, name):
         """One tensor, mapped from the file."""
-        [(_, tensor)] = self.read([name])
-        return tensor
+        return next(self.read([name]))[1]
 
     def read(self, names):
         """(name, tensor) of each in turn, mapped; reopens the file every 128 MB, to unmap earlier ones."""
-        f, size = None, math.inf
+        size = math.inf
         for name in names:
-            if self._pickled is not None:
-                tensor = self._pickled[self.names[name]]
-            else:
-                if size > 2 ** 27:
-                    f, size = self._open(), 0
-                tensor = f.get_tensor(self.names[name])
-                size += tensor.nbytes
+            if size > 2 ** 27:
+                get, size = self._open(), 0
+            tensor = get(self.names[name])
+            size += tensor.nbytes
             yield name, tensor
 
     def fingerprint(self):
@@ -87,30 +86,11 @@ class TensorFile:
         return self._fingerprint
 
 
-def check_download(path):
-    """Fail where a file is missing, a Git LFS pointer, or shorter than its own header states."""
-    if not path.is_file():
-        raise Fail(f"{path} does not exist or is not a file")
-    with open(path, "rb") as f:
-        head = f.read(40)
-    if head.startswith(b"version https://git-lfs"):
-        raise Fail(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` there, or download it")
-    size, header = path.stat().st_size, int.from_bytes(head[:8], "little")
-    if path.suffix == ".safetensors" and (size < 8 or header + 8 > size):
-        raise Fail(f"{path} is truncated or no safetensors file ({size} bytes); download it again")
-
-
 def _unpickle(path):
-    with foreign_file(path, "is not a plain file of tensors, or is truncated", "download it again"):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            state = torch.load(path, map_location="cpu", weights_only=True)     # the format before torch 1.6
-    if not isinstance(state, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()):
-        raise Fail(f"{path} contains no state dict of tensors; pass the file that holds only the weights")
+    mapped = zipfile.is_zipfile(path)           # torch cannot map its format before version 1.6
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
+        raise ValueError("it is no state dict, or holds more than that")
     return state
 
 
@@ -123,14 +103,15 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     with foreign_file(file.path, "has tensors of impossible shapes", hint), torch.device("meta"):
         network = build()
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    missing = [name for name in wanted if name not in file.shapes]
-    unexpected = [name for name in file.shapes if name not in wanted]
-    wrong = [f"{name} {file.shapes[name]} instead of {shape}" for name, shape in wanted.items()
-             if name in file.shapes and file.shapes[name] not in (shape, (*shape, 1, 1))]
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", wrong)):
+    wrong = {
+        "missing": [name for name in wanted if name not in file.shapes],
+        "unexpected": [name for name in file.shapes if name not in wanted],
+        "of a wrong shape": [
+            f"{name} {file.shapes[name]} instead of {shape}" for name, shape in wanted.items()
+            if file.shapes.get(name, shape) not in (shape, (*shape, 1, 1))]}
+    for what, names in wrong.items():
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise Fail(f"{file.path}: {len(names)} tensors {what}: {', '.join(names[:3])}{more}. {hint}")
+            raise Fail(f"{file.path}: {len(names)} tensors {what}: {', '.join(names[:3])}. {hint}")
     state = {}
     for name, tensor in file.read(wanted):
         if not tensor.dtype.is_floating_point:
@@ -146,23 +127,22 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
 def open_sd15(source):
     """A Diffusers folder, CompVis file, Hugging Face repository or "toy" -> TensorFiles (U-Net, VAE)."""
     path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
-    candidates = {part: [FILE.format(part, kind) for kind in ("", ".fp16")] for part in ("unet", "vae")}
+    pairs = [[FILE.format(part, kind) for kind in ("", ".fp16")] for part in ("unet", "vae")]
     if path.is_file():
-        files = [TensorFile(path, _compvis_unet_name), TensorFile(path, _compvis_vae_name)]
-        if not files[0].names:
-            raise Fail(f"{path} contains no `model.diffusion_model.*` tensors: pass the complete file, or "
-                       "a folder with unet/ and vae/")
-        return _refuse_other_models(files)
-    if path.is_dir() or source in BUILT_IN:
-        paths = [_find(path, names) for names in candidates.values()]
-    elif is_hub_name(source):
-        # float16 first: half as large, and finer than the bfloat16 that it is used in
+        unet = TensorFile(path, partial(_rename, "model.diffusion_model.", _COMPVIS_UNET))
+        vae = TensorFile(path, partial(_rename, "first_stage_model.", _COMPVIS_VAE))
+    elif path.is_dir() or is_hub_name(source):
+        # of a repository float16 first: half as large, and finer than the bfloat16 that it is used in
         sha256 = SD15_SHA256 if source == SD15 else {}
-        paths = [hub_file(source, names[::-1], sha256) for names in candidates.values()]
+        paths = [_find(path, pair) if path.is_dir() else hub_file(source, pair[::-1], sha256)
+                 for pair in pairs]
+        unet, vae = TensorFile(paths[0]), TensorFile(paths[1], partial(_rename, "", _OLD_ATTENTION))
     else:
         raise Fail(f"--sd15 {source}: no such folder or file; pass a Diffusers folder, a CompVis file, or a "
                    f"Hugging Face repository such as {SD15}")
-    return _refuse_other_models([TensorFile(paths[0]), TensorFile(paths[1], _vae_attention_name)])
+    if other := _other_model(unet.shapes):
+        raise Fail(f"{path} looks like {other}; this program needs Stable Diffusion 1.5 ({SD15})")
+    return unet, vae
 
 
 def load_unet(file, device="cpu", dtype=torch.float32):
@@ -196,24 +176,19 @@ def _geometry(file, prefix):
     while shape := file.shapes.get(f"{prefix}.{len(channels)}.resnets.0.conv1.weight"):
         channels.append(shape[0])
     first = re.compile(rf"{prefix}\.0\.resnets\.\d+\.conv1\.weight")
-    layers = sum(first.fullmatch(name) is not None for name in file.shapes)
-    if not channels or any(c % 32 for c in channels):
-        raise ValueError(f"no {prefix}.*.resnets with widths that are multiples of 32")
-    return tuple(channels), layers
+    return tuple(channels), sum(first.fullmatch(name) is not None for name in file.shapes)
 
 
-def _refuse_other_models(files):
-    shapes = files[0].shapes
-    attention = [shape for name, shape in shapes.items() if name.endswith("attentions.0.proj_in.weight")]
+def _other_model(shapes):
+    """What a U-Net's tensors are of, where it is known and not Stable Diffusion 1.5."""
+    if not shapes:
+        return "a part of a model, without `model.diffusion_model.*`"
     if any(name.startswith(("add_embedding", "label_emb")) for name in shapes):
-        other = "SDXL"
-    elif attention and len(attention[0]) == 2:
-        other = "Stable Diffusion 2"
-    elif shapes.get("conv_in.weight", ())[1:2] in ((8,), (9,)):
-        other = "an inpainting or image-editing variant"
-    else:
-        return files
-    raise Fail(f"{files[0].path} looks like {other}; this program needs Stable Diffusion 1.5 ({SD15})")
+        return "SDXL"
+    if len(shapes.get("down_blocks.0.attentions.0.proj_in.weight", ())) == 2:
+        return "Stable Diffusion 2"
+    if shapes.get("conv_in.weight", ())[1:2] in ((8,), (9,)):
+        return "an inpainting or image-editing variant"
 
 
 def _find(folder, names):
@@ -231,7 +206,8 @@ def licence(base, encoder_terms):
 
 # Names in the other layouts -> Diffusers' names
 
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION = {r"\.query\.": ".to_q.", r"\.key\.": ".to_k.", r"\.value\.": ".to_v.",
+                  r"\.proj_attn\.": ".to_out.0."}
 _COMPVIS_UNET = {
     r"^time_embed\.0": "time_embedding.linear_1", r"^time_embed\.2": "time_embedding.linear_2",
     r"^out\.0": "conv_norm_out", r"^out\.2": "conv_out", r"^input_blocks\.0\.0": "conv_in",
@@ -244,52 +220,33 @@ _COMPVIS_VAE = {
     r"mid\.attn_1": "mid_block.attentions.0", r"(attentions\.0)\.norm\.": r"\1.group_norm.",
     r"(attentions\.0)\.([qkv])\.": r"\1.to_\2.", r"(attentions\.0)\.proj_out": r"\1.to_out.0",
     r"nin_shortcut": "conv_shortcut", r"norm_out": "conv_norm_out",
-    r"down\.(\d)\.block\.(\d)": r"down_blocks.\1.resnets.\2",
-    r"down\.(\d)\.downsample": r"down_blocks.\1.downsamplers.0"}
+    r"down\.(\d)": r"down_blocks.\1", r"up\.0": "up_blocks.3", r"up\.1": "up_blocks.2",
+    r"up\.2": "up_blocks.1", r"up\.3": "up_blocks.0", r"\.block\.(\d)": r".resnets.\1",
+    r"\.(down|up)sample\.": r".\1samplers.0."}
+for i in range(12):         # three blocks a level, after input block 0, which is conv_in
+    level, j = divmod(i, 3)
+    for side, block in (("down", rf"^input_blocks\.{i + 1}"), ("up", rf"^output_blocks\.{i}")):
+        _COMPVIS_UNET |= {rf"{block}\.\d\.(op|conv)\.": f"{side}_blocks.{level}.{side}samplers.0.conv.",
+                          rf"{block}\.0\.": f"{side}_blocks.{level}.resnets.{j}.",
+                          rf"{block}\.1\.": f"{side}_blocks.{level}.attentions.{j}."}
 
 
-def _substitute(name, table):
+def _rename(prefix, table, name):
+    """The name without the prefix, each pattern of the table replaced; None for a name of another part."""
+    if not name.startswith(prefix):
+        return None
+    name = name.removeprefix(prefix)
     for old, new in table.items():
         name = re.sub(old, new, name)
     return name
-
-
-def _vae_attention_name(name):
-    return re.sub(r"attentions\.0\.(query|key|value|proj_attn)\.",
-                  lambda m: f"attentions.0.{_OLD_ATTENTION[m[1]]}.", name)
-
-
-def _compvis_unet_name(name):
-    """None for the VAE, the text encoder, the schedule and the EMA copy."""
-    if not name.startswith("model.diffusion_model."):
-        return None
-    name = _substitute(name.removeprefix("model.diffusion_model."), _COMPVIS_UNET)
-    if m := re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.(.*)", name):
-        side, block, slot, rest = m[1], int(m[2]), int(m[3]), m[4]
-        if side == "input" and rest.startswith("op."):
-            return f"down_blocks.{block // 3 - 1}.downsamplers.0.conv.{rest[3:]}"
-        if side == "output" and rest.startswith("conv."):
-            return f"up_blocks.{block // 3}.upsamplers.0.{rest}"
-        level, j = divmod(block - 1 if side == "input" else block, 3)
-        blocks = "down_blocks" if side == "input" else "up_blocks"
-        name = f"{blocks}.{level}.{'attentions' if slot else 'resnets'}.{j}.{rest}"
-    return name
-
-
-def _compvis_vae_name(name):
-    if not name.startswith("first_stage_model."):
-        return None
-    name = _substitute(name.removeprefix("first_stage_model."), _COMPVIS_VAE)
-    name = re.sub(r"up\.(\d)\.block\.(\d)", lambda m: f"up_blocks.{3 - int(m[1])}.resnets.{m[2]}", name)
-    return re.sub(r"up\.(\d)\.upsample\.", lambda m: f"up_blocks.{3 - int(m[1])}.upsamplers.0.", name)
 
 
 # ---- the Hugging Face hub ----------------------------------------------------------------------------------
 
 def is_hub_name(source):
     """Whether this is a name of a repository, owner/name, by the hub's rules."""
-    fits = re.fullmatch(r"\b[\w.-]+\b/\b[\w.-]{1,96}\b", str(source))
-    return fits is not None and not re.search(r"--|\.\.|\.git$", str(source))
+    rules = r"(?!.*(--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]{1,96}\b"
+    return re.fullmatch(rules, str(source)) is not None
 
 
 def hub_file(repository, candidates, sha256=None, access=""):
@@ -299,7 +256,7 @@ def hub_file(repository, candidates, sha256=None, access=""):
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError
     for name in candidates:
         if isinstance(path := try_to_load_from_cache(repository, name), str):
             return Path(path)
@@ -307,13 +264,7 @@ def hub_file(repository, candidates, sha256=None, access=""):
     try:
         size = (get_hf_file_metadata(hf_hub_url(repository, name)).size or 0) / 1e9
         print(f"downloading {name} of {repository} ({size:.2f} GB) to {HF_HUB_CACHE}", file=sys.stderr)
-        for attempt in range(3, 0, -1):
-            try:
-                path = Path(hf_hub_download(repository, name))
-                break
-            except Exception as problem:    # a broken connection: the next attempt resumes the download
-                if isinstance(problem, (HfHubHTTPError, OSError)) or attempt == 1:
-                    raise
+        path = Path(hf_hub_download(repository, name))      # which resumes after a broken connection
     except Exception as problem:            # of the hub's client and the libraries beneath it
         if others and isinstance(problem, EntryNotFoundError):
             return hub_file(repository, others, sha256, access)

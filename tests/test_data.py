@@ -97,9 +97,9 @@ def animated(path):
     ("x.png", bomb, "100000 x 100000"), ("x.png", truncated, "cannot be read"),
     ("x.jpg", truncated, "cannot be read"),
     ("x.png", animated, "2 frames"), ("x.tif", animated, "2 frames"),
-    ("x.png", lambda p: p.write_text("no image"), "not an image"),
+    ("x.png", lambda p: p.write_text("no image"), "cannot identify image"),
     ("x.png", lambda p: Image.new("RGB", (1, 1)).save(p), "1 x 1"),
-    ("x.png", lambda p: p.write_bytes(b""), "not an image"),
+    ("x.png", lambda p: p.write_bytes(b""), "cannot identify image"),
     ("x.tif", lambda p: Image.fromarray(np.zeros((20, 20), np.float32)).save(p), "floating-point"),
     ("x.png", lambda p: None, "not exist")])
 def test_what_is_no_single_readable_patch_is_refused_by_name(name, write, words, tmp_path):

@@ -265,13 +265,6 @@ def check_split(split):
                                                            for part in split.values())
 
 
-def test_a_list_of_ten_million_entries_is_refused_by_its_size(tmp_path):
-    with open(tmp_path / "train.json", "wb") as f:
-        f.truncate(10_000_000 * 40)         # sparse: what so many entries would take
-    with pytest.raises(Fail, match="larger than"):
-        read_dataset(tmp_path)
-
-
 # ---- images and statistics ---------------------------------------------------------------------------------
 
 def encoded(form):
