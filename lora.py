@@ -166,6 +166,8 @@ def read_lora(file):
         for name in file.names:
             if m := re.fullmatch(r"unet\.(.+\.)lora_([AB])\.weight", name):
                 tensors[m[1] + m[2]] = file.get(name).float()
+            elif not name.startswith("lora_projector."):
+                raise ValueError(f"{name} is neither LoRA of the attention nor the projector")
         if not tensors or not math.isfinite(alpha):
             raise ValueError("there are no layers, or α is not finite")
         if any(tensor.shape[name.endswith("B")] != rank for name, tensor in tensors.items()):

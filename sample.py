@@ -213,7 +213,7 @@ def parse_args():
     if args.ref and (args.label or args.limit):
         raise Fail("--label and --limit choose among the patches of --split; with --ref, name the images")
     given = {f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)}
-    return args, [Sampling(**given | {"cfg": w}) for w in given.get("cfg", [Sampling.cfg])]
+    return args, [Sampling(**given | {"cfg": w}) for w in dict.fromkeys(given.get("cfg", [Sampling.cfg]))]
 
 
 def main():

@@ -85,8 +85,8 @@ def foreign_file(path, problem="is damaged", advice="restore or remove it"):
     """Turn any exception of the block, which reads a foreign file, into one line with its name and advice."""
     try:
         yield
-    except Fail:
-        raise
+    except (Fail, MemoryError, torch.OutOfMemoryError, PermissionError):
+        raise                           # not the file's fault
     except FileNotFoundError:
         raise Fail(f"{path} does not exist") from None
     except Exception as cause:          # decoders of images, archives, pickles and JSON raise dozens of kinds
@@ -236,8 +236,8 @@ def save_text(path, text):
 
 
 def save_json(path, data):
-    """Write a JSON file atomically, in UTF-8."""
-    save_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    """Write a JSON file atomically, in ASCII: a path in it need not be valid UTF-8."""
+    save_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def read_json(path):

@@ -245,8 +245,9 @@ def table6(out):
     for factors, paper_epoch, paper_fid in ROWS:
         folder = row_folder(out, factors)
         log, settings = read_csv(folder / "log.csv"), read_settings(folder)
-        if not log or (int(log[-1]["epoch"]) < settings.epochs
-                       and int(log[-1]["step"]) != settings.max_steps):
+        if not log or settings is None:
+            continue
+        if int(log[-1]["epoch"]) < settings.epochs and int(log[-1]["step"]) != settings.max_steps:
             continue
         first = first or settings
         for name in set(settings.differing(first)) - {*FACTORS, "alpha"}:

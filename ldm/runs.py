@@ -210,7 +210,8 @@ def environment():
         except PackageNotFoundError:
             found[name] = None
     try:
-        command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+        command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40",
+                   "--exclude", "*"]
         found["git"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         found["git"] = None

@@ -170,3 +170,15 @@ def test_a_folder_of_patches_may_be_called_toy(tmp_path, monkeypatch):
     args, _, _ = parse_settings("")
     # found again from any other folder
     assert args.data == str(tmp_path / "toy") and args.sd15 == "toy"
+
+
+@pytest.mark.parametrize("problem", [MemoryError(), torch.OutOfMemoryError("full"),
+                                     PermissionError(13, "denied")])
+def test_a_file_is_not_blamed_for_memory_or_permission(problem):
+    with pytest.raises(type(problem)), app.foreign_file("patch.png"):
+        raise problem
+
+
+def test_json_keeps_names_that_are_no_utf8(tmp_path):
+    app.save_json(tmp_path / "x.json", {"data": "a\udcff/é"})
+    assert app.read_json(tmp_path / "x.json") == {"data": "a\udcff/é"}

@@ -289,3 +289,16 @@ def test_an_adapters_terms_are_those_of_its_parents():
     toy = licence("toy", TOY.terms)
     assert "MIT" in toy and "RAIL" not in toy and "NC" not in toy
     assert "NC-ND" in licence("toy", UNI2H.terms) and "RAIL" in licence("other", TOY.terms)
+
+
+def test_an_adapter_with_a_tensor_of_another_kind_is_refused(tmp_path):
+    """Without that tensor the LoRA would be another one."""
+    unet = inject(UNet((32, 64), 1, context=16), 2)
+    save_adapter(tmp_path / "a.safetensors", unet, Projector(8, 8, 1, 16), HEADER)
+    file = open_adapter(tmp_path / "a.safetensors")
+    tensors = {name: file.get(name).clone() for name in file.names}
+    stray = {"text_encoder.layers.0.lora_A.weight": torch.zeros(2, 8)}
+    save_file(tensors | stray, tmp_path / "b.safetensors", file.header)
+    load_adapter(open_adapter(tmp_path / "a.safetensors"), UNet((32, 64), 1, context=16))
+    with pytest.raises(Fail, match="text_encoder"):
+        load_adapter(open_adapter(tmp_path / "b.safetensors"), UNet((32, 64), 1, context=16))

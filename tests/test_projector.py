@@ -128,3 +128,12 @@ def test_the_same_weights_under_another_recipe_are_another_encoder(change, uni2h
     changed = Encoder(file, replace(UNI2H, **change)).fingerprint()
     assert Encoder(file).fingerprint() == Encoder(file, TOY).fingerprint() == file.fingerprint() != changed
     assert changed == Encoder(file, replace(UNI2H, **change, access="other advice")).fingerprint()
+
+
+def test_an_edited_recipe_of_uni2h_is_another_encoder(uni2h, monkeypatch):
+    """The fingerprint of the published recipe is that of the weights; its mean may not change unnoticed."""
+    before = open_encoder(uni2h).fingerprint()
+    assert before == open_encoder(uni2h).file.fingerprint()
+    edited = replace(UNI2H, mean=(0.5, 0.5, 0.5))
+    monkeypatch.setattr("ldm.encoder.UNI2H", edited)
+    assert Encoder(open_encoder(uni2h).file, edited).fingerprint() != before

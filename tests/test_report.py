@@ -130,3 +130,10 @@ def test_a_row_of_the_ablation_is_trained_once_and_tabulated(small, tmp_path):
     config.write_text(config.read_text().replace('"size": 64', '"size": 32'))
     result = program("ldm.report", "--ablation", "out", "--row", 2, *arguments, cwd=tmp_path, check=False)
     assert result.returncode == 2 and "size" in result.stderr
+
+
+def test_a_row_of_the_ablation_without_its_settings_is_left_out(tmp_path):
+    row = report.row_folder(tmp_path, report.ROWS[0][0])
+    row.mkdir()
+    (row / "log.csv").write_text("epoch,step,val_loss\n1,1,0.5\n")
+    assert report.table6(tmp_path) == []

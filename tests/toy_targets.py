@@ -24,7 +24,7 @@ from ldm.encoder import Inception                                               
 from ldm.toy.tissue import write_dataset                                                                           # noqa: E402
 from ldm.weights import load_vae, open_sd15                                                                  # noqa: E402
 
-VARIANTS = {"both": [], "projector only": ["--alpha", "1e-9"], "LoRA only": ["--lr-ratio", "0"]}
+VARIANTS = {"both": [], "projector only": ["--alpha", "1e-6"], "LoRA only": ["--lr-ratio", "0"]}
 
 
 def matched(image):
