@@ -60,8 +60,8 @@ def guide(eps_null, eps_c, w):
 def sample(e, projector, unet, how, seeds, latent):
     """Algorithm 2: embeddings e (B, d_e), Sampling, a seed per image, latent (4, h, w) -> z_0 (B, 4, h, w).
 
-    Each image has its own generator, on the CPU, for z_T and then the noise of every step: an image does not
-    depend on its batch. The state z is float32, whatever the U-Net is.
+    Each image has its own generator, on the CPU, for z_T and then the noise of every step: an image's noise
+    does not depend on its batch (its rounding may). The state z is float32, whatever the U-Net is.
     """
     device = projector.null.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -296,7 +296,7 @@ def find_references(args, settings, folder):
 def open_files(args, settings, adapter):
     """-> U-Net and VAE (TensorFiles) and the Encoder. Fails if the adapter was trained with others."""
     header = adapter.header
-    with rank0_first():             # which downloads what is missing
+    with rank0_first():             # it downloads what is missing
         unet_file, vae_file = open_sd15(args.sd15 or (settings.sd15 if settings else header["base"]))
         encoder = open_encoder(args.uni2h or (settings.uni2h if settings else header["encoder"]))
     for file, key in ((unet_file, "base_sha256"), (vae_file, "vae_sha256")):

@@ -66,7 +66,7 @@ def generator(*key):
 
 @dataclass
 class Noise:
-    """All random numbers of a step, for B images."""
+    """All random numbers of a step, for B images. Numbers in comments: the lines of Algorithm 1."""
     mirrored: torch.Tensor              # (B,) bool
     posterior: torch.Tensor             # (B, 4, h, w)  4: E(x) is a sample, as in Diffusers
     noise: torch.Tensor                 # (B, 4, h, w)  5: ε
@@ -88,8 +88,8 @@ def draw_noise(g, batch, latent, p, hidden):
         mirrored=torch.rand(batch, generator=g) < 0.5,
         posterior=torch.randn(batch, *latent, generator=g),
         noise=torch.randn(batch, *latent, generator=g),
-        t=torch.randint(0, T, (batch,), generator=g),
-        null=torch.rand(batch, 1, generator=g) < p,
+        t=torch.randint(0, T, (batch,), generator=g),                                       # 5
+        null=torch.rand(batch, 1, generator=g) < p,                                         # 7
         keep=(torch.rand(hidden[0], batch, hidden[1], generator=g) >= DROPOUT) / (1 - DROPOUT))
 
 
@@ -352,7 +352,7 @@ def prepare(settings, resumed):
         patches = patches or read_dataset(data)
         lock = Lock(folder) if RANK0 and folder.is_dir() else None
         started = (folder / "state.safetensors").exists()
-        if not started and (folder / "log.csv").exists():       # which is written after the first state
+        if not started and (folder / "log.csv").exists():       # it is written after a state
             raise Fail(f"{folder}/state.safetensors is missing; restore it, or pass another --run")
         split = split_of_run(folder, patches, settings.split, started)
         names = {part: subsample(split[part], settings.limit) for part in ("train", "val")}
@@ -403,7 +403,7 @@ def build(settings, inputs, device):
         check_or_create(folder, settings, sha256)
     unet = load_unet(inputs.unet_file, device, frozen_dtype(device))
     inject(unet, settings.rank, settings.alpha, torch.Generator().manual_seed(settings.seed))
-    torch.manual_seed(seed_of(settings.seed, INITIAL))      # of the projector alone, whatever LoRA's rank is
+    torch.manual_seed(seed_of(settings.seed, INITIAL))      # for the projector; LoRA has its own
     projector = build_projector(settings, inputs.encoder.width, unet.context).to(device)
     print(parameter_table(unet, projector))
     images = list(zip(inputs.names["train"], hashes["train"]))
@@ -411,7 +411,7 @@ def build(settings, inputs, device):
     if inputs.started:
         trainer.restore(folder / "state.safetensors")
         if RANK0:
-            trainer.save_log(folder)        # which may have been written before or after the state
+            trainer.save_log(folder)        # a crash between the two leaves an older one
         print(f"{folder}: found, resumes after step {trainer.step} of {trainer.total}")
     title, hash_of = {p.name: p.title for p in inputs.patches}, dict(zip(inputs.names["val"], hashes["val"]))
     chosen = subsample(sorted(inputs.names["val"], key=title.get), settings.val_samples)

@@ -185,7 +185,7 @@ def progress(*args, **kwargs):
 
 
 def call(program, *args):
-    """Run one of our programs in its own process -> its exit code. Stopping this process stops it first."""
+    """Run one of our programs in its own process -> its exit code. Stopping this one stops it."""
     script = Path(__file__).resolve().parents[1] / program
     child = subprocess.Popen([sys.executable, str(script), *map(str, args)])
     try:

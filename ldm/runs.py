@@ -172,7 +172,7 @@ def read_settings(folder):
 def check_or_create(folder, settings, sha256):
     """Check that the run in this folder has these settings and hashes, or make the folder a run of these.
 
-    A run that has not saved an adapter yet is replaced: its settings may have been the reason.
+    Until a run has saved an adapter its config.json is replaced: its settings may be why it stopped.
     """
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
