@@ -26,13 +26,12 @@ import torch._functorch.config as functorch_config
 from fid import frechet_distance_of_features
 from ldm.app import (RANK0, WORLD, Fail, Signals, all_gather, all_reduce, barrier, broadcast, check_same,
                      foreign_file, frozen_dtype, join_processes, peak_memory, pick_device, progress,
-                     rank0_first, run_program, save_csv, save_tensors, save_text, shard)
-from ldm.data import describe_split, read_dataset, subsample
-from ldm.encoder import UNI2H, Cache, Inception, inception_available, open_encoder
+                     rank0_first, run_program, save_csv, save_tensors, save_text, shard, silence)
+from ldm.data import Cache, describe_split, read_dataset, subsample, write_toy_tissue
+from ldm.encoder import UNI2H, Inception, inception_available, open_encoder
 from ldm.runs import (TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
                       parse_settings, public_name, read_settings, split_of_run)
 from ldm.schedule import T, add_noise
-from ldm.toy.tissue import TISSUE, write_dataset
 from ldm.vae import draw_latent
 from ldm.weights import TensorFile, licence, load_unet, load_vae, open_sd15, unet_on_meta
 from lora import inject, lora_parameters, save_adapter
@@ -312,6 +311,8 @@ def main():
     settings, resumed, parameters_only = parse_settings(__doc__)
     if parameters_only:
         return print(count_parameters(settings))
+    if settings.quiet:
+        silence()
     signals, device = Signals(), pick_device(settings.device)
     join_processes(device)
     settings = replace(settings, features=broadcast(settings.features or pick_features(settings)))
@@ -378,7 +379,7 @@ def open_data(settings, folder, announce):
         print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop.\nFor the "
               "real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)",
               flush=True)
-    return write_dataset(folder.parent / TOY_DATA, **TISSUE)
+    return write_toy_tissue(folder.parent / TOY_DATA)
 
 
 def describe(patches, split):

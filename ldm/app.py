@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 RANK0 = RANK == 0
+sys.modules["ldm.files"] = sys.modules[__name__]        # its former name, for scripts of users
 
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def run_program(main):
     Rank 0 alone prints more than failures.
     """
     if not RANK0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        silence()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")        # a console without α prints another character for it
@@ -61,6 +62,11 @@ def run_program(main):
             raise
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def silence():
+    """Print nothing more but failures and announcements of downloads."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def explain(problem):
@@ -180,8 +186,8 @@ def safe_name(text):
 
 
 def progress(*args, **kwargs):
-    """tqdm's bar; silent off a terminal, and in every process but rank 0."""
-    return tqdm(*args, disable=None if RANK0 else True, **kwargs)
+    """tqdm's bar; silent off a terminal, and where nothing is printed."""
+    return tqdm(*args, disable=True if sys.stdout.name == os.devnull else None, **kwargs)
 
 
 def call(program, *args):

@@ -1,11 +1,12 @@
-"""Images, datasets, and the split by case."""
+"""Images, datasets, the split by case, and the cache of the frozen encoders' outputs."""
 import hashlib
 import json
 import os
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,12 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from .app import Fail, atomic_write, foreign_file, safe_name
+from .app import (Fail, atomic_write, barrier, broadcast, file_sha256, foreign_file, progress, safe_name,
+                  save_tensors, shard)
+from .weights import BUILT_IN, TensorFile
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+TOY_SIDE = 64           # pixels of a patch of toy tissue
 MAX_PIXELS, MIN_SIDE, MAX_ASPECT = 8192 * 8192, 16, 16
 Image.MAX_IMAGE_PIXELS = None           # load_rgb checks the size itself, before it reads the pixels
 
@@ -328,3 +332,89 @@ def describe_split(split, patches):
     numbers = {part: len(found) for part, found in cases.items()}
     text = {"patches": counts, "cases": numbers, "cases_in_several_parts": shared, **split}
     return json.dumps(text, indent=1, ensure_ascii=False) + "\n"
+
+
+def write_toy_tissue(folder):
+    """Cut the sheets ldm/toy/CLASS.jpg, a slide in each row, into folder/CLASS/SLIDE/PATCH.png -> the folder.
+
+    Existing patches are kept.
+    """
+    for sheet in sorted(BUILT_IN["toy"].glob("*.jpg")):
+        pixels = np.asarray(load_rgb(sheet))
+        rows, columns = (n // TOY_SIDE for n in pixels.shape[:2])
+        for row, column in product(range(rows), range(columns)):
+            path = folder / sheet.stem / f"{sheet.stem}-{row:03d}" / f"{column:02d}.png"
+            if not path.exists():
+                y, x = row * TOY_SIDE, column * TOY_SIDE
+                save_image(path, Image.fromarray(pixels[y:y + TOY_SIDE, x:x + TOY_SIDE]))
+    return folder
+
+
+# ---- the cache of the frozen networks' outputs -------------------------------------------------------------
+
+class Cache:
+    """Outputs of the frozen encoders: posterior mean and log-variance of each image and of its mirror image,
+    and the embedding of the image itself.
+
+    One folder per (VAE, encoder, size), named by the hash of their fingerprints; in it shards of up to 32
+    images, each image under the hash of its file. So nothing in it can be stale. Shards are written
+    atomically: an interrupted run resumes, and two runs may share a folder.
+    """
+    SHARD, COLUMNS = 32, ("mean", "logvar", "embedding")
+
+    def __init__(self, folder, vae_sha256, encoder_sha256, size):
+        key = f"1 {vae_sha256} {encoder_sha256} {size}"
+        self.folder, self.size = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16], size
+        self.rows = {}          # image hash -> (mean, logvar (2, 4, h, w), embedding (d_e,)), mapped
+        self._read()
+
+    def _read(self):
+        for path in sorted(self.folder.glob("[!.]*.safetensors")):      # hidden ones are still being written
+            try:
+                file = TensorFile(path)
+                images, tensors = json.loads(file.header["images"]), [file.get(name) for name in self.COLUMNS]
+                self.rows |= {image: [tensor[i] for tensor in tensors] for i, image in enumerate(images)}
+            except Exception:       # Fail among them: restoring or downloading is not the remedy here
+                raise Fail(f"{path} is no complete shard of the cache; remove it") from None
+
+    def fill(self, paths, encoders):
+        """Add the images that are missing -> the hash of each path's file.
+
+        encoders() -> (encode, embed), called only where images are missing. encode: x (B, 3, size, size) ->
+        mean, logvar; embed: PIL images -> e. Several processes share the work, and read each other's shards.
+        """
+        with ThreadPoolExecutor() as pool:
+            hashes = list(progress(pool.map(file_sha256, paths), "reading images", len(paths), leave=False))
+            missing = {h: path for h, path in zip(hashes, paths) if h not in self.rows}
+            todo = broadcast(list(missing.items()))
+            shards = shard([todo[i:i + self.SHARD] for i in range(0, len(todo), self.SHARD)])
+            if shards:
+                encode, embed = encoders()
+                batches = prefetch(pool, load_rgb, [[path for _, path in part] for part in shards])
+                for part, images in zip(shards, progress(batches, "caching", len(shards))):
+                    self._write([h for h, _ in part], images, encode, embed)
+        if todo:
+            barrier()
+            self._read()
+        if lost := [path for h, path in zip(hashes, paths) if h not in self.rows]:
+            raise Fail(f"{lost[0]} is not in the cache {self.folder} of this process; all must see the same "
+                       "images and cache")
+        return hashes
+
+    def _write(self, hashes, images, encode, embed):
+        rows = []
+        for i in range(0, len(images), 4):          # in fours: small enough for 12 GB at 512 px
+            x = to_tensor(images[i:i + 4], self.size)
+            latents = encode(torch.cat([x, x.flip(-1)]))
+            mean, logvar = (t.unflatten(0, (2, -1)).transpose(0, 1) for t in latents)
+            rows.append((mean, logvar, embed(images[i:i + 4])))
+        tensors = dict(zip(self.COLUMNS, map(torch.cat, zip(*rows))))
+        names = json.dumps(hashes)
+        shard_name = hashlib.sha256(names.encode()).hexdigest()[:16]
+        save_tensors(self.folder / f"{shard_name}.safetensors", tensors, {"images": names})
+
+    def batch(self, hashes, mirrored):
+        """Image hashes and a flag for each -> mean, logvar (B, 4, h, w) and embeddings (B, d_e)."""
+        rows = [self.rows[h] for h in hashes]
+        mean, logvar = (torch.stack([row[k][int(m)] for row, m in zip(rows, mirrored)]) for k in (0, 1))
+        return mean, logvar, torch.stack([row[2] for row in rows])

@@ -1,6 +1,5 @@
-"""Frozen networks that turn images into features: the pathology encoder and FID's Inception; their cache."""
+"""Frozen networks that turn images into features: the pathology encoder, and FID's Inception."""
 import hashlib
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,8 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .app import (Fail, all_gather, barrier, broadcast, file_sha256, first_line, foreign_file, progress,
-                  save_tensors, shard)
-from .data import load_rgb, prefetch, resize_crop, to_tensor
+from .app import Fail, all_gather, first_line, foreign_file, progress, shard
+from .data import load_rgb, prefetch, resize_crop
 from .weights import BUILT_IN, TensorFile, hub_file, is_hub_name, load
 
 
@@ -266,73 +264,3 @@ def resize_tf1(image):
 
 
 RESIZERS = {"pytorch-fid": resize_pytorch_fid, "clean": resize_clean, "tf1": resize_tf1}
-
-
-# ---- the cache of the frozen networks' outputs -------------------------------------------------------------
-
-class Cache:
-    """Outputs of the frozen encoders: posterior mean and log-variance of each image and of its mirror image,
-    and the embedding of the image itself.
-
-    One folder per (VAE, encoder, size), named by the hash of their fingerprints; in it shards of up to 32
-    images, each image under the hash of its file. So nothing in it can be stale. Shards are written
-    atomically: an interrupted run resumes, and two runs may share a folder.
-    """
-    SHARD, COLUMNS = 32, ("mean", "logvar", "embedding")
-
-    def __init__(self, folder, vae_sha256, encoder_sha256, size):
-        key = f"1 {vae_sha256} {encoder_sha256} {size}"
-        self.folder, self.size = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16], size
-        self.rows = {}          # image hash -> (mean, logvar (2, 4, h, w), embedding (d_e,)), mapped
-        self._read()
-
-    def _read(self):
-        for path in sorted(self.folder.glob("[!.]*.safetensors")):      # hidden ones are still being written
-            try:
-                file = TensorFile(path)
-                images, tensors = json.loads(file.header["images"]), [file.get(name) for name in self.COLUMNS]
-                self.rows |= {image: [tensor[i] for tensor in tensors] for i, image in enumerate(images)}
-            except Exception:       # Fail among them: restoring or downloading is not the remedy here
-                raise Fail(f"{path} is no complete shard of the cache; remove it") from None
-
-    def fill(self, paths, encoders):
-        """Add the images that are missing -> the hash of each path's file.
-
-        encoders() -> (encode, embed), called only where images are missing. encode: x (B, 3, size, size) ->
-        mean, logvar; embed: PIL images -> e. Several processes share the work, and read each other's shards.
-        """
-        with ThreadPoolExecutor() as pool:
-            hashes = list(progress(pool.map(file_sha256, paths), "reading images", len(paths), leave=False))
-            missing = {h: path for h, path in zip(hashes, paths) if h not in self.rows}
-            todo = broadcast(list(missing.items()))
-            shards = shard([todo[i:i + self.SHARD] for i in range(0, len(todo), self.SHARD)])
-            if shards:
-                encode, embed = encoders()
-                batches = prefetch(pool, load_rgb, [[path for _, path in part] for part in shards])
-                for part, images in zip(shards, progress(batches, "caching", len(shards))):
-                    self._write([h for h, _ in part], images, encode, embed)
-        if todo:
-            barrier()
-            self._read()
-        if lost := [path for h, path in zip(hashes, paths) if h not in self.rows]:
-            raise Fail(f"{lost[0]} is not in the cache {self.folder} of this process; all must see the same "
-                       "images and cache")
-        return hashes
-
-    def _write(self, hashes, images, encode, embed):
-        rows = []
-        for i in range(0, len(images), 4):          # in fours: small enough for 12 GB at 512 px
-            x = to_tensor(images[i:i + 4], self.size)
-            latents = encode(torch.cat([x, x.flip(-1)]))
-            mean, logvar = (t.unflatten(0, (2, -1)).transpose(0, 1) for t in latents)
-            rows.append((mean, logvar, embed(images[i:i + 4])))
-        tensors = dict(zip(self.COLUMNS, map(torch.cat, zip(*rows))))
-        names = json.dumps(hashes)
-        shard_name = hashlib.sha256(names.encode()).hexdigest()[:16]
-        save_tensors(self.folder / f"{shard_name}.safetensors", tensors, {"images": names})
-
-    def batch(self, hashes, mirrored):
-        """Image hashes and a flag for each -> mean, logvar (B, 4, h, w) and embeddings (B, d_e)."""
-        rows = [self.rows[h] for h in hashes]
-        mean, logvar = (torch.stack([row[k][int(m)] for row, m in zip(rows, mirrored)]) for k in (0, 1))
-        return mean, logvar, torch.stack([row[2] for row in rows])

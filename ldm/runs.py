@@ -69,6 +69,7 @@ class Settings:
     device: str = option(RUN, "auto", "cuda, mps or cpu", on_resume="this call")
     no_compile: bool = option(RUN, False, "do not torch.compile the U-Net (it is compiled on CUDA only)",
                               on_resume="this call")
+    quiet: bool = option(RUN, False, "print failures only", on_resume="this call")
 
     def differing(self, other):
         """Names of the settings that differ and must not, in comparable runs or a run and its resumption."""
@@ -161,9 +162,9 @@ def read_settings(folder):
     values = read_json(path).get("args")
     if not isinstance(values, dict):
         return None
-    older = ("parameters", "quiet")         # which older versions saved
+    older = "parameters"                    # which older versions saved
     try:
-        return from_saved(Settings, {name: value for name, value in values.items() if name not in older})
+        return from_saved(Settings, {name: value for name, value in values.items() if name != older})
     except ValueError as problem:
         raise Fail(f"{path} is damaged or of another version ({problem}); restore it, or pass another "
                    "--run") from None

@@ -34,9 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fid  # noqa: E402
 from ldm.app import frozen_dtype, pick_device  # noqa: E402
-from ldm.data import list_images, load_rgb  # noqa: E402
+from ldm.data import Cache, list_images, load_rgb  # noqa: E402
 from ldm.runs import Settings  # noqa: E402
-from ldm.encoder import Cache, Inception, build_encoder, inception_available, open_encoder, preprocess  # noqa: E402
+from ldm.encoder import Inception, build_encoder, inception_available, open_encoder, preprocess  # noqa: E402
 from ldm.unet import UNet  # noqa: E402
 from ldm.vae import VAE  # noqa: E402
 from ldm.weights import open_sd15  # noqa: E402

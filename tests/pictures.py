@@ -1,7 +1,7 @@
 """Procedural pictures for the maker of the embedded base: shapes, cores, beads, spots in stain-like colours.
 
 Everything is drawn for a batch at once, on any device. n pictures of SIZE x SIZE pixels; a world is what
-several pictures share. None of it is toy tissue (ldm/toy/tissue.py), which shares no code with this file.
+several pictures share. None of it is toy tissue (tests/tissue.py), which shares no code with this file.
 """
 import math
 

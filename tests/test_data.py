@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.app import Fail, safe_name
-from ldm.encoder import Cache
-from ldm.data import (PROPORTIONS, Patch, describe_split, list_images, load_rgb, make_split,
+from ldm.data import (PROPORTIONS, Cache, Patch, describe_split, list_images, load_rgb, make_split,
                       read_dataset, read_split, resize_crop, split_patches, to_images, to_tensor)
 
 GREY = np.add.outer(np.arange(20), np.arange(30)).astype(np.uint16)

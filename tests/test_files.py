@@ -87,7 +87,7 @@ def test_a_process_that_sees_other_files_than_the_first_one_says_so(tmp_path, mo
     texture(0).save(tmp_path / "a.png")
     # the first process sees no image that is not cached
     with pytest.raises(Fail, match="a.png is not in the cache"):
-        encoder.Cache(tmp_path / "cache", "vae", "encoder", 64).fill([tmp_path / "a.png"], None)
+        data.Cache(tmp_path / "cache", "vae", "encoder", 64).fill([tmp_path / "a.png"], None)
 
 
 @pytest.mark.parametrize("source, public", [
@@ -147,13 +147,13 @@ def test_weights_with_odd_tensors_are_refused(shapes, tmp_path):
 @pytest.mark.parametrize("images, cut", [("5", 0), ('["a", "b", "c"]', 0), ('[["a"], "b"]', 0),
                                          ("[" * 9999, 0), ('["a", "b"]', 9)])
 def test_a_damaged_shard_of_the_cache_is_named(images, cut, tmp_path):
-    cache = encoder.Cache(tmp_path, "vae", "encoder", 64)
+    cache = data.Cache(tmp_path, "vae", "encoder", 64)
     path = cache.folder / "x.safetensors"
     save_tensors(path, {name: torch.ones(2, 2, 4, 8, 8) for name in ("mean", "logvar", "embedding")},
                  {"images": images})
     path.write_bytes(path.read_bytes()[:path.stat().st_size - cut])
     with pytest.raises(Fail, match="x.safetensors is no complete shard of the cache; remove it"):
-        encoder.Cache(tmp_path, "vae", "encoder", 64)
+        data.Cache(tmp_path, "vae", "encoder", 64)
 
 
 def test_a_list_that_names_a_link_to_itself_is_refused(tmp_path):

@@ -139,7 +139,8 @@ def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, m
     """On one fixed draw of noise and timesteps. (The frozen network is random: with new draws at every step,
     it predicts noise only so far, and the loss falls by half.)"""
     from ldm.data import read_dataset
-    from ldm.encoder import Cache, open_encoder
+    from ldm.data import Cache
+    from ldm.encoder import open_encoder
     from ldm.weights import load_unet
     root, encoder_file = shared("data/ebhi-colon"), open_encoder(uni2h)
     unet_file, vae_file = open_sd15(str(base))

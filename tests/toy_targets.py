@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from fid import frechet_distance_of_features                                                                  # noqa: E402
 from ldm.data import CLASSES, list_images, load_rgb, to_images, to_tensor                                         # noqa: E402
 from ldm.encoder import Inception                                                                              # noqa: E402
-from ldm.toy.tissue import write_dataset                                                                           # noqa: E402
+from tissue import write_dataset                         # noqa: E402
 from ldm.weights import load_vae, open_sd15                                                                  # noqa: E402
 
 VARIANTS = {"both": [], "projector only": ["--alpha", "1e-6"], "LoRA only": ["--lr-ratio", "0"]}

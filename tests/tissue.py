@@ -4,7 +4,7 @@ Glands on a jittered lattice, nuclei as small dark ellipses, two stains mixed by
 I = 255 exp(-c_H h - c_E e). A slide has one class, one pair of stains and one scale; its patches differ in the rest. Nothing
 here claims to be histology: it is a test pattern on which a person sees whether samples follow their reference.
 
-    python -m ldm.toy.tissue [OUT]      # writes the slides that training takes where it is given no data
+    python tests/tissue.py ldm/toy      # writes the sheets that training cuts its patches from, if it is given no data
 """
 import sys
 from pathlib import Path
@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data import CLASSES
-from ..app import atomic_write
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from ldm.app import atomic_write        # noqa: E402
+from ldm.data import CLASSES            # noqa: E402
 
-TISSUE = dict(slides=32, patches=7)     # of each class: 896 patches
+SLIDES, PATCHES = 32, 7                 # of each class in the sheets: 896 patches
 
 VIEW = 36       # side of a patch in the units that everything below is drawn in
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])     # optical density of H and E (Ruifrok and Johnston 2001)
@@ -198,5 +200,13 @@ def write_dataset(folder, slides, patches, size=64, seed=0):
     return folder
 
 
+def draw_sheet(label, size=64):
+    """All patches of a class, a slide in each row -> PIL image."""
+    slides = [draw_slide(label, s) for s in range(SLIDES)]
+    rows = [np.concatenate([np.asarray(draw_patch(slide, size)) for _ in range(PATCHES)], 1) for slide in slides]
+    return Image.fromarray(np.concatenate(rows))
+
+
 if __name__ == "__main__":
-    write_dataset(sys.argv[1] if len(sys.argv) > 1 else "toy-tissue", **TISSUE)
+    for label, name in enumerate(CLASSES):
+        draw_sheet(label).save(Path(sys.argv[1]) / f"{name}.jpg", quality=90, subsampling=0)
