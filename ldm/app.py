@@ -187,7 +187,7 @@ def safe_name(text):
 
 def progress(*args, **kwargs):
     """tqdm's bar; silent off a terminal, and where nothing is printed."""
-    return tqdm(*args, disable=True if sys.stdout.name == os.devnull else None, **kwargs)
+    return tqdm(*args, disable=getattr(sys.stdout, "name", "") == os.devnull or None, **kwargs)
 
 
 def call(program, *args):

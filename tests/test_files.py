@@ -83,7 +83,7 @@ def test_a_process_that_sees_other_files_than_the_first_one_says_so(tmp_path, mo
     monkeypatch.setattr(app, "broadcast", lambda value: {"base": "b"})
     with pytest.raises(Fail, match="other weights"):
         check_same("weights", {"base": "a"})
-    monkeypatch.setattr(encoder, "broadcast", lambda value: [])
+    monkeypatch.setattr(data, "broadcast", lambda value: [])
     texture(0).save(tmp_path / "a.png")
     # the first process sees no image that is not cached
     with pytest.raises(Fail, match="a.png is not in the cache"):
