@@ -25,7 +25,6 @@ from ldm.runs import find, read_settings
 
 # ---- metrics of two sets, of features x (n, d) and y (m, d) ------------------------------------------------
 
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), by definition, with scipy's sqrtm. Inexact for singular Σ."""
     root = scipy.linalg.sqrtm(sigma1 @ sigma2)
@@ -33,7 +32,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         offset = 1e-6 * np.eye(len(sigma1))
         root = scipy.linalg.sqrtm((sigma1 + offset) @ (sigma2 + offset))
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root).real)
-
 
 def frechet_distance_of_features(x, y):
     """The same number from features, for fewer images than features, where Σ is singular.
@@ -47,7 +45,6 @@ def frechet_distance_of_features(x, y):
     nuclear = scipy.linalg.svdvals(x @ y.T).sum()
     return float(np.square(mu_x - mu_y).sum() + np.square(x).sum() + np.square(y).sum() - 2 * nuclear)
 
-
 def squared_mmd(x, y):
     """Unbiased MMD² under the kernel (x·y/d + 1)³."""
     def kernel(a, b):
@@ -55,7 +52,6 @@ def squared_mmd(x, y):
     n, m, kxx, kyy = len(x), len(y), kernel(x, x), kernel(y, y)
     return ((kxx.sum() - np.trace(kxx)) / (n * (n - 1)) + (kyy.sum() - np.trace(kyy)) / (m * (m - 1))
             - 2 * kernel(x, y).mean())
-
 
 def kid(x, y, subset=1000, subsets=100, seed=2020):
     """KID -> {"kid", "kid_std", "kid_subset"}: mean and std of MMD² over random subsets, and their size.
@@ -72,15 +68,12 @@ def kid(x, y, subset=1000, subsets=100, seed=2020):
     values = [squared_mmd(*pair) for pair in draws]
     return dict(kid=float(np.mean(values)), kid_std=float(np.std(values)), kid_subset=size)
 
-
 # (x, y, subset) -> {column: value}. A metric added here appears in fid.py's output and in Tables 7 and 8.
 METRICS = (kid,)
-
 
 def all_metrics(x, y, subset):
     """The columns of all METRICS."""
     return {key: value for metric in METRICS for key, value in metric(x, y, subset).items()}
-
 
 def bootstrap_interval(distance, x, y, repeats=200, level=0.95, seed=0):
     """Bootstrap of distance(x, y), where row i of y was made from row i of x -> (low, high).
@@ -94,7 +87,6 @@ def bootstrap_interval(distance, x, y, repeats=200, level=0.95, seed=0):
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - np.mean(values) + estimate
     return float(low), float(high)
 
-
 # ---- metrics of single samples -----------------------------------------------------------------------------
 
 def fidelity(samples, references):
@@ -103,19 +95,16 @@ def fidelity(samples, references):
     n, own = len(c), np.trace(c)
     return float(own / n), float((c.sum() - own) / (n * (n - 1)))
 
-
 def nearest_centroid(train, labels, x):
     """The label of the class whose mean embedding has the largest cosine with each row of x -> (n,)."""
     names = np.unique(labels)
     centroids = np.stack([train[labels == name].mean(0) for name in names])
     return names[cdist(x, centroids, "cosine").argmin(1)]
 
-
 def nearest(x, train):
     """The Euclidean nearest row of train (m, d) to each row of x (n, d) -> (index, distance), both (n,)."""
     distance = cdist(x, train)
     return distance.argmin(1), distance.min(1)
-
 
 def fit_linear(x, labels, penalty=1.0):
     """Multinomial logistic regression on standardised features x (n, d) -> a function, features to labels.
@@ -139,11 +128,9 @@ def fit_linear(x, labels, penalty=1.0):
     W = W.detach().numpy()
     return lambda f: names[((f - mu) / spread @ W[:-1] + W[-1]).argmax(1)]
 
-
 def recalls(labels, guesses):
     """{class: share of its images that is recognised}; their mean is the balanced accuracy."""
     return {str(name): float((guesses[labels == name] == name).mean()) for name in np.unique(labels)}
-
 
 # ---- sets of images ----------------------------------------------------------------------------------------
 
@@ -181,14 +168,12 @@ class ImageSet:
         return {str(name): self.features[labels == name] for name in np.unique(labels)
                 if name and (labels == name).sum() > 1}
 
-
 def images_of(folder):
     """The files of a folder of two images or more."""
     files = list_images(folder) if folder.is_dir() else []
     if len(files) < 2:
         raise Fail(f"{folder}: no such folder (or .npz file of statistics), or fewer than two images in it")
     return files
-
 
 def read_set(path, space, device="cpu", batch=32):
     """A folder of images, or an .npz of statistics made in the same feature space, -> ImageSet."""
@@ -198,13 +183,11 @@ def read_set(path, space, device="cpu", batch=32):
     names = [file.relative_to(path).as_posix() for file in files]
     return ImageSet.of_features(space.extract(files, device, batch), names)
 
-
 def save_set(path, images, resize, weights):
     """Write statistics as pytorch-fid reads them (mu, sigma), with the features (float32) and their space."""
     with atomic_write(path) as temporary, open(temporary, "wb") as f:
         np.savez(f, mu=images.mu, sigma=images.sigma, features=images.features.astype(np.float32),
                  names=images.names, resize=resize, weights=weights)
-
 
 def load_set(path, resize, weights):
     """Read an .npz of `save_set`, or any with mu and sigma -> ImageSet. Fails if it is of another space."""
@@ -221,7 +204,6 @@ def load_set(path, resize, weights):
             raise Fail(f"{path} was made with {key} {data[key]}, not {value}: make it again with --save")
     return images
 
-
 def compare(real, fake, subset=1000):
     """Two ImageSets -> {"fid", "n_real", "n_fake"}; where the features are known, METRICS' columns too."""
     if real.mu.shape != fake.mu.shape:
@@ -234,13 +216,11 @@ def compare(real, fake, subset=1000):
     others = all_metrics(real.features, fake.features, subset) if both else {}
     return dict(fid=distance, n_real=real.n, n_fake=fake.n) | others
 
-
 def compare_classes(real, fake, subset=1000):
     """{class: {"n_real", "n_fake", columns of METRICS}} for every common subfolder (Table 8)."""
     x, y = real.by_class(), fake.by_class()
     return {name: dict(n_real=len(x[name]), n_fake=len(y[name])) | all_metrics(x[name], y[name], subset)
             for name in x if name in y}
-
 
 # ---- the program -------------------------------------------------------------------------------------------
 
@@ -268,7 +248,6 @@ def parse_args():
         raise Fail(f"--save {args.save}: the name must end in .npz, and {args.real} must be a folder")
     return args
 
-
 def choose_space(args):
     """The feature space of --features (by default, that of the run that REAL lies in), and --resize."""
     inside = (p for p in args.real.resolve().parents if (p / "adapter.safetensors").is_file())
@@ -282,12 +261,10 @@ def choose_space(args):
             raise Fail(f"--features encoder: {args.real} is in no run of train.py; pass --features inception")
         return open_encoder(encoder)
 
-
 def available_spaces(inception, encoder):
     """The feature spaces for a run: Inception, where its weights are available, and the run's encoder."""
     spaces = [Inception(inception)] if inception_available(inception) else []
     return [*spaces, open_encoder(encoder)]
-
 
 def result_lines(result):
     """A result of `compare` as lines of text."""
@@ -303,7 +280,6 @@ def result_lines(result):
     for name, row in result.get("classes", {}).items():
         yield f"  {name:<24}{row['n_real']:>6} | {row['n_fake']:<6} {describe_metrics(row)}"
 
-
 def describe_metrics(row):
     """KID x 1000 with its spread, and every other column of METRICS; "" where there are none."""
     texts = []
@@ -315,7 +291,6 @@ def describe_metrics(row):
         elif isinstance(value, float) and key not in ("fid", "kid_std"):
             texts.append(f"{key} {value:.4f}")
     return ", ".join(texts)
-
 
 def main():
     args = parse_args()
@@ -340,7 +315,6 @@ def main():
         results.append(result)
         if args.json:                       # after each: a later failure keeps the earlier ones
             save_text(args.json, json.dumps(results, indent=1) + "\n")
-
 
 if __name__ == "__main__":
     run_program(main)

@@ -21,7 +21,6 @@ from ldm.app import Fail, Parser, foreign_file, run_program, save_tensors, save_
 from ldm.weights import TensorFile
 from projector import Projector
 
-
 class LoRALinear(nn.Module):
     """A frozen linear layer W (d_out, d_in) with trainable A (r, d_in) and B (d_out, r) in float32.
 
@@ -53,9 +52,7 @@ class LoRALinear(nn.Module):
         linear.bias = self.bias
         return linear
 
-
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]      # Q, K, V, O
-
 
 def inject(unet, rank, alpha=None, generator=None):
     """Wrap Q, K, V and O of every attention in LoRALinear, in place; α = r if not given.
@@ -68,23 +65,19 @@ def inject(unet, rank, alpha=None, generator=None):
         unet.set_submodule(name, LoRALinear(unet.get_submodule(name), rank, alpha, generator))
     return unet
 
-
 def fold(unet):
     """Replace every LoRALinear by a plain linear layer with W'; W is freed. Changes `unet`."""
     for name, layer in lora_layers(unet).items():
         unet.set_submodule(name, layer.folded())
     return unet
 
-
 def lora_layers(unet):
     """{name: LoRALinear} in the order of the network."""
     return {name: m for name, m in unet.named_modules() if isinstance(m, LoRALinear)}
 
-
 def lora_parameters(unet):
     """{name: A or B}, the trainable tensors; a name is the layer's with .A or .B."""
     return {f"{name}.{x}": getattr(layer, x) for name, layer in lora_layers(unet).items() for x in "AB"}
-
 
 # ---- adapter.safetensors: LoRA, projector and null embedding, and what is needed to rebuild them -----------
 
@@ -92,11 +85,9 @@ FORMAT = "uni2h-sd15-lora-1"
 REQUIRED = {"base", "base_sha256", "vae_sha256", "encoder", "encoder_sha256"}
 REMEDY = "write it again with train.py"
 
-
 def peft_config(rank, alpha, prefix=""):
     """LoRA's shape under PEFT's names."""
     return {f"{prefix}r": rank, f"{prefix}lora_alpha": alpha, f"{prefix}target_modules": TARGETS}
-
 
 def save_adapter(path, unet, projector, header):
     """Write the adapter with `header` ({str: str}) and the shape of its parts, atomically.
@@ -112,7 +103,6 @@ def save_adapter(path, unet, projector, header):
     config = json.dumps(peft_config(rank, alpha, "unet."))
     save_tensors(path, tensors, {"format": FORMAT, "lora_adapter_metadata": config, **shape, **header})
 
-
 def open_adapter(path):
     """An adapter file -> TensorFile; its `.header` has what train.py recorded, and the shape of the parts."""
     file = TensorFile(path)
@@ -125,7 +115,6 @@ def open_adapter(path):
             raise ValueError("its resolution or step is impossible")
     return file
 
-
 def load_projector(file):
     """The Projector of an open adapter, in float32, frozen."""
     with foreign_file(file.path, "has a damaged projector", REMEDY):
@@ -135,7 +124,6 @@ def load_projector(file):
         state = {name.removeprefix("lora_projector."): file.get(name).float() for name in names}
         projector.load_state_dict(state, assign=True)
     return projector.requires_grad_(False)
-
 
 def load_adapter(file, unet):
     """Inject the LoRA of an open adapter into `unet` and fill it -> the Projector; both in float32, frozen.
@@ -158,7 +146,6 @@ def load_adapter(file, unet):
     unet.requires_grad_(False)
     return projector.to(next(unet.parameters()).device)
 
-
 def read_lora(file):
     """The LoRA of an open adapter -> (rank, α, {name: A (r, d_in) or B (d_out, r)}), as `lora_parameters`."""
     with foreign_file(file.path, "has a damaged LoRA", REMEDY):
@@ -173,7 +160,6 @@ def read_lora(file):
         if any(tensor.shape[name.endswith("B")] != rank for name, tensor in tensors.items()):
             raise ValueError(f"a layer has another rank than {rank}")
     return rank, alpha, tensors
-
 
 # ---- the same LoRA in the files of other programs ----------------------------------------------------------
 
@@ -202,7 +188,6 @@ def export(path, form):
     save_tensors(out, tensors, header)
     return out
 
-
 def main():
     parser = Parser(__doc__)
     parser.add_argument("file", type=Path, metavar="ADAPTER", help="an adapter of train.py")
@@ -211,7 +196,6 @@ def main():
     args = parser.parse_args()
     out = export(args.file, args.export)
     print(f"{out}: the LoRA alone; the projector's tokens take the place of the prompt (README)")
-
 
 if __name__ == "__main__":
     run_program(main)

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 SHAPE = ("embedding", "hidden", "tokens", "context", "depth", "token_norm")     # in an adapter's header
-
 
 class Projector(nn.Module):
     """f_φ: e (B, d_e) -> c (B, n_c, d_c). The defaults are the paper's baseline: 4,724,736 parameters.

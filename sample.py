@@ -29,7 +29,6 @@ from lora import fold, load_adapter, open_adapter
 
 COMPILE_FROM = 100          # images; compiling for fewer takes longer than it saves
 
-
 @dataclass(frozen=True)
 class Sampling:
     """How images are sampled. A new option is a field here and its use in `sample`.
@@ -48,13 +47,11 @@ class Sampling:
         """{name: value} of what is not in the name."""
         return {name: value for name, value in asdict(self).items() if name != "cfg"}
 
-
 # ---- Algorithm 2 -------------------------------------------------------------------------------------
 
 def guide(eps_null, eps_c, w):
     """ε̃ = ε_θ(z_t, t, c_∅) + w (ε_θ(z_t, t, c) - ε_θ(z_t, t, c_∅))   (eq. 5)."""
     return eps_null + w * (eps_c - eps_null)
-
 
 @torch.no_grad()
 def sample(e, projector, unet, how, seeds, latent):
@@ -84,13 +81,11 @@ def sample(e, projector, unet, how, seeds, latent):
         z = ddpm_step(z, eps, noise(), t, previous)                             # 6
     return z                                                                    # 7: see `decode`
 
-
 @torch.no_grad()
 def decode(vae, z0):
     """z_0 (B, 4, h, w) -> PIL images; four at a time, to limit memory at 512 px."""
     device = next(vae.parameters()).device
     return [image for part in z0.split(4) for image in to_images(vae.decode(part.to(device)))]
-
 
 def latent_shape(unet, vae, size):
     """(4, h, w) of images with this side in pixels."""
@@ -100,7 +95,6 @@ def latent_shape(unet, vae, size):
         raise Fail(f"a size of {size} px must be a multiple of {multiple} for this base; the nearest is "
                    f"{nearest}")
     return unet.latent, size // vae.factor, size // vae.factor
-
 
 # ---- images ------------------------------------------------------------------------------------------
 
@@ -113,14 +107,12 @@ class Model(NamedTuple):
     batch: int
     full_batches: bool
 
-
 class Job(NamedTuple):
     """An image to make: its file, the name of its reference, its seed and how to sample it."""
     path: Path
     reference: str
     seed: int
     how: Sampling
-
 
 def make_images(model, jobs, e):
     """Sample and write an image for each of the jobs; e[reference]: embedding (d_e,) of a reference.
@@ -146,7 +138,6 @@ def make_images(model, jobs, e):
         for future in written:
             future.result()
     barrier()
-
 
 class ValidationSamples:
     """One sample of each validation image, image i with seed i: real/, fake/ and grids/ of a run of train.py.
@@ -177,7 +168,6 @@ class ValidationSamples:
             grid = contact_sheet([[load_rgb(path) for path in pair] for pair in pairs])
             save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", grid)
         return list(self.fake.values())
-
 
 # ---- the program -------------------------------------------------------------------------------------
 
@@ -214,7 +204,6 @@ def parse_args():
         raise Fail("--label and --limit choose among the patches of --split; with --ref, name the images")
     given = {f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)}
     return args, [Sampling(**given | {"cfg": w}) for w in dict.fromkeys(given.get("cfg", [Sampling.cfg]))]
-
 
 def main():
     args, hows = parse_args()
@@ -255,7 +244,6 @@ def main():
         write_sheets(out, references, jobs, hows, size)
         print(summary(out, references, jobs, hows))
 
-
 def find_adapter(run, path):
     """--run and --adapter -> the open adapter: the one named, or the best (else the last) of the run."""
     if path is None:
@@ -267,7 +255,6 @@ def find_adapter(run, path):
         if path is None:
             raise Fail(f"--run {run} contains no adapter.safetensors; pass a folder that train.py made")
     return open_adapter(path)
-
 
 def find_references(args, settings, folder):
     """--ref or --split -> [(name of the reference, path)], and the indices of those to sample."""
@@ -292,7 +279,6 @@ def find_references(args, settings, folder):
         found += [(p.relative_to(base).with_suffix("").as_posix(), p) for p in below]
     return found, set(range(len(found)))
 
-
 def open_files(args, settings, adapter):
     """-> U-Net and VAE (TensorFiles) and the Encoder. Fails if the adapter was trained with others."""
     header = adapter.header
@@ -308,7 +294,6 @@ def open_files(args, settings, adapter):
                    f"({header['encoder']}); pass that one with --uni2h")
     return unet_file, vae_file, encoder
 
-
 def load_model(unet_file, vae_file, adapter, device, batch, compiled):
     """-> Model. The LoRA is merged in float32, then the U-Net is cast; the projector is float32."""
     unet, vae = load_unet(unet_file, device), load_vae(vae_file, device)
@@ -318,7 +303,6 @@ def load_model(unet_file, vae_file, adapter, device, batch, compiled):
     if compiled:
         unet = torch.compile(unet, dynamic=False)
     return Model(unet, projector, vae, latent, batch, full_batches=compiled)
-
 
 def write_sheets(out, references, jobs, hows, size):
     """Write real/, and a contact sheet per guidance: up to 32 references, each with up to seven samples."""
@@ -332,7 +316,6 @@ def write_sheets(out, references, jobs, hows, size):
         sheet = contact_sheet([[load_rgb(path) for path in row] for row in rows])
         save_image(out / f"sheet-{how.name}.png", sheet)
 
-
 def summary(out, references, jobs, hows):
     """What was made and the command that compares it; a note for each folder that holds other images too."""
     lines = []
@@ -344,7 +327,6 @@ def summary(out, references, jobs, hows):
     if len(references) > 1:
         lines[-1] += f" To compare: python fid.py {out}/real {out}/{name} --per-class"
     return "\n".join(lines)
-
 
 if __name__ == "__main__":
     run_program(main)

@@ -47,21 +47,17 @@ SAVE_SECONDS = 300
 # batch 16, 512 px: 5.3 GiB instead of 10.5, for 8.7 % more FLOPs (tests/test_speed.py).
 MEMORY_BUDGET = 0.5
 
-
 # ---- everything random is a function of (seed, step) -------------------------------------------------
 
 STEP, ORDER, VALIDATION, INITIAL = range(4)
-
 
 def seed_of(*key):
     """A 64-bit seed from integers, such as (seed, STEP, step); every other key gives an unrelated stream."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8])
 
-
 def generator(*key):
     """A CPU generator with `seed_of(*key)`."""
     return torch.Generator().manual_seed(seed_of(*key))
-
 
 @dataclass
 class Noise:
@@ -80,7 +76,6 @@ class Noise:
         rest = {f.name: getattr(self, f.name)[at].to(device) for f in fields(self) if f.name != "keep"}
         return Noise(**rest, keep=keep)
 
-
 def draw_noise(g, batch, latent, p, hidden):
     """The Noise of a whole batch. latent: (4, h, w); p: of the null embedding; hidden: (depth-1, d_h)."""
     return Noise(
@@ -91,14 +86,12 @@ def draw_noise(g, batch, latent, p, hidden):
         null=torch.rand(batch, 1, generator=g) < p,                                         # 7
         keep=(torch.rand(hidden[0], batch, hidden[1], generator=g) >= DROPOUT) / (1 - DROPOUT))
 
-
 def draw_validation_noise(n, latent):
     """The fixed Noise of the validation loss: evenly spread timesteps, no dropout, no mirroring."""
     r = draw_noise(generator(VALIDATION), n, latent, p=0, hidden=(0, 0))
     r.mirrored[:], r.keep = False, None
     r.t = ((torch.arange(n) + 0.5) * T / n).long()[torch.randperm(n, generator=generator(VALIDATION, 1))]
     return r
-
 
 def batch_of_step(seed, step, batch, n):
     """Indices of the images of a step; each epoch is a permutation of its own.
@@ -109,7 +102,6 @@ def batch_of_step(seed, step, batch, n):
     epoch, k = divmod(step, math.ceil(n / batch))
     order = torch.randperm(n, generator=generator(seed, ORDER, epoch))
     return order[torch.arange(k * batch, (k + 1) * batch) % n].tolist()
-
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------
 
@@ -124,13 +116,11 @@ def noise_prediction_loss(unet, projector, mean, logvar, e, r):
     c = projector(e, r.keep)                                        # 9: project to the context (eqs. 3, 4)
     return (r.noise - unet(z_t, r.t, c)).square().mean((1, 2, 3))   # 10: noise prediction loss (eq. 2)
 
-
 def learning_rate_factor(step, warm_up, total):
     """Linear up to 1 over `warm_up` steps, then a cosine down to 0 at `total` (the paper names no floor)."""
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
-
 
 class Trainer:
     """The trainable parameters, their optimizer, the log: the complete state of a run; `save` writes it."""
@@ -263,7 +253,6 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-
 class Validation:
     """The loss and the Fréchet distance of an epoch, on the validation images (Table 4)."""
 
@@ -287,7 +276,6 @@ class Validation:
         fake = self.samples.make(model, e, epoch)
         return frechet_distance_of_features(self.real, self.extract(fake)) if self.real is not None else None
 
-
 # ---- the program: prepare, build, train --------------------------------------------------------------
 
 @dataclass
@@ -305,7 +293,6 @@ class Inputs:
     sha256: dict
     started: bool               # a state is there to resume from
     lock: Lock | None           # held as long as this object lives
-
 
 def main():
     settings, resumed, parameters_only = parse_settings(__doc__)
@@ -329,13 +316,11 @@ def main():
           f"{trainer.best:.4f}; peak memory {peak:.2f} GB. "
           f"Next: python sample.py --run {inputs.folder} --ref {ref}")
 
-
 def pick_features(settings):
     """The features of the validation FID: those that the run began with, else by what is available."""
     saved = read_settings(settings.run)
     default = "inception" if inception_available(settings.inception) else "encoder"
     return saved.features if saved and saved.features else default
-
 
 def prepare(settings, resumed):
     """Open and check everything that a run reads, and create or find its folder -> Inputs."""
@@ -370,7 +355,6 @@ def prepare(settings, resumed):
                   vae_file=vae_file, encoder=encoder, space=space, latent=latent, sha256=sha256,
                   started=started, lock=lock)
 
-
 def open_data(settings, folder, announce):
     """The folder of the dataset; the toy tissue is drawn beside the run."""
     if settings.data != TOY_DATA:
@@ -381,7 +365,6 @@ def open_data(settings, folder, announce):
               flush=True)
     return write_toy_tissue(folder.parent / TOY_DATA)
 
-
 def describe(patches, split):
     """One line on the dataset and its split."""
     cases, classes = len({p.case for p in patches}), len({p.label for p in patches})
@@ -390,7 +373,6 @@ def describe(patches, split):
     if cases == len(patches):
         text += "; which patches share a case is unknown, so a case may be in two parts"
     return text
-
 
 def build(settings, inputs, device):
     """Cache the encoders' outputs; build or restore the rest -> Trainer, Validation, adapter header."""
@@ -427,7 +409,6 @@ def build(settings, inputs, device):
                   licence=licence(settings.sd15, inputs.encoder.recipe.terms))
     return trainer, validation, {key: str(value) for key, value in header.items()}
 
-
 def load_encoders(vae_file, encoder, device):
     """-> (encode, embed) for Cache.fill, which frees them, and so the two networks, before training."""
     vae, network = load_vae(vae_file, device), encoder.load(device)
@@ -437,11 +418,9 @@ def load_encoders(vae_file, encoder, device):
         return [part.cpu() for part in vae.encode(x.to(device))]
     return encode, partial(encoder.embed, network)
 
-
 def build_projector(settings, width, context):
     """The untrained projector from embeddings of this width to the U-Net's context width."""
     return Projector(width, settings.hidden, settings.tokens, context, settings.depth, settings.token_norm)
-
 
 def train(trainer, validation, folder, header, signals):
     """Steps to the end; `end_epoch` after each epoch. A signal ends it after a saved step."""
@@ -477,7 +456,6 @@ def train(trainer, validation, folder, header, signals):
                 barrier()                   # rank 0 writes
                 sys.exit(128 + stop)
 
-
 def end_epoch(trainer, validation, signals, images_per_second):
     """Validation loss and samples with the current weights -> the row of the log, which is not saved yet.
 
@@ -499,14 +477,12 @@ def end_epoch(trainer, validation, signals, images_per_second):
     trainer.history, trainer.losses = trainer.history + [row], []
     return row
 
-
 def count_parameters(settings):
     """Table 2 for these settings; for Stable Diffusion 1.5 and UNI2-h themselves no file is needed."""
     unet = unet_on_meta(settings.sd15)
     width = 1536 if settings.uni2h == UNI2H.repository else open_encoder(settings.uni2h).width
     unet = inject(unet, settings.rank, settings.alpha)
     return parameter_table(unet, build_projector(settings, width, unet.context))
-
 
 if __name__ == "__main__":
     run_program(main)

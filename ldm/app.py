@@ -31,12 +31,10 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 RANK0 = RANK == 0
 sys.modules["ldm.files"] = sys.modules[__name__]        # its former name, for scripts of users
 
-
 # ---- failures ------------------------------------------------------------------------------------
 
 class Fail(Exception):
     """An error that the user can fix. Its message, one line, names the object, the problem, the remedy."""
-
 
 def run_program(main):
     """Call main() as a program. Exit codes: 2 with one line for what the user can fix, 130, 143.
@@ -63,11 +61,9 @@ def run_program(main):
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
 
-
 def silence():
     """Print nothing more but failures and announcements of downloads."""
     sys.stdout = open(os.devnull, "w", encoding="utf-8")
-
 
 def explain(problem):
     """The message for an exception that the user can act on, "" for an error of the program itself."""
@@ -85,7 +81,6 @@ def explain(problem):
         return "another process has ended; fix the error printed above, then repeat the command to resume"
     return ""
 
-
 @contextmanager
 def foreign_file(path, problem="is damaged", advice="restore or remove it"):
     """Turn any exception of the block, which reads a foreign file, into one line with its name and advice."""
@@ -98,11 +93,9 @@ def foreign_file(path, problem="is damaged", advice="restore or remove it"):
     except Exception as cause:          # decoders of images, archives, pickles and JSON raise dozens of kinds
         raise Fail(f"{path} {problem} ({first_line(cause)}); {advice}") from None
 
-
 def first_line(problem):
     """The first line of an exception's message, at most 160 characters; its type where it is empty."""
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:160]
-
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -115,12 +108,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Fail(f"{message}; --help lists the arguments")
 
-
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         hidden = action.nargs == 0 or action.default in (None, argparse.SUPPRESS) or "default" in action.help
         return action.help + ("" if hidden else " (default: %(default)s)")
-
 
 def number(kind, low, high=10 ** 6):
     """An argparse type: an int or float from low to high. Refuses nan."""
@@ -135,7 +126,6 @@ def number(kind, low, high=10 ** 6):
         return value
     return parse
 
-
 def option(group, default, help, kind=None, low=0, high=10 ** 6, **more):
     """A dataclass field that is also an argument --name of a program; see `add_options` and `from_saved`.
 
@@ -148,7 +138,6 @@ def option(group, default, help, kind=None, low=0, high=10 ** 6, **more):
         help += f" (default: {default})"
     return field(default=default, metadata=dict(group=group, help=help, kind=kind, parse=parse, **more))
 
-
 def add_options(parser, record):
     """Add an argument for each field of a dataclass of options; the result has only those that are given."""
     for title, members in itertools.groupby(fields(record), key=lambda f: f.metadata["group"]):
@@ -158,7 +147,6 @@ def add_options(parser, record):
             how = dict(action="store_true") if m["kind"] is bool else dict(type=m["parse"])
             how |= {key: m[key] for key in ("help", "metavar", "choices", "nargs") if key in m}
             group.add_argument(flag, default=argparse.SUPPRESS, **how)
-
 
 def from_saved(record, values):
     """A dataclass of options from the values in a JSON file; a missing one has its default.
@@ -178,17 +166,14 @@ def from_saved(record, values):
             raise ValueError(f"the setting {name} is {value!r}")
     return record(**values)
 
-
 def safe_name(text):
     """A file name valid on every system: letters of any alphabet, digits, ".-_"; at most 150 bytes."""
     name = re.sub(r"[^\w.-]+", "_", text).strip("._")
     return name.encode()[:150].decode(errors="ignore") or "image"
 
-
 def progress(*args, **kwargs):
     """tqdm's bar; silent off a terminal, and where nothing is printed."""
     return tqdm(*args, disable=getattr(sys.stdout, "name", "") == os.devnull or None, **kwargs)
-
 
 def call(program, *args):
     """Run one of our programs in its own process -> its exit code. Stopping this one stops it."""
@@ -199,7 +184,6 @@ def call(program, *args):
     finally:
         child.terminate()       # no effect on a program that has ended
         child.wait()
-
 
 # ---- files ---------------------------------------------------------------------------------------
 
@@ -223,7 +207,6 @@ def atomic_write(path):
             problem.filename = path     # a full disk names no file, a read-only folder the temporary one
         raise
 
-
 def save_tensors(path, tensors, header):
     """Write {name: tensor} and a header of strings as a safetensors file; equal content, equal bytes."""
     data = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata=header)
@@ -234,17 +217,14 @@ def save_tensors(path, tensors, header):
     with atomic_write(path) as temporary, open(temporary, "wb") as f:
         f.writelines((len(text).to_bytes(8, "little"), text, memoryview(data)[size:]))
 
-
 def save_text(path, text):
     """Write a text file atomically, in UTF-8."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
-
 def save_json(path, data):
     """Write a JSON file atomically, in ASCII: a path in it need not be valid UTF-8."""
     save_text(path, json.dumps(data, indent=1) + "\n")
-
 
 def read_json(path):
     """The object in a JSON file of this program; {} where the file does not exist."""
@@ -256,7 +236,6 @@ def read_json(path):
         raise Fail(f"{path} was not written by this program; restore or remove it")
     return data
 
-
 def save_csv(path, rows):
     """Write [{column: value}], all with the same columns; None as an empty cell."""
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
@@ -264,18 +243,15 @@ def save_csv(path, rows):
         writer.writeheader()
         writer.writerows(rows)
 
-
 def read_csv(path):
     """The rows of a table that `save_csv` wrote, every value as text; [] where the file does not exist."""
     path = Path(path)
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
 
-
 def file_sha256(path):
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
 
 # ---- device and memory ---------------------------------------------------------------------------
 
@@ -293,12 +269,10 @@ def pick_device(name="auto"):
     except (RuntimeError, AssertionError) as problem:
         raise Fail(f"--device {name} cannot be used here: {first_line(problem)}") from None
 
-
 def frozen_dtype(device):
     """The dtype of the frozen U-Net: bfloat16 where the GPU supports it, else float32."""
     bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bfloat16 else torch.float32
-
 
 def peak_memory(device):
     """Peak in GB (1e9 bytes): allocated on the GPU, or resident on the CPU (0 where it is not reported)."""
@@ -309,7 +283,6 @@ def peak_memory(device):
         return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
     except (OSError, IndexError):
         return 0.0
-
 
 # ---- one process or many -------------------------------------------------------------------------
 
@@ -322,12 +295,10 @@ def join_processes(device):
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=timedelta(hours=2))     # the others wait while rank 0 prepares
 
-
 def barrier():
     """Wait until every process arrives here."""
     if WORLD > 1:
         dist.barrier()
-
 
 @contextmanager
 def rank0_first():
@@ -338,7 +309,6 @@ def rank0_first():
     if RANK0:
         barrier()
 
-
 def broadcast(value):
     """Rank 0's value, in every process."""
     values = [value]
@@ -346,17 +316,14 @@ def broadcast(value):
         dist.broadcast_object_list(values)
     return values[0]
 
-
 def check_same(what, value):
     """Fail where this process read other content than rank 0 under the same path, as on another node."""
     if broadcast(value) != value:
         raise Fail(f"process {RANK} of {WORLD} reads other {what} than rank 0; all must see the same files")
 
-
 def shard(items):
     """This process's share of a list: every WORLD-th item."""
     return items[RANK::WORLD]
-
 
 def all_gather(rows):
     """Each process's results for its `shard` of a list -> the results for the whole list, in its order."""
@@ -366,7 +333,6 @@ def all_gather(rows):
     dist.all_gather_object(parts, rows)
     return [parts[i % WORLD][i // WORLD] for i in range(sum(map(len, parts)))]
 
-
 @torch.no_grad()
 def all_reduce(tensors):
     """Sum each tensor over the processes, in place, in one message."""
@@ -374,7 +340,6 @@ def all_reduce(tensors):
         flat = parameters_to_vector(tensors)
         dist.all_reduce(flat)
         vector_to_parameters(flat, tensors)
-
 
 class Signals:
     """SIGINT and SIGTERM end the program (130, 143): at once or, while `deferred`, at `leave`."""

@@ -23,7 +23,6 @@ TOY_SIDE = 64           # pixels of a patch of toy tissue
 MAX_PIXELS, MIN_SIDE, MAX_ASPECT = 8192 * 8192, 16, 16
 Image.MAX_IMAGE_PIXELS = None           # load_rgb checks the size itself, before it reads the pixels
 
-
 # ---- images ------------------------------------------------------------------------------------------------
 
 def load_rgb(path):
@@ -50,7 +49,6 @@ def load_rgb(path):
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
 
-
 def resize_crop(image, size, filter=Image.Resampling.LANCZOS):
     """Resize the shorter side to `size`, antialiased, then center-crop, as torchvision does."""
     short = min(image.size)
@@ -60,18 +58,15 @@ def resize_crop(image, size, filter=Image.Resampling.LANCZOS):
     left, top = round((w - size) / 2), round((h - size) / 2)
     return image if w == h else image.crop((left, top, left + size, top + size))
 
-
 def to_tensor(images, size):
     """PIL images -> x (B, 3, size, size) in [-1, 1]."""
     x = np.stack([np.asarray(resize_crop(image, size)) for image in images])
     return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-
 def to_images(x):
     """x (B, 3, H, W) in about [-1, 1] -> PIL images: x/2 + 1/2, clamped, times 255, rounded."""
     x = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(image) for image in x.permute(0, 2, 3, 1).cpu().numpy()]
-
 
 def contact_sheet(groups, columns=8, texts=()):
     """Groups, equally many PIL images each -> one image, tiles 128 to 256 wide; no group is broken over rows.
@@ -89,7 +84,6 @@ def contact_sheet(groups, columns=8, texts=()):
         sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y + head))
     return sheet
 
-
 def save_image(path, image, **text):
     """Write a PNG atomically, with the text chunks {key: value}."""
     info = PngInfo()
@@ -97,7 +91,6 @@ def save_image(path, image, **text):
         info.add_text(key, str(value))
     with atomic_write(path) as temporary:
         image.save(temporary, pnginfo=info)
-
 
 def list_images(folder):
     """The image files under a folder, at any depth, sorted; hidden ones are omitted.
@@ -118,7 +111,6 @@ def list_images(folder):
         found += [path for path in paths if path.suffix.lower() in SUFFIXES]
     return sorted(found, key=Path.as_posix)
 
-
 def prefetch(pool, work, batches):
     """[work(item) of each item], batch by batch; the pool prepares the next batch while one is in use."""
     pending = []
@@ -127,19 +119,16 @@ def prefetch(pool, work, batches):
         if ready:
             yield [future.result() for future in ready]
 
-
 def subsample(items, n):
     """At most n of the items, spread evenly over them; all where n is None."""
     n = len(items) if n is None else min(n, len(items))
     return [items[i * len(items) // n] for i in range(n)]
-
 
 # ---- datasets ----------------------------------------------------------------------------------------------
 
 CLASSES = ("normal", "serrated", "adenocarcinoma", "adenoma")       # labels 0 to 3 of the Chaoyang format
 PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 CASE = re.compile(r"(?P<case>\d+)\S*?-IMG\d+x\d+")         # <case>-<slide>-IMG<row>x<col>-<label>.JPG
-
 
 @dataclass(frozen=True)
 class Patch:
@@ -167,7 +156,6 @@ class Patch:
         rest = Path(self.name.removeprefix(self.label + "/")).with_suffix("")
         return f"{self.label}/{safe_name(str(rest))}"
 
-
 def read_dataset(root):
     """A folder in one of the LAYOUTS -> [Patch], sorted by name.
 
@@ -185,12 +173,10 @@ def read_dataset(root):
         raise Fail(f"{root}: {len(repeated)} images are listed twice, such as {repeated[0]}")
     return sorted(patches, key=lambda p: p.name)
 
-
 def _read_lists(root):
     """train.json and test.json as Chaoyang has them; None where there is neither."""
     lists = [root / f"{part}.json" for part in ("train", "test") if (root / f"{part}.json").is_file()]
     return [patch for path in lists for patch in _read_list(path)] if lists else None
-
 
 def _read_folders(root):
     """One subfolder per class, with folders of cases in it or not; or a flat folder (one class, "all")."""
@@ -201,16 +187,13 @@ def _read_folders(root):
                    "put the classes on top; --split FILE keeps a split of yours")
     return [Patch(name, name.split("/")[0] if "/" in name else "all", _case_of(name)) for name in names]
 
-
 LAYOUTS = (_read_lists, _read_folders)      # root -> [Patch], or None where the folder has another layout
-
 
 def _case_of(name):
     *folders, base = name.split("/")
     if m := CASE.match(base):
         return m["case"]
     return folders[1] if len(folders) > 1 else name
-
 
 def _read_list(path):
     with foreign_file(path, "is not valid JSON", "write it again"):
@@ -233,7 +216,6 @@ def _read_list(path):
         print(f"{path}: {undecided} patches without a majority among the annotators are omitted")
     return patches
 
-
 def _label_of(row):
     """A row's label, or that of two of three annotators; None where they disagree."""
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
@@ -248,11 +230,9 @@ def _label_of(row):
         raise Fail(f"it has the label {label!r}; it must be 0 to {len(CLASSES) - 1} ({', '.join(CLASSES)})")
     return label
 
-
 # ---- the split ---------------------------------------------------------------------------------------------
 
 PROPORTIONS = dict(train=5398, val=387, test=375)     # the paper's counts; its split itself is not published
-
 
 def split_patches(patches, parts=PROPORTIONS):
     """[Patch] -> {part: [names]}, with every case in one part and each class near its proportion in all.
@@ -283,7 +263,6 @@ def split_patches(patches, parts=PROPORTIONS):
         count.update({(part, label): n for label, n in added.items()})
     return {part: sorted(p.name for p in chosen[part]) for part in parts}
 
-
 def make_split(patches, how):
     """-> {"train": [names], "val": [...], "test": [...]}.
 
@@ -301,7 +280,6 @@ def make_split(patches, how):
         print(f"note: {len(shared)} cases are in both train.json and test.json: test scores will be too good")
     split = split_patches(rest, {part: PROPORTIONS[part] for part in ("train", "val")})
     return split | {"test": [p.name for p in test]}
-
 
 def read_split(path, patches):
     """Read and check a split file against the dataset."""
@@ -321,7 +299,6 @@ def read_split(path, patches):
             raise ValueError("train or val is empty")
     return split
 
-
 def describe_split(split, patches):
     """The split as the text of its file: counts by part and class first, for review, then the names."""
     by_name = {p.name: p for p in patches}
@@ -332,7 +309,6 @@ def describe_split(split, patches):
     numbers = {part: len(found) for part, found in cases.items()}
     text = {"patches": counts, "cases": numbers, "cases_in_several_parts": shared, **split}
     return json.dumps(text, indent=1, ensure_ascii=False) + "\n"
-
 
 def write_toy_tissue(folder):
     """Cut the sheets ldm/toy/CLASS.jpg, a slide in each row, into folder/CLASS/SLIDE/PATCH.png -> the folder.
@@ -348,7 +324,6 @@ def write_toy_tissue(folder):
                 y, x = row * TOY_SIDE, column * TOY_SIDE
                 save_image(path, Image.fromarray(pixels[y:y + TOY_SIDE, x:x + TOY_SIDE]))
     return folder
-
 
 # ---- the cache of the frozen networks' outputs -------------------------------------------------------------
 

@@ -18,7 +18,6 @@ from .app import Fail, all_gather, first_line, foreign_file, progress, shard
 from .data import load_rgb, prefetch, resize_crop
 from .weights import BUILT_IN, TensorFile, hub_file, is_hub_name, load
 
-
 class FeatureSpace:
     """A network with its preprocessing. Subclasses define kind, resize, `file`, `preprocess` and `load`."""
 
@@ -50,7 +49,6 @@ class FeatureSpace:
                 features.append(x.cpu().double().numpy())       # in this order: Apple's GPUs have no float64
         return np.concatenate(all_gather(features))
 
-
 # ---- the pathology encoder ---------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -75,7 +73,6 @@ class Recipe:
                self.std)
         return hashlib.sha256(repr(how).encode()).hexdigest()[:8]
 
-
 # Source: https://huggingface.co/MahmoodLab/UNI2-h. For a model built locally timm's own
 # `resolve_data_config` gives mean 0.5 and bicubic.
 UNI2H = Recipe(
@@ -90,7 +87,6 @@ UNI2H = Recipe(
 UNI2H_DIGEST = "7e045138"       # pinned: an edited recipe must not read embeddings of the old one
 TOY = replace(UNI2H, repository="toy", terms="the toy encoder (MIT)", licence="mit", access="")
 RECIPES = {recipe.repository: recipe for recipe in (UNI2H, TOY)}
-
 
 class Encoder(FeatureSpace):
     """A pathology encoder: PIL RGB images -> embeddings e (B, d_e). Width and depth are those of its tensors.
@@ -125,14 +121,12 @@ class Encoder(FeatureSpace):
         x = self.preprocess(images).to(next(network.parameters()).device)
         return network(x).float().cpu()
 
-
 def preprocess(images, recipe=UNI2H):
     """PIL RGB images of any size -> (B, 3, size, size), resized, cropped and normalised by the recipe."""
     filter = Image.Resampling[recipe.interpolation]
     x = np.stack([np.asarray(resize_crop(image, recipe.size, filter)) for image in images])
     x = (x.astype(np.float32) / 255 - np.float32(recipe.mean)) / np.float32(recipe.std)
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
-
 
 def build_encoder(width=1536, depth=24, recipe=UNI2H):
     """The network of a recipe, untrained. The timm call is the one on the publisher's page."""
@@ -142,7 +136,6 @@ def build_encoder(width=1536, depth=24, recipe=UNI2H):
         arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"])
     heads = width // recipe.head_width
     return timm.create_model(recipe.model, embed_dim=width, depth=depth, num_heads=heads, **arguments)
-
 
 def open_encoder(source=UNI2H.repository):
     """A folder with weights, such a file, a Hugging Face repository or "toy" -> Encoder."""
@@ -158,13 +151,11 @@ def open_encoder(source=UNI2H.repository):
         path = hub_file(source, recipe.files, access=recipe.access if source == recipe.repository else "")
     return Encoder(TensorFile(path), recipe)
 
-
 # ---- Inception of 2015-12-05, the network of FID and KID ---------------------------------------------------
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
 SIDE = 299
-
 
 class Inception(FeatureSpace):
     """Images -> the 2,048 features "pool3" of TensorFlow's graph. resize: whose resizer, see RESIZERS.
@@ -192,7 +183,6 @@ class Inception(FeatureSpace):
                 layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), layer.bn.act
         return network.to(memory_format=torch.channels_last)
 
-
 def build_inception():
     """timm's InceptionV3 with pytorch-fid's three differences in pooling; the tensor names are the same."""
     from timm.models.inception_v3 import InceptionA, InceptionC, InceptionE, InceptionV3
@@ -207,23 +197,19 @@ def build_inception():
             m.num_batches_tracked, m.track_running_stats = None, False      # the file need not have a counter
     return network
 
-
 def _exchange_pool(block, pool):
     """Feed `branch_pool` with pool(x) in place of timm's own average of the block's input x."""
     inputs = []
     block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     block.branch_pool.register_forward_pre_hook(lambda *_: pool(inputs.pop()))
 
-
 def _cached_inception():
     """Where torch.hub, and so pytorch-fid, keeps the weights."""
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
 
-
 def inception_available(path=None):
     """Whether Inception needs no download: a file is named, or torch.hub's cache has it."""
     return path is not None or _cached_inception().is_file()
-
 
 def _download_inception():
     path = _cached_inception()
@@ -237,7 +223,6 @@ def _download_inception():
                        "pass it with --inception FILE") from None
     return path
 
-
 # Resizers: PIL RGB -> (3, 299, 299) in [-1, 1]. The choice moves the FID, so results name it.
 
 def resize_pytorch_fid(image):
@@ -245,13 +230,11 @@ def resize_pytorch_fid(image):
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
     return 2 * F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False)[0] - 1
 
-
 def resize_clean(image):
     """PIL's antialiased bicubic on float channels, as clean-fid does."""
     bicubic = Image.Resampling.BICUBIC
     channels = [channel.convert("F").resize((SIDE, SIDE), bicubic) for channel in image.split()]
     return (torch.from_numpy(np.stack(channels)).clamp(0, 255) - 128) / 128
-
 
 def resize_tf1(image):
     """TensorFlow 1's bilinear, sampled at the pixels' corners, as torch-fidelity and torchmetrics do."""
@@ -261,6 +244,5 @@ def resize_tf1(image):
 
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
     return (weights(image.height) @ x @ weights(image.width).T - 128) / 128
-
 
 RESIZERS = {"pytorch-fid": resize_pytorch_fid, "clean": resize_clean, "tf1": resize_tf1}

@@ -30,7 +30,6 @@ from .weights import TensorFile, load_vae, open_sd15
 
 SWEEP = [f"{1 + k / 10:.1f}" for k in range(11)]        # Table 5
 
-
 class Evaluation:
     """A finished run with its images, samples and features; each is made on first use and kept."""
 
@@ -104,7 +103,6 @@ class Evaluation:
         return [ImageSet.of_features(self.features(space, *args), names)
                 for args in (("real", part), ("fake", part, None, cfg))]
 
-
 # ---- the paper's tables and its figure 5; each section gives the rows of its table -------------------------
 
 def table4(ev):
@@ -113,7 +111,6 @@ def table4(ev):
     keys = [k for k in log[0] if k in ("epoch", "train_loss", "val_loss") or k.startswith("fid")]
     return [{k: row[k] for k in keys} for row in log]
 
-
 def table5(ev):
     """Table 5: validation FID at guidance 1.0 to 2.0 of the best adapter"""
     ev.sample("val", SWEEP)
@@ -121,7 +118,6 @@ def table5(ev):
     for w in SWEEP:
         rows.append(dict(guidance=w, features=space.kind) | fid.compare(*ev.image_sets(space, "val", w)))
     return rows
-
 
 def table7(ev):
     """Table 7: FID of validation and test part, with a 95 % interval and two floors: real images of the
@@ -138,12 +134,10 @@ def table7(ev):
                 fid_low=low, fid_high=high, floor_real=floor_real, floor_vae=floor_vae))
     return rows
 
-
 def table8(ev):
     """Table 8: KID of each class of the test part (the paper gives it x 1000)"""
     return [{"class": name, "features": space.kind} | row for space in ev.spaces
             for name, row in fid.compare_classes(*ev.image_sets(space, "test")).items()]
-
 
 def figure5(ev):
     """Figure 5: real | synthetic of each class, from the test part"""
@@ -151,7 +145,6 @@ def figure5(ev):
     names, first = np.unique(labels, return_index=True)
     texts = [f"{name}: {kind}" for name in names for kind in ("real", "synthetic")]
     save_sheet(ev.out / "figure5.png", [(real[i], fake[i]) for i in first], 4, texts)
-
 
 # ---- beyond the paper --------------------------------------------------------------------------------------
 
@@ -166,7 +159,6 @@ def fidelity_table(ev):
     for name, x in (("consistency", fake), ("consistency_real", real)):
         row[name] = (fid.nearest_centroid(train, labels, x) == ev.labels("test")).mean()
     return [row]
-
 
 def memorisation_table(ev):
     """Memorisation: distance from a sample to the nearest training image, in embedding and in pixels; real
@@ -187,7 +179,6 @@ def memorisation_table(ev):
                 save_sheet(ev.out / "memorisation.png", pairs, 4)
     return rows
 
-
 def usefulness_table(ev):
     """Usefulness: a linear classifier on embeddings of real training images, of samples made from them, and
     of both; balanced accuracy and recall on the real test images"""
@@ -204,7 +195,6 @@ def usefulness_table(ev):
                     | {f"recall_{label}": share for label, share in recall.items()})
     return rows
 
-
 class Pixels:
     """The feature space of the pixels themselves, at 32 x 32."""
     kind = "pixels"
@@ -212,7 +202,6 @@ class Pixels:
     def extract(self, images, device):
         small = [np.asarray(resize_crop(load_rgb(path), 32), dtype=np.float64) for path in images]
         return np.stack([x.ravel() / 255 for x in small])
-
 
 # ---- the ablation study ------------------------------------------------------------------------------------
 
@@ -234,10 +223,8 @@ ROWS = [
     ((8, 4, 2, 1024, 20), 5, 80.64),
 ]
 
-
 def row_folder(out, factors):
     return out / "r{}-t{}-d{}-w{}-x{}".format(*factors)
-
 
 def table6(out):
     """The finished rows -> [{column of Table 6: value}], sorted by FID. Fails if they are not comparable."""
@@ -261,7 +248,6 @@ def table6(out):
             "paper_epoch": paper_epoch, "paper_fid": paper_fid})
     return sorted(table, key=lambda row: row[column])
 
-
 def ablation():
     """Tables 3 and 6: train the rows that are not finished, and tabulate those that are."""
     parser = Parser(__doc__)
@@ -281,7 +267,6 @@ def ablation():
     print(as_markdown(table))
     print(f"{len(table)} of {len(ROWS)} rows; the paper's FIDs are of Chaoyang, 512 px, SD1.5 and UNI2-h")
 
-
 # ---- pictures and the program ------------------------------------------------------------------------------
 
 def save_sheet(path, groups, columns, texts=()):
@@ -289,17 +274,14 @@ def save_sheet(path, groups, columns, texts=()):
     images = [[load_rgb(file) for file in group] for group in groups]
     save_image(path, contact_sheet(images, columns, texts))
 
-
 def as_markdown(rows):
     lines = [list(rows[0]), ["---"] * len(rows[0])]
     lines += [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
-
 # name in --only: a section, whose docstring is its heading, and which may write a picture of that name
 SECTIONS = dict(epochs=table4, sweep=table5, test=table7, classes=table8, figure5=figure5,
                 fidelity=fidelity_table, memorisation=memorisation_table, usefulness=usefulness_table)
-
 
 def main():
     if any(argument.split("=")[0] == "--ablation" for argument in sys.argv):
@@ -328,7 +310,6 @@ def main():
     if args.only == list(SECTIONS):
         save_text(evaluation.out / "report.md", text)
         save_text(args.run / "README.md", model_card(args.run))         # which includes the report
-
 
 if __name__ == "__main__":
     run_program(main)

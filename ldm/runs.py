@@ -21,7 +21,6 @@ except ImportError:         # Windows
 TOY_DATA = "toy-tissue"     # what --data is called where it is drawn, beside the run
 DATA, MODEL, TRAINING, VALIDATION, RUN = "data and weights", "model", "training", "validation", "run"
 
-
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run. The defaults are the paper's; `toy` is the default where the base is "toy".
@@ -76,7 +75,6 @@ class Settings:
         same = [f.name for f in fields(self) if f.metadata.get("on_resume", "same") == "same"]
         return [name for name in same if getattr(self, name) != getattr(other, name)]
 
-
 def parse_settings(description):
     """The command line of train.py -> (Settings, whether --resume was given, whether --parameters was)."""
     parser = Parser(description)
@@ -101,7 +99,6 @@ def parse_settings(description):
     drawn = settings.data is None or (resume and settings.data == TOY_DATA)
     return _resolve(settings, drawn), resume, parameters
 
-
 def _resumed(folder, given):
     if "run" in given:
         raise Fail("pass --resume with the run to resume, or --run for a new one, not both")
@@ -110,7 +107,6 @@ def _resumed(folder, given):
         raise Fail(f"--resume {folder}: it is not a run of train.py")
     call = {f.name: f.default for f in fields(Settings) if f.metadata.get("on_resume") == "this call"}
     return replace(saved, **call | given, run=folder)
-
 
 def _resolve(settings, drawn):
     """Fill in α and the run's folder, make paths absolute. drawn: the data is toy tissue, beside the run."""
@@ -129,7 +125,6 @@ def _resolve(settings, drawn):
         name = f"{safe_name(Path(settings.data).name)}-{settings.size}px-r{settings.rank}-t{settings.tokens}"
         settings = replace(settings, run=f"runs/{name}")
     return settings
-
 
 # ---- a run's folder ----------------------------------------------------------------------------------
 
@@ -155,7 +150,6 @@ class Lock:
         if self.handle is not None:
             os.close(self.handle)
 
-
 def read_settings(folder):
     """The Settings of the run in a folder, or None where there is no run of train.py."""
     path = Path(folder) / "config.json"
@@ -168,7 +162,6 @@ def read_settings(folder):
     except ValueError as problem:
         raise Fail(f"{path} is damaged or of another version ({problem}); restore it, or pass another "
                    "--run") from None
-
 
 def check_or_create(folder, settings, sha256):
     """Check that the run in this folder has these settings and hashes, or make the folder a run of these.
@@ -201,7 +194,6 @@ def check_or_create(folder, settings, sha256):
         was, now = ("none" if value is None else value for value in (was, now))
         raise Fail(f"{folder} is a run with {name.replace('_', '-')} {was}, not {now}; pass another --run")
 
-
 def environment():
     """The versions that made a run: {name: version}; git: the commit, "-dirty" where tracked files differ."""
     found = dict(python=platform.python_version(), platform=platform.platform(), processes=WORLD)
@@ -218,7 +210,6 @@ def environment():
         found["git"] = None
     return found
 
-
 def split_of_run(folder, patches, how, started):
     """The split of a run: its split.json, with which a run that is not started must agree; or a new one."""
     path = folder / "split.json"
@@ -233,14 +224,12 @@ def split_of_run(folder, patches, how, started):
         raise Fail(f"{path} of this run is missing; restore it, or pass another --run")
     return split
 
-
 # ---- finding runs, patches and samples ---------------------------------------------------------------
 
 def newest_run():
     """The folder under runs/ whose adapter was written last, or None."""
     found = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
     return found[-1].parent if found else None
-
 
 def find(paths, run=None):
     """The paths; or, where none exists and the run (default: the newest) has all, those, announced."""
@@ -257,7 +246,6 @@ def find(paths, run=None):
             raise Fail(f"{missing} is neither here nor in {run}")
     return paths
 
-
 def patches_of(part, settings, folder):
     """A part of a run's split -> [(Patch, path)] sorted by title; train and val within the run's --limit."""
     if settings is None or not settings.data or not (folder / "split.json").is_file():
@@ -267,7 +255,6 @@ def patches_of(part, settings, folder):
     names = read_split(folder / "split.json", list(patches.values()))[part]
     names = names if part == "test" else subsample(names, settings.limit)
     return sorted(((patches[n], data / n) for n in names), key=lambda pair: pair[0].title)
-
 
 def name_references(found, known):
     """[(name, path)] -> {unique name: path}, and `known` extended by them: {name: sha256 of the file}.
@@ -284,7 +271,6 @@ def name_references(found, known):
         references[unique] = path
     return references, known
 
-
 def public_name(source):
     """A source as an adapter's header and the model card name it: of an absolute path the last part.
 
@@ -293,7 +279,6 @@ def public_name(source):
     flag, equals, value = source.partition("=") if source.startswith("--") else ("", "", source)
     name = (Path(value).name or value) if os.path.isabs(value) or value.startswith("~") else value
     return flag + equals + (f"./{name}" if name in BUILT_IN and name != value else name)
-
 
 # ---- Table 2 and the model card ------------------------------------------------------------------------
 
@@ -311,8 +296,6 @@ def parameter_table(unet, projector):
     rows += [("Stable Diffusion backbone (frozen)", f"{frozen:,}", "")]
     rows += [("Trainable/backbone", "", f"{total / frozen:.2%}")]
     return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in rows)
-
-
 
 CARD = """---
 base_model: {base}
@@ -360,7 +343,6 @@ BEST = """; the last.
 - `adapter-best.safetensors`: the same with the lowest {what}
   on {n} validation patches: **{value:.4g}**, epoch {epoch} of {epochs} ({tried} were measured)"""
 
-
 def model_card(folder):
     """The text of README.md for a run that has finished an epoch."""
     folder = Path(folder)
@@ -384,13 +366,11 @@ def model_card(folder):
         text += "\n" + report.read_text(encoding="utf-8").replace("\n#", "\n##").replace("](", "](report/")
     return text
 
-
 def best_epoch(log):
     """The rows of a log.csv -> (the column that chooses the best adapter, the row with its lowest value)."""
     distances = [name for name in log[0] if name.startswith("fid") and any(row[name] for row in log)]
     column = distances[0] if distances else "val_loss"
     return column, min((row for row in log if row[column]), key=lambda row: float(row[column]))
-
 
 def _describe_best(folder, settings, split, log):
     if not (folder / "adapter-best.safetensors").exists():      # before the first samples
@@ -405,7 +385,6 @@ def _describe_best(folder, settings, split, log):
     tried = sum(bool(row[column]) for row in log)
     return BEST.format(what=what[column], n=n, value=float(best[column]), epoch=best["epoch"],
                        epochs=settings.epochs, tried=tried)
-
 
 def _describe_split(settings, split):
     patches = {part: sum(classes.values()) for part, classes in split["patches"].items()}

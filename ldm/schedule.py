@@ -7,7 +7,6 @@ import torch
 
 T = 1000
 
-
 def alpha_bar():
     """ᾱ (1000,) in float64: the product of 1 - β, with √β linear from √0.00085 to √0.012.
 
@@ -17,13 +16,11 @@ def alpha_bar():
     beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float64) ** 2
     return torch.cumprod(1 - beta, dim=0)
 
-
 def add_noise(z0, noise, t):
     """z_t = √ᾱ_t z_0 + √(1-ᾱ_t) ε   (eq. 1).   z0, noise (B, 4, h, w); t (B,) integers in 0..999."""
     a = alpha_bar()
     signal, sigma = (table.sqrt().to(z0)[t][:, None, None, None] for table in (a, 1 - a))
     return signal * z0 + sigma * noise
-
 
 def timesteps(steps=30):
     """Timesteps from noise to image: k · (1000 // steps) + 1, k = steps-1 .. 0; for 30: 958, 925, ..., 34, 1.
@@ -33,7 +30,6 @@ def timesteps(steps=30):
     if not 1 <= steps < T:
         raise ValueError(f"steps must be between 1 and {T - 1}, not {steps}")
     return [k * (T // steps) + 1 for k in reversed(range(steps))]
-
 
 def ddpm_coefficients(t, previous):
     """(c_0, c_t, σ) of z_previous = c_0 ẑ_0 + c_t z_t + σ · noise, the step t -> previous (None at the end).
@@ -46,7 +42,6 @@ def ddpm_coefficients(t, previous):
     c_0 = ab_p ** 0.5 * (1 - a) / (1 - ab_t)
     c_t = a ** 0.5 * (1 - ab_p) / (1 - ab_t)
     return c_0, c_t, ((1 - a) * (1 - ab_p) / (1 - ab_t)) ** 0.5
-
 
 def ddpm_step(z, eps, noise, t, previous):
     """One reverse step: z_t and the predicted ε -> z_previous; all (B, 4, h, w) in float32."""

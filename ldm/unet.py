@@ -10,7 +10,6 @@ from torch import nn
 
 FEW = 128       # positions of a batch up to which matrix products take half the time of oneDNN's convolution
 
-
 class UNet(nn.Module):
     """Predict the noise ε in z_t. The defaults are SD1.5: 859,520,964 parameters in 686 tensors.
 
@@ -78,7 +77,6 @@ class UNet(nn.Module):
                 h = up(h)
         return self.conv_out(F.silu(self.conv_norm_out(h))).to(z.dtype)
 
-
 class TimeEmbedding(nn.Module):
     """Integer timesteps (B,) -> (B, width), from cosines, then sines, of t · 10000^(-2i/dim) in float32."""
 
@@ -93,7 +91,6 @@ class TimeEmbedding(nn.Module):
         wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(wave)))
 
-
 class Level(nn.Module):
     """The modules of one resolution under Diffusers' names; the network's forward joins them."""
 
@@ -101,7 +98,6 @@ class Level(nn.Module):
         super().__init__()
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
         self.downsamplers, self.upsamplers = nn.ModuleList(downsamplers), nn.ModuleList(upsamplers)
-
 
 class Conv(nn.Conv2d):
     """A convolution; of few positions on the CPU as matrix products, where oneDNN takes twice as long."""
@@ -114,7 +110,6 @@ class Conv(nn.Conv2d):
         columns = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)   # (B, c_in · 9, L)
         weight = self.weight.flatten(1).expand(len(x), -1, -1)
         return torch.baddbmm(self.bias[:, None], weight, columns).unflatten(-1, shape)
-
 
 class ResBlock(nn.Module):
     """x (B, c_in, H, W) -> (B, c_out, H, W). time: width of the time embedding, None in the VAE."""
@@ -137,7 +132,6 @@ class ResBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
 
-
 class Transformer(nn.Module):
     """Self-attention over the positions, cross-attention to the condition, feed-forward; each residual."""
 
@@ -155,7 +149,6 @@ class Transformer(nn.Module):
         h = h.transpose(1, 2).reshape(x.shape)              # (B, C, H, W), by strides of (B, H, W, C)
         return x + self.proj_out(h)                         # x first: a sum has the strides of its first term
 
-
 class TransformerBlock(nn.Module):
     """h (B, L, C), c (B, N, d_c) -> (B, L, C)."""
 
@@ -170,7 +163,6 @@ class TransformerBlock(nn.Module):
         h = self.attn1(x, x) + h
         h = self.attn2(self.norm2(h), c) + h
         return self.ff(self.norm3(h)) + h
-
 
 class Attention(nn.Module):
     """Queries from x (B, L, C), keys and values from c (B, N, context) -> (B, L, C). bias: of Q, K and V."""
@@ -189,7 +181,6 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](h.transpose(1, 2).flatten(2))
 
-
 class FeedForward(nn.Module):
     """h (B, L, C) -> (B, L, C) through GEGLU of inner width 4C, with the exact (erf) GELU."""
 
@@ -202,7 +193,6 @@ class FeedForward(nn.Module):
         h, gate = self.net[0]["proj"](h).chunk(2, dim=-1)
         return self.net[2](h * F.gelu(gate))
 
-
 class Downsample(nn.Module):
     """Halve H and W. The VAE pads right and bottom only: all around, its latents have 0.8 relative error."""
 
@@ -213,7 +203,6 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
-
 
 class Upsample(nn.Module):
     """Double H and W: nearest neighbour, then a convolution."""

@@ -9,7 +9,6 @@ from .unet import Attention, Downsample, Level, ResBlock, Upsample
 SCALE = 0.18215
 EPS = 1e-6          # of every GroupNorm here; the U-Net's residual blocks have 1e-5
 
-
 class VAE(nn.Module):
     """KL autoencoder, 8 x 8 pixels to one latent pixel; as in SD1.5, 83,653,863 parameters in 248 tensors.
 
@@ -37,11 +36,9 @@ class VAE(nn.Module):
         """x (B, 3, H, W) -> D(E(x)), by the posterior's mean."""
         return self.decode(SCALE * self.encode(x)[0])
 
-
 def draw_latent(mean, logvar, noise):
     """z_0 = 0.18215 (mean + std · noise): one sample of the posterior, scaled; all shapes (B, 4, h, w)."""
     return SCALE * (mean + torch.exp(0.5 * logvar) * noise)
-
 
 class Stage(Level):
     """n residual blocks from c_in to c channels, attention after the first of them; then the resampling."""
@@ -54,7 +51,6 @@ class Stage(Level):
         for part in (first, *self.attentions, *others, *self.downsamplers, *self.upsamplers):
             h = part(h)
         return h
-
 
 class ImageEncoder(nn.Module):
     def __init__(self, channels, layers, latent):
@@ -75,7 +71,6 @@ class ImageEncoder(nn.Module):
             h = stage(h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
-
 class LatentDecoder(nn.Module):
     def __init__(self, channels, layers, latent):
         super().__init__()
@@ -94,7 +89,6 @@ class LatentDecoder(nn.Module):
         for stage in (self.mid_block, *self.up_blocks):
             h = stage(h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
-
 
 class SpatialAttention(Attention):
     """One head over all positions, residual: x (B, C, H, W) -> (B, C, H, W)."""

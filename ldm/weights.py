@@ -31,7 +31,6 @@ SD15_SHA256 = {     # of the files of that repository
 }
 HINT = f"It does not fit Stable Diffusion 1.5; the reference files are those of {SD15}"
 
-
 # ---- files of tensors --------------------------------------------------------------------------------------
 
 class TensorFile:
@@ -85,14 +84,12 @@ class TensorFile:
             self._fingerprint = hashlib.sha256(lines.encode()).hexdigest()
         return self._fingerprint
 
-
 def _unpickle(path):
     mapped = zipfile.is_zipfile(path)           # torch cannot map its format before version 1.6
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
         raise ValueError("it is no state dict, or holds more than that")
     return state
-
 
 def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     """build() -> a frozen network with the tensors of `file`, which must match it by name and shape.
@@ -121,7 +118,6 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
-
 # ---- Stable Diffusion 1.5 ----------------------------------------------------------------------------------
 
 def open_sd15(source):
@@ -144,7 +140,6 @@ def open_sd15(source):
         raise Fail(f"{path} looks like {other}; this program needs Stable Diffusion 1.5 ({SD15})")
     return unet, vae
 
-
 def load_unet(file, device="cpu", dtype=torch.float32):
     """The U-Net of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
     def build():
@@ -153,14 +148,12 @@ def load_unet(file, device="cpu", dtype=torch.float32):
         return UNet(channels, layers, context, latent=file.shapes["conv_in.weight"][1])
     return load(build, file, device, dtype, HINT)
 
-
 def unet_on_meta(source):
     """The U-Net of an `open_sd15` source without its weights; for SD15 itself no file is needed."""
     if source != SD15:
         return load_unet(open_sd15(source)[0], "meta")
     with torch.device("meta"):
         return UNet().requires_grad_(False)
-
 
 def load_vae(file, device="cpu", dtype=torch.float32):
     """The VAE of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
@@ -169,7 +162,6 @@ def load_vae(file, device="cpu", dtype=torch.float32):
         return VAE(channels, layers, latent=file.shapes["post_quant_conv.weight"][0])
     return load(build, file, device, dtype, HINT)
 
-
 def _geometry(file, prefix):
     """(width of each level, residual blocks per level), from the shapes."""
     channels = []
@@ -177,7 +169,6 @@ def _geometry(file, prefix):
         channels.append(shape[0])
     first = re.compile(rf"{prefix}\.0\.resnets\.\d+\.conv1\.weight")
     return tuple(channels), sum(first.fullmatch(name) is not None for name in file.shapes)
-
 
 def _other_model(shapes):
     """What a U-Net's tensors are of, where it is known and not Stable Diffusion 1.5."""
@@ -190,19 +181,16 @@ def _other_model(shapes):
     if shapes.get("conv_in.weight", ())[1:2] in ((8,), (9,)):
         return "an inpainting or image-editing variant"
 
-
 def _find(folder, names):
     if found := [folder / name for name in names if (folder / name).is_file()]:
         return found[0]
     raise Fail(f"{folder} contains no {' or '.join(names)}; pass a folder with unet/ and vae/")
-
 
 def licence(base, encoder_terms):
     """The terms of an adapter, for its header and its model card. base: its --sd15."""
     base = ("the toy base (MIT)" if base in BUILT_IN else
             "Stable Diffusion 1.5 (CreativeML Open RAIL-M, whose use restrictions carry over)")
     return f"Trained from {base} on embeddings of {encoder_terms} and on your images: their terms apply."
-
 
 # Names in the other layouts -> Diffusers' names
 
@@ -230,7 +218,6 @@ for i in range(12):         # three blocks a level, after input block 0, which i
                           rf"{block}\.0\.": f"{side}_blocks.{level}.resnets.{j}.",
                           rf"{block}\.1\.": f"{side}_blocks.{level}.attentions.{j}."}
 
-
 def _rename(prefix, table, name):
     """The name without the prefix, each pattern of the table replaced; None for a name of another part."""
     if not name.startswith(prefix):
@@ -240,14 +227,12 @@ def _rename(prefix, table, name):
         name = re.sub(old, new, name)
     return name
 
-
 # ---- the Hugging Face hub ----------------------------------------------------------------------------------
 
 def is_hub_name(source):
     """Whether this is a name of a repository, owner/name, by the hub's rules."""
     rules = r"(?!.*(--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]{1,96}\b"
     return re.fullmatch(rules, str(source)) is not None
-
 
 def hub_file(repository, candidates, sha256=None, access=""):
     """The first of the candidates in the hub's cache, or else in the repository: announced, then downloaded.

@@ -22,7 +22,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-
 import numpy as np
 import torch
 import torch._functorch.config as functorch_config
@@ -46,7 +45,6 @@ from sample import Sampling, sample  # noqa: E402
 from train import Trainer  # noqa: E402
 
 NARROW = dict(channels=(64, 128, 256, 256))
-
 
 # ---- measuring ---------------------------------------------------------------------------------------------
 
@@ -105,14 +103,12 @@ def measure(candidates, args):
     return {name: (statistics.median(t for t, _ in figures[name]), max(peak for _, peak in figures[name]))
             if name in steps else None for name in candidates}
 
-
 def matmul_rate(args):
     """FLOP/s of a large matrix multiplication in the dtype of the frozen networks."""
     n = 8192 if args.device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=args.device).to(frozen_dtype(args.device)) for _ in range(2))
     seconds = measure({"": lambda: lambda: [a @ b for _ in range(4)]}, args)[""][0]
     return 4 * 2 * n ** 3 / seconds
-
 
 def flops(args, train):
     """Of one U-Net pass of one image, counted: forward, or forward and backward of a LoRA step."""
@@ -126,7 +122,6 @@ def flops(args, train):
             if train:
                 y.sum().backward()
     return counter.get_total_flops()
-
 
 def report(args, work, ours, result, images, flop=0):
     """Print a line for each candidate, the ratio in that of the fastest peer."""
@@ -144,14 +139,12 @@ def report(args, work, ours, result, images, flop=0):
         speed = f"{1000 * seconds:.4g} ms, {images / seconds:.3g} images/s"
         print(f"| {work} | {name} | {speed} | {ratio} | {memory} | {share} |", flush=True)
 
-
 # ---- the networks, and the peer's --------------------------------------------------------------------------
 
 def networks(args):
     """Our U-Net's random weights, as a state dict that Diffusers' U-Net loads as well."""
     torch.manual_seed(0)
     return UNet(**args.width).state_dict()
-
 
 def diffusers_unet(args, state, dtype):
     from diffusers import UNet2DConditionModel
@@ -162,13 +155,11 @@ def diffusers_unet(args, state, dtype):
     unet.load_state_dict({name: t.to(args.device, dtype) for name, t in state.items()}, assign=True)
     return unet.requires_grad_(False)
 
-
 def diffusers_vae(channels=(128, 256, 512, 512)):
     from diffusers import AutoencoderKL
     return AutoencoderKL(sample_size=512, block_out_channels=channels, layers_per_block=2, latent_channels=4,
                          down_block_types=("DownEncoderBlock2D",) * 4,
                          up_block_types=("UpDecoderBlock2D",) * 4)
-
 
 def save_base(args, folder, **vae):
     """A Diffusers folder of random weights in float32."""
@@ -177,13 +168,11 @@ def save_base(args, folder, **vae):
     diffusers_unet(on_cpu, networks(args), torch.float32).save_pretrained(f"{folder}/unet")
     diffusers_vae(**vae).save_pretrained(f"{folder}/vae")
 
-
 def our_unet(args, state, dtype):
     with torch.device("meta"):
         unet = UNet(**args.width)
     unet.load_state_dict({name: t.to(args.device, dtype) for name, t in state.items()}, assign=True)
     return unet.requires_grad_(False)
-
 
 class Memory:
     """A stand-in for the cache: random latents and embeddings, in RAM."""
@@ -195,14 +184,12 @@ class Memory:
     def batch(self, hashes, mirrored):
         return [x[[int(h) for h in hashes]] for x in self.rows]
 
-
 def our_training_step(args, state, dtype):
     """Trainer.train_step, the recipe's."""
     unet, projector = inject(our_unet(args, state, dtype), 4), Projector().to(args.device)
     names, latent = [(str(i), str(i)) for i in range(64)], (4, args.size // 8, args.size // 8)
     return Trainer(Settings(batch=args.batch), unet, projector, Memory(args), names, latent,
                    args.device).train_step
-
 
 def diffusers_training_step(args, state, dtype, checkpointing=False, channels_last=False, compiled=False):
     """The same step as Diffusers' training script for LoRA makes it, with PEFT."""
@@ -243,7 +230,6 @@ def diffusers_training_step(args, state, dtype, checkpointing=False, channels_la
         return loss.item()
     return step
 
-
 def train(args):
     """A step of the recipe beside Diffusers' training script for LoRA with PEFT."""
     weights = networks(args), frozen_dtype(args.device)
@@ -261,7 +247,6 @@ def train(args):
     if args.device.type == "cuda":
         largest_batch(args, ours)
 
-
 def largest_batch(args, ours):
     """The largest batch that a training step of ours fits into cards of 12, 16 and 24 GB."""
     for cap in (12e9, 16e9, 24e9):
@@ -275,7 +260,6 @@ def largest_batch(args, ours):
                 break
             best, batch = batch, batch + 8
         print(f"largest batch at {args.size} px in {cap / 1e9:.0f} GB, in steps of 8: {best}", flush=True)
-
 
 def sampling(args):
     """Guided steps of Algorithm 2, `args.batch` images: `sample`, beside Diffusers' U-Net and DDPMScheduler.
@@ -321,7 +305,6 @@ def sampling(args):
     report(args, f"{args.steps} guided steps, batch {args.batch}, {args.size} px", "ours",
            measure(candidates, args), args.batch, 2 * args.steps * flops(args, train=False))
 
-
 # ---- FID, loading, caching ---------------------------------------------------------------------------------
 
 def patches(args, folder):
@@ -332,7 +315,6 @@ def patches(args, folder):
         coarse = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
         coarse.resize((args.size, args.size), Image.Resampling.BICUBIC).save(Path(folder) / f"{i:04d}.png")
     return list_images(folder)
-
 
 def distance(args):
     """Inception's features, and the distance between two sets of them, beside pytorch-fid."""
@@ -378,7 +360,6 @@ def distance(args):
     report(args, f"distance of {len(x)} and {len(y)} features", "ours", result, 1)
     print(f"distances: {values}")
 
-
 LOAD = """
 import re, sys, time, torch
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -402,7 +383,6 @@ total = sum(float(p.sum()) for n in networks for p in n.parameters())       # a 
 seconds, size = time.perf_counter() - start, sum(p.nbytes for n in networks for p in n.parameters())
 print(built, seconds, peak() - before, size)
 """
-
 
 def loading(args):
     """From a Diffusers folder to networks, and to networks of which every weight was read once, each in a
@@ -429,7 +409,6 @@ def loading(args):
             work = f"U-Net and VAE {what}, {size / 1e9:.2f} GB in {dtype}"
             print(f"| {work} | {name} | {value:.2f} s | {ratio} | {memory} | |", flush=True)
 
-
 FIRST = """
 import sys, torch
 sys.path.insert(0, {root!r})
@@ -450,7 +429,6 @@ c, c_null = (projector(x).to(device, dtype) for x in (e, projector.null))
 pipe(prompt_embeds=c, negative_prompt_embeds=c_null, guidance_scale=1.3,
      num_inference_steps={steps}, height={size}, width={size}).images[0].save("peer.png")
 """
-
 
 def first(args):
     """From the start of the program to its first image on the disk: sample.py, beside a Diffusers pipeline
@@ -483,7 +461,6 @@ def first(args):
                                                                   capture_output=True, cwd=folder)}
         report(args, f"program start to first image, {args.size} px, {args.steps} guided steps", "ours",
                measure(candidates, args), 1)
-
 
 def caching(args):
     """Latents of each image and its mirror image, and embeddings: Cache.fill, beside Diffusers' VAE and timm
@@ -533,7 +510,6 @@ def caching(args):
             return step
         report(args, f"caching {len(files)} images of {args.size} px", "ours",
                measure({"ours": ours, "Diffusers and timm": peer}, args), len(files))
-
 
 # ---- what is kept for the backward pass --------------------------------------------------------------------
 
@@ -588,7 +564,6 @@ def kept_for_backward(batch=16, size=512, width=None, budget=1.0):
     torch._dynamo.reset()
     return found["kept"], found["flops"]
 
-
 def kept(args):
     """Bytes that a compiled training step keeps for the backward pass, batch 16 at 512 px, and the FLOPs that
     this costs.
@@ -600,9 +575,7 @@ def kept(args):
         work = "kept for the backward pass, batch 16, 512 px"
         print(f"| {work} | budget {budget} | {size / 2 ** 30:.2f} GiB | | | {cost} |", flush=True)
 
-
 WORK = dict(train=train, sample=sampling, first=first, fid=distance, load=loading, cache=caching, kept=kept)
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -639,7 +612,6 @@ def main():
             print("fid: left out, pass --inception", flush=True)
             continue
         WORK[work](args)
-
 
 if __name__ == "__main__":
     main()

@@ -36,10 +36,8 @@ from train import Trainer  # noqa: E402
 SHARED = Path(os.environ.get("MORPH_SHARED", ROOT.parent / "shared"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long or gigabytes large; run with -m slow")
-
 
 def pytest_collection_modifyitems(config, items):
     """The plain run omits the slow tests; `-m slow` runs them, and a test that is named is always run."""
@@ -48,7 +46,6 @@ def pytest_collection_modifyitems(config, items):
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in slow]
-
 
 @pytest.fixture(scope="session")
 def shared():
@@ -59,7 +56,6 @@ def shared():
             pytest.skip(f"{name} is not in {SHARED} (set MORPH_SHARED to where it is)")
         return path
     return find
-
 
 @pytest.fixture(scope="session")
 def diffusers_networks():
@@ -80,7 +76,6 @@ def diffusers_networks():
                     p.add_(0.1 * torch.randn_like(p))
     return unet.eval().requires_grad_(False), vae.eval().requires_grad_(False)
 
-
 @pytest.fixture(scope="session")
 def base(diffusers_networks, tmp_path_factory):
     """A narrow checkpoint of SD1.5's depth, as a Diffusers folder."""
@@ -88,7 +83,6 @@ def base(diffusers_networks, tmp_path_factory):
     for network, part in zip(diffusers_networks, ("unet", "vae")):
         network.save_pretrained(folder / part)
     return folder
-
 
 @pytest.fixture(scope="session")
 def uni2h(tmp_path_factory):
@@ -105,11 +99,9 @@ def uni2h(tmp_path_factory):
     torch.save(encoder.state_dict(), folder / "pytorch_model.bin")
     return folder
 
-
 # What train.py writes into an adapter's header.
 HEADER = dict(base="x", base_sha256="b", vae_sha256="v", encoder="y", encoder_sha256="e", resolution="64",
               step="7", seed="0", licence="CC BY-NC-ND")
-
 
 def texture(seed, size=72):
     """A smooth pink and violet pattern, unlike every other seed's."""
@@ -119,7 +111,6 @@ def texture(seed, size=72):
                 for _ in range(4)) / 4
     colour = np.array([200, 120, 180]) + rng.normal(0, 20, 3)
     return Image.fromarray((colour + waves[..., None] * [60, 50, 40]).clip(0, 255).astype(np.uint8))
-
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
@@ -136,9 +127,7 @@ def dataset(tmp_path_factory):
         (root / f"{part}.json").write_text(json.dumps(entries))
     return root
 
-
 SETTINGS = Settings(batch=4, no_compile=True)
-
 
 class Memory:
     """A stand-in for the cache: named latents and embeddings."""
@@ -154,14 +143,12 @@ class Memory:
         return (*(torch.stack([row[k][int(m)] for row, m in zip(rows, mirrored)]) for k in (0, 1)),
                 torch.stack([row[2] for row in rows]))
 
-
 def trainer(n=8, widths=(32, 64, 64, 64), layers=2, **changes):
     torch.manual_seed(0)
     unet = inject(UNet(widths, layers).requires_grad_(False), 2)
     projector = Projector(d_e=12, d_h=16, n_c=2)
     return Trainer(replace(SETTINGS, **changes), unet, projector, Memory(n, 12),
                    [(f"{i}.png", f"h{i}") for i in range(n)], (4, 16, 16), torch.device("cpu"))
-
 
 def program(name, *args, cwd, check=True):
     """Call a program in this process, as `python NAME ARGS` would -> returncode, stdout, stderr.
@@ -186,7 +173,6 @@ def program(name, *args, cwd, check=True):
     assert not check or code == 0, err.getvalue()
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
-
 def process(name, *args, cwd, check=True, **environment):
     """The same in a process of its own."""
     result = subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, capture_output=True,
@@ -195,13 +181,11 @@ def process(name, *args, cwd, check=True, **environment):
     assert not check or result.returncode == 0, result.stderr
     return result
 
-
 @pytest.fixture(scope="session")
 def small(base, uni2h, dataset):
     """Arguments of a training run that takes seconds."""
     return ["--data", dataset, "--sd15", base, "--uni2h", uni2h, "--size", 64, "--rank", 2, "--hidden", 32,
             "--batch", 4]
-
 
 @pytest.fixture(scope="session")
 def trained(small, tmp_path_factory):

@@ -53,7 +53,6 @@ SAVE_SECONDS = 120
 ATTRIBUTION = ("procedural pictures, and H&E patches of EBHI-Seg (Shi et al. 2023, "
                "https://doi.org/10.3389/fmed.2023.1114673, CC BY 4.0), training cases only")
 
-
 # ---- images ------------------------------------------------------------------------------------------
 
 class Patches:
@@ -85,22 +84,18 @@ class Patches:
         small = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
         return small, enlarged(x)
 
-
 def to_input(x):
     """uint8 -> [-1, 1]."""
     return x.float() / 127.5 - 1
-
 
 def enlarged(x):
     """To the size at which the encoder takes images."""
     return F.interpolate(x, (UNI2H.size, UNI2H.size), mode="bilinear")
 
-
 def normalise(x):
     """x in [-1, 1] as the encoder takes it: ldm.encoder.preprocess, for tensors."""
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (UNI2H.mean, UNI2H.std))
     return (x / 2 + 0.5 - mean) / std
-
 
 def turned(x, r):
     """Each image turned and mirrored at random."""
@@ -108,13 +103,11 @@ def turned(x, r):
         x = torch.where(r.chance(0.5, len(x))[:, None, None, None], how(x), x)
     return x
 
-
 def stained(x, r, amount):
     """x (n, 3, H, W) with each channel's optical density multiplied and shifted at random."""
     density = -torch.log((x / 2 + 0.5).clamp(min=1 / 255))
     scale, shift = 1 + amount * r.normal(len(x), 3, 1, 1), 0.3 * amount * r.normal(len(x), 3, 1, 1)
     return torch.exp(-(density * scale.clamp(0.3, 2) + shift)).clamp(0, 1) * 2 - 1
-
 
 @cache
 def make_pool(n, patches, device):
@@ -126,11 +119,9 @@ def make_pool(n, patches, device):
         images.append(((x + 1) * 127.5).round().byte())
     return torch.cat(images)
 
-
 def pick(pool, n, r):
     """n images of a pool, each turned at random -> x (n, 3, SIZE, SIZE) in [-1, 1]."""
     return to_input(turned(pool[r.integers(0, len(pool), n)], r))
-
 
 # ---- training ----------------------------------------------------------------------------------------
 
@@ -189,7 +180,6 @@ def fit(name, parts, loss, args, betas=(0.9, 0.99), decay=0.999, beside=None):
             p.copy_(average[n])
     networks.eval().requires_grad_(False)
 
-
 def make_vae(args):
     """L1 of pixels, of their differences and at a quarter of the size; a light KL term; scale-equivariance.
 
@@ -225,7 +215,6 @@ def make_vae(args):
         vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ shift
         vae.post_quant_conv.weight /= scale[None, :, None, None]
     return vae
-
 
 def make_encoder(args):
     """Two pictures of a world, or two views of a patch, are alike (InfoNCE, van den Oord et al. 2018).
@@ -268,7 +257,6 @@ def make_encoder(args):
     encoder.patch_drop = nn.Identity()
     return encoder
 
-
 def make_unet(args, name, start=None):
     """Algorithm 1 with everything trainable, through a projector that is then thrown away. start: weights.
 
@@ -300,7 +288,6 @@ def make_unet(args, name, start=None):
     fit(name, {"unet": unet, "projector": projector}, loss, args)
     return unet
 
-
 @torch.no_grad()
 def describe_pool(args):
     """Latents (n, 8, h, w), means beside log-variances, and embeddings e (n, d_e) of pictures and crops."""
@@ -315,7 +302,6 @@ def describe_pool(args):
             large = enlarged(small)
         rows.append((torch.cat(vae.encode(small), 1).half(), encoder(normalise(large))))
     return dict(zip(("latents", "e"), map(torch.cat, zip(*rows))))
-
 
 class Critic(nn.Module):
     """A patch discriminator: x (n, 3, H, W) and its latent -> its layers' outputs, the last one a score.
@@ -338,7 +324,6 @@ class Critic(nn.Module):
             found.append(x)
             x = F.leaky_relu(x, 0.2)
         return found
-
 
 def make_decoder(args):
     """The VAE's decoder once more, against a discriminator (hinge loss), so that it does not blur.
@@ -383,7 +368,6 @@ def make_decoder(args):
         beside=critic)
     return vae
 
-
 # ---- the program -------------------------------------------------------------------------------------
 
 def main():
@@ -411,7 +395,6 @@ def main():
             tensors = {n: t.half().contiguous() for n, t in makers[name](args).state_dict().items()}
             trained_on = ATTRIBUTION if args.patches else "procedural pictures"
             save_tensors(path, tensors, {"format": "pt", "trained_on": trained_on})
-
 
 if __name__ == "__main__":
     run_program(main)

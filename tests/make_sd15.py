@@ -26,7 +26,6 @@ COMPVIS_VAE = {
     "conv_norm_out": "norm_out",
     "conv_shortcut": "nin_shortcut"}
 
-
 def networks(width):
     """Diffusers' U-Net and VAE on the meta device; width 320 is the real size."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -40,7 +39,6 @@ def networks(width):
                             up_block_types=("UpDecoderBlock2D",) * 4)
     return {"unet": unet, "vae": vae}
 
-
 def random_tensor(name, shape):
     """Weights that keep the variance, norms near one, small biases; a function of the name."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
@@ -48,12 +46,10 @@ def random_tensor(name, shape):
         return 0.02 * noise + float("norm" in name and name.endswith("weight"))
     return noise * shape[1:].numel() ** -0.5
 
-
 def replace(name, table):
     for ours, theirs in table.items():
         name = name.replace(ours, theirs)
     return name
-
 
 def compvis_unet_name(name):
     if m := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions)\.(\d)\.(.*)", name):
@@ -70,14 +66,12 @@ def compvis_unet_name(name):
         name = replace(name, COMPVIS_UNET)
     return f"model.diffusion_model.{name}"
 
-
 def compvis_vae_name(name):
     name = re.sub(r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2", name)
     name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
     name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{3 - int(m[1])}.block.{m[2]}", name)
     name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample", name)
     return f"first_stage_model.{replace(name, COMPVIS_VAE)}"
-
 
 def make_sd15(path, layout="diffusers", width=320):
     """Write a checkpoint: "diffusers", "diffusers-old" (the VAE's attention as `query`) or "compvis" (one

@@ -13,7 +13,6 @@ from train import seed_of
 SIZE = 64
 STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11))   # optical density of H and E (Ruifrok and Johnston 2001)
 
-
 class Random:
     """Random tensors on a device, from a generator that the integers of `key` determine."""
 
@@ -31,7 +30,6 @@ class Random:
 
     def integers(self, low, high, *shape):
         return torch.randint(low, high, shape, device=self.device, generator=self.generator)
-
 
 def draw_worlds(n, r):
     """What the pictures of n worlds share -> {name: (n, ...)}. Four successive worlds share their colours."""
@@ -54,14 +52,12 @@ def draw_worlds(n, r):
                       used=r.chance(share, n))
     return world
 
-
 def draw_ink(n, r, under, dark=0.3):
     """Amounts of the two dyes (n, 2), at one of four levels; darker where they hardly differ from `under`."""
     levels = torch.tensor([0.0, 0.2, 0.5, 1.0], device=r.device)
     ink = levels[r.integers(0, 4, n, 2)] * r.uniform(0.8, 1.2, n, 2)
     ink[:, 0] += torch.where((ink - under).abs().sum(1) < 0.35, dark + 0.3, 0.0)
     return ink
-
 
 def draw_lattice(n, r, smallest, largest):
     """A jittered lattice of round or oval shapes: pitch in pixels, size, direction -> {name: (n,)}."""
@@ -71,7 +67,6 @@ def draw_lattice(n, r, smallest, largest):
         share=torch.where(r.chance(0.75, n), 1.0, r.uniform(0.5, 1, n)), spread=r.uniform(0.03, 0.2, n),
         aspect=1 + r.uniform(0, 1, n) ** 2, turn=r.uniform(0, math.pi, n), aligned=r.chance(0.5, n),
         stretch=torch.ones(n, device=r.device), sway=r.uniform(0, 2.5, n))
-
 
 def draw_shapes(n, r):
     """The lattice of large shapes, with outlines, cores and beads; three in ten are tubes."""
@@ -86,7 +81,6 @@ def draw_shapes(n, r):
         core=often(0.88, 0.15, 0.85), core_lobes=r.integers(2, 10, n), core_wave=often(0.65, 0.1, 0.6),
         core_pointed=r.chance(0.5, n), beads=torch.where(r.chance(0.5, n), 0, r.integers(7, 26, n)),
         bead_at=r.uniform(0.75, 1, n), bead_length=r.uniform(1.4, 4, n), bead_width=r.uniform(1.1, 2.4, n))
-
 
 def draw_pictures(world, r):
     """A picture of each world -> x (n, 3, SIZE, SIZE) in [-1, 1]. Dyes mix by Beer and Lambert's law."""
@@ -104,17 +98,14 @@ def draw_pictures(world, r):
     light = torch.exp(-torch.einsum("ndc,ndhw->nchw", world["dyes"], ink.clamp(min=0)))
     return (light + 0.008 * r.normal(*light.shape)).clamp(0, 1) * 2 - 1
 
-
 def paint(ink, mask, colour):
     """ink (n, 2, SIZE, SIZE) moved to colour (n, 2) where mask (n, SIZE, SIZE) is 1."""
     return ink + mask[:, None] * (colour[:, :, None, None] - ink)
-
 
 def pixels(device):
     """x and y (1, SIZE, SIZE) of the pixels, from the centre."""
     at = torch.arange(SIZE, device=device) - (SIZE - 1) / 2
     return at[None, None, :], at[None, :, None]
-
 
 def draw_field(wavelength, r):
     """A smooth random field (n, SIZE, SIZE) of mean 0 and about unit range: eight plane waves."""
@@ -124,7 +115,6 @@ def draw_field(wavelength, r):
         length = wavelength[:, None, None] * r.uniform(0.5, 1.5, n, 1, 1)
         total = total + torch.cos(2 * math.pi * (x * angle.cos() + y * angle.sin()) / length + phase)
     return total / 4
-
 
 def draw_masks(layer, angle, sway, r):
     """Where a layer's shapes, their cores and the beads on their rims are -> three (n, SIZE, SIZE) in 0..1.
@@ -165,7 +155,6 @@ def draw_masks(layer, angle, sway, r):
     tangent, radial = rho * (phi - (phi / step).round() * step), rho - p["bead_at"] * edge
     bead = (1 - torch.hypot(tangent / p["bead_length"], radial / p["bead_width"])) * p["bead_width"]
     return inside(edge), inside(inner), ((bead + 0.5).clamp(0, 1) * there * (p["beads"] > 0)).amax(1)
-
 
 def outline(phi, lobes, wave, pointed):
     """Distance from the centre at these angles, 1 on average: round, wavy or a star."""

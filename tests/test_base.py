@@ -17,14 +17,12 @@ from ldm.weights import load_unet, load_vae, open_sd15
 
 CPU = torch.device("cpu")
 
-
 def test_pictures_are_a_function_of_world_and_seed():
     worlds = draw_worlds(4, Random(CPU, 1))
     a, b = (draw_pictures(worlds, Random(CPU, 2)) for _ in range(2))
     other = draw_pictures(worlds, Random(CPU, 3))
     assert a.shape == (4, 3, SIZE, SIZE) and torch.equal(a, b) and -1 <= a.min() and a.max() <= 1
     assert (a != other).flatten(1).float().mean(1).min() > 0.5
-
 
 def test_four_successive_worlds_share_their_colours_and_no_more():
     dyes = draw_worlds(8, Random(CPU, 1))["dyes"]
@@ -33,7 +31,6 @@ def test_four_successive_worlds_share_their_colours_and_no_more():
     pitch = draw_worlds(8, Random(CPU, 1))["shapes"]["pitch"]
     assert len(pitch.unique()) == 8
 
-
 def test_an_outline_is_1_on_average_and_a_star_has_its_points():
     phi = (torch.arange(3600) + 0.5) / 3600 * 2 * math.pi
     for pointed in (True, False):
@@ -41,7 +38,6 @@ def test_an_outline_is_1_on_average_and_a_star_has_its_points():
         assert abs(radius.mean() - 1) < 1e-3
         assert abs(radius.max() - 1.4) < 0.01 and abs(radius.min() - 0.6) < 0.01
         assert ((radius > 1) != (radius.roll(1) > 1)).sum() == 2 * 5
-
 
 def test_round_shapes_on_a_lattice_cover_their_share_of_the_area():
     """Discs of radius ρ in square cells of side p cover πρ²/p²."""
@@ -56,7 +52,6 @@ def test_round_shapes_on_a_lattice_cover_their_share_of_the_area():
     assert abs(body.mean() - math.pi * 36 / 256) < 0.01
     assert abs(core.mean() - math.pi * 9 / 256) < 0.01 and not beads.any()
 
-
 def test_the_encoder_sees_what_train_py_shows_it():
     """The maker enlarges and normalises tensors, train.py PIL images: the same to half a grey level."""
     x = draw_pictures(draw_worlds(2, Random(CPU, 1)), Random(CPU, 2))
@@ -64,12 +59,10 @@ def test_the_encoder_sees_what_train_py_shows_it():
     ours = make_base.normalise(make_base.enlarged(x))
     assert (ours - theirs).abs().max() < 1.5 / 255 / min(UNI2H.std)
 
-
 def test_turning_keeps_the_pixels():
     x = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4)
     seen = {tuple(make_base.turned(x, Random(CPU, seed))[0, 0].flatten().tolist()) for seed in range(64)}
     assert len(seen) == 8 and all(sorted(s) == list(range(16)) for s in seen)
-
 
 def test_staining_by_0_changes_nothing_and_is_multiplicative_in_density():
     x = torch.rand(4, 3, 8, 8) * 1.8 - 0.9
@@ -80,7 +73,6 @@ def test_staining_by_0_changes_nothing_and_is_multiplicative_in_density():
     slope = np.polyfit(density[0, 0][inside[0, 0]], other[0, 0][inside[0, 0]], 1)
     fitted = np.polyval(slope, density[0, 0][inside[0, 0]])
     assert np.abs(fitted - other[0, 0][inside[0, 0]].numpy()).max() < 1e-4
-
 
 def toy_fit(out, steps, stop=None, rate=1e-2):
     """Fit a matrix to the identity -> its weights. stop: raise at this step."""
@@ -98,7 +90,6 @@ def toy_fit(out, steps, stop=None, rate=1e-2):
     make_base.fit("x", {"network": network}, loss, args)
     return network
 
-
 def test_an_interrupted_part_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(make_base, "SAVE_SECONDS", -1)
     whole = toy_fit(tmp_path / "a", 12)
@@ -109,11 +100,9 @@ def test_an_interrupted_part_resumes_to_the_same_weights(tmp_path, monkeypatch):
     assert not torch.equal(whole.weight, toy_fit(tmp_path / "c", 13).weight)
     assert (tmp_path / "a/log-x.csv").read_text() == (tmp_path / "b/log-x.csv").read_text()
 
-
 def test_fitting_learns_and_keeps_a_moving_average(tmp_path):
     network = toy_fit(tmp_path, 400, rate=3e-2)
     assert (network.weight - torch.eye(4)).abs().max() < 0.1 and not network.weight.requires_grad
-
 
 @pytest.mark.slow
 def test_a_short_run_makes_a_base_that_loads(tmp_path, dataset):

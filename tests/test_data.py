@@ -17,10 +17,8 @@ from ldm.data import (PROPORTIONS, Cache, Patch, describe_split, list_images, lo
 
 GREY = np.add.outer(np.arange(20), np.arange(30)).astype(np.uint16)
 
-
 def pixels(path):
     return np.asarray(load_rgb(path))
-
 
 # ---- images ------------------------------------------------------------------------------------------------
 
@@ -29,7 +27,6 @@ def test_an_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6                                    # turned by a quarter
     image.save(tmp_path / "x.jpg", exif=exif)
     assert load_rgb(tmp_path / "x.jpg").size == (20, 40)
-
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_transparent_is_white_and_what_is_opaque_is_itself(mode, tmp_path):
@@ -46,32 +43,26 @@ def test_what_is_transparent_is_white_and_what_is_opaque_is_itself(mode, tmp_pat
     x = pixels(tmp_path / "x.png")
     assert (x[:, :10] == 255).all() and (x[:, 10:] == 10).all()
 
-
 def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
     Image.new("RGBA", (16, 16), (0, 0, 0, 128)).save(tmp_path / "x.png")
     assert (pixels(tmp_path / "x.png") == 127).all()
 
-
 def test_greyscale_becomes_three_equal_channels(tmp_path):
     Image.fromarray((GREY * 5).astype(np.uint8)).save(tmp_path / "x.png")
     assert (pixels(tmp_path / "x.png") == (GREY * 5).astype(np.uint8)[..., None]).all()
-
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits_are_scaled_and_not_clipped(suffix, tmp_path):
     Image.fromarray(GREY * 1337).save(tmp_path / f"x.{suffix}")
     assert (pixels(tmp_path / f"x.{suffix}") == (GREY * 1337 / 257).round()[..., None]).all()
 
-
 def test_cmyk_is_converted(tmp_path):
     Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "x.tif")
     assert (pixels(tmp_path / "x.tif") == [255, 0, 0]).all()
 
-
 def test_a_name_in_another_alphabet_is_read(tmp_path):
     texture(0).save(tmp_path / "препарат 切片.png")
     assert load_rgb(tmp_path / "препарат 切片.png").size == (72, 72)
-
 
 def bomb(path):
     """A PNG of some 60 bytes whose header claims 100,000 x 100,000 pixels."""
@@ -81,16 +72,13 @@ def bomb(path):
                                                   struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
                      + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
 
-
 def truncated(path):
     texture(1).save(path)
     path.write_bytes(path.read_bytes()[:-500])
 
-
 def animated(path):
     texture(1).save(path, format="GIF" if path.suffix == ".png" else "TIFF", save_all=True,
                     append_images=[texture(2)])
-
 
 @pytest.mark.parametrize("name, write, words", [
     ("x.png", bomb, "100000 x 100000"), ("x.png", truncated, "cannot be read"),
@@ -108,7 +96,6 @@ def test_what_is_no_single_readable_patch_is_refused_by_name(name, write, words,
     text = str(problem.value)
     assert words in text and str(tmp_path / name) in text and "\n" not in text
 
-
 @pytest.mark.parametrize("size", [(64, 64), (100, 100), (331, 250), (250, 331), (37, 61), (500, 111)])
 @pytest.mark.parametrize("filter", ["BILINEAR", "LANCZOS"])
 def test_fit_is_torchvisions_resize_and_centre_crop(size, filter):
@@ -117,13 +104,11 @@ def test_fit_is_torchvisions_resize_and_centre_crop(size, filter):
     expected = Compose([Resize(64, InterpolationMode[filter]), CenterCrop(64)])(image)
     assert (np.asarray(resize_crop(image, 64, Image.Resampling[filter])) == np.asarray(expected)).all()
 
-
 def test_bytes_survive_the_way_through_a_tensor():
     image = Image.fromarray(np.arange(768, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8))
     x = to_tensor([image], 16)
     assert x.min() == -1 and x.max() == 1 and (np.asarray(to_images(x)[0]) == np.asarray(image)).all()
     assert (np.asarray(to_images(torch.tensor([[[[-9.0]], [[9.0]], [[0.0]]]]))[0]) == [0, 255, 128]).all()
-
 
 def test_images_are_listed_at_any_depth_in_any_case_sorted_and_without_hidden_ones(tmp_path):
     for name in ("b.PNG", "a/z.JpEg", "a/.hidden.png", ".git/x.png", "a/text.txt", "a.tif"):
@@ -131,7 +116,6 @@ def test_images_are_listed_at_any_depth_in_any_case_sorted_and_without_hidden_on
         (tmp_path / name).touch()
     assert [p.relative_to(tmp_path).as_posix()
             for p in list_images(tmp_path)] == ["a.tif", "a/z.JpEg", "b.PNG"]
-
 
 # ---- datasets ----------------------------------------------------------------------------------------------
 
@@ -141,12 +125,10 @@ def write_json(root, rows, part="train"):
         (root / row["name"]).touch()
     (root / f"{part}.json").write_text(json.dumps(rows))
 
-
 def test_the_chaoyang_format_gives_class_case_and_part(dataset):
     patches = read_dataset(dataset)
     assert len(patches) == 36 and len({p.case for p in patches}) == 12
     assert Patch("test/5011_1-IMG033x011-3.JPG", "adenoma", "5011", "test") in patches
-
 
 def test_annotators_decide_by_majority_where_there_is_no_label(tmp_path, capsys):
     votes = [(1, 1, 2), (0, 2, 2), (0, 1, 2)]
@@ -159,7 +141,6 @@ def test_annotators_decide_by_majority_where_there_is_no_label(tmp_path, capsys)
                                                                  "9": "adenoma"}
     assert "1 patches" in capsys.readouterr().out
 
-
 @pytest.mark.parametrize("names, expected", [
     (["x.png", "y.png"], [("all", "x.png"), ("all", "y.png")]),
     (["k/x.png", "l/y.png"], [("k", "k/x.png"), ("l", "l/y.png")]),
@@ -171,14 +152,12 @@ def test_folders_give_class_and_case(names, expected, tmp_path):
         (tmp_path / name).touch()
     assert [(p.label, p.case) for p in read_dataset(tmp_path)] == expected
 
-
 def test_folders_of_parts_are_not_taken_for_classes(tmp_path):
     for name in ("train/normal/x.png", "Test/normal/y.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     with pytest.raises(Fail, match="a folder per part"):
         read_dataset(tmp_path)
-
 
 def test_linked_folders_are_followed_and_circles_end(tmp_path):
     for name in ("a/x.png", "elsewhere/y.png"):
@@ -189,7 +168,6 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
     assert [p.relative_to(tmp_path).as_posix()
             for p in list_images(tmp_path / "a")] == ["a/link/y.png", "a/x.png"]
 
-
 def test_a_name_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "\udcff.png").touch()
     with pytest.raises(Fail, match="not valid UTF-8"):
@@ -198,12 +176,10 @@ def test_a_name_that_is_not_utf8_is_named(tmp_path):
     with pytest.raises(Fail, match="not valid UTF-8"):
         read_dataset(tmp_path)
 
-
 def test_a_safe_name_fits_every_file_system():
     for text in ("ü" * 300, "漢" * 300, "../../x", "a b"):
         name = safe_name(text)
         assert len(name.encode()) <= 150 and "/" not in name and " " not in name and not name.startswith(".")
-
 
 @pytest.mark.parametrize("text, words", [
     ('[{"name": "../x.JPG", "label": 0}]', "outside"), ('[{"name": "/etc/passwd", "label": 0}]', "outside"),
@@ -226,13 +202,11 @@ def test_a_wrong_list_is_refused_by_entry(text, words, tmp_path):
     with pytest.raises(Fail, match=words):
         read_dataset(root)
 
-
 # ---- the split ---------------------------------------------------------------------------------------------
 
 def cases_of(split, patches):
     case = {p.name: p.case for p in patches}
     return {part: {case[n] for n in names} for part, names in split.items()}
-
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.sampled_from("abcd")), min_size=1, max_size=80))
@@ -249,7 +223,6 @@ def test_a_split_keeps_cases_whole_and_loses_nothing(rows):
                 or cases["val"] & cases["test"])
     assert split_patches(patches[::-1]) == split
 
-
 def test_real_tissue_is_split_in_the_papers_proportions_within_two_patches_of_every_class(shared):
     patches = read_dataset(shared("data/ebhi-colon"))
     split, label = make_split(patches, "paper"), {p.name: p.label for p in patches}
@@ -262,14 +235,12 @@ def test_real_tissue_is_split_in_the_papers_proportions_within_two_patches_of_ev
     assert not (cases["train"] & cases["val"] or cases["train"] & cases["test"]
                 or cases["val"] & cases["test"])
 
-
 def test_the_official_test_part_can_be_kept(dataset):
     patches = read_dataset(dataset)
     split = make_split(patches, "official")
     assert split["test"] == [p.name for p in patches if p.part == "test"]
     assert sorted(split["train"] + split["val"]) == [p.name for p in patches
                                                      if p.part == "train"] and split["val"]
-
 
 def test_a_split_file_can_be_read_again_and_refuses_strangers_and_repeats(dataset, tmp_path):
     patches, path = read_dataset(dataset), tmp_path / "split.json"
@@ -281,7 +252,6 @@ def test_a_split_file_can_be_read_again_and_refuses_strangers_and_repeats(datase
         path.write_text(json.dumps(split | change))
         with pytest.raises(Fail, match=words):
             read_split(path, patches)
-
 
 # ---- the cache ---------------------------------------------------------------------------------------------
 
@@ -305,14 +275,12 @@ class Encoders:
             raise KeyboardInterrupt
         return torch.tensor([np.asarray(image)[0, 0].tolist() for image in images], dtype=torch.float32)
 
-
 @pytest.fixture
 def forty(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(40):
         texture(i, 16).save(tmp_path / f"images/{i:02d}.png")
     return sorted((tmp_path / "images").iterdir())
-
 
 def test_the_cache_holds_what_the_encoders_say_of_an_image_and_of_its_mirror_image(forty, tmp_path):
     cache = Cache(tmp_path / "cache", "vae", "encoder", 16)
@@ -325,7 +293,6 @@ def test_the_cache_holds_what_the_encoders_say_of_an_image_and_of_its_mirror_ima
         assert torch.equal(mean[i], x[:, ::4, ::4]) and torch.equal(logvar[i], -mean[i])
         assert e[i].tolist() == np.asarray(load_rgb(path))[0, 0].tolist()
 
-
 def test_nothing_is_computed_twice_and_nothing_stale_is_used(forty, tmp_path):
     first, second, third = Encoders(), Encoders(), Encoders()
     Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, first)
@@ -337,7 +304,6 @@ def test_nothing_is_computed_twice_and_nothing_stale_is_used(forty, tmp_path):
         again = Encoders()
         Cache(tmp_path / "cache", *key).fill(forty, again)
         assert again.images == 40
-
 
 def test_an_interrupted_cache_keeps_what_it_has_and_goes_on(forty, tmp_path):
     with pytest.raises(KeyboardInterrupt):

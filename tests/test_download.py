@@ -21,7 +21,6 @@ DATA = bytes(range(256)) * 100_000          # 26 MB: half of it is more than one
 SHA256 = hashlib.sha256(DATA).hexdigest()
 TOKEN = "hf_secretsecretsecretsecretsecret"
 
-
 class Server(BaseHTTPRequestHandler):
     """The behaviour is the second part of the path: /o/cut/resolve/main/file."""
     protocol_version = "HTTP/1.1"
@@ -61,14 +60,12 @@ class Server(BaseHTTPRequestHandler):
         if cut:
             self.close_connection = True
 
-
 @pytest.fixture(scope="module")
 def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
-
 
 HUB = """
 import json, sys
@@ -83,7 +80,6 @@ for name, sha256, gated in {cases!r}:
         print("RESULT", json.dumps([name, sha256, str(problem)]))
 """
 
-
 def hub(server, cases, home, **environment):
     environment = {"HF_ENDPOINT": server, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN,
                    "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1",
@@ -94,7 +90,6 @@ def hub(server, cases, home, **environment):
     assert TOKEN not in ran.stdout + ran.stderr
     return ran.stderr, [json.loads(line[7:])[2] for line in ran.stdout.splitlines()
                         if line.startswith("RESULT ")]
-
 
 def test_the_hub_as_it_should_be_and_as_it_may_be(server, tmp_path):
     Server.seen.clear()
@@ -115,7 +110,6 @@ def test_the_hub_as_it_should_be_and_as_it_may_be(server, tmp_path):
     assert {auth for _, kind, _, auth in Server.seen if kind in {name for name,
                                                                  *_ in cases}} == {f"Bearer {TOKEN}"}
 
-
 def test_a_hub_that_is_not_asked_or_does_not_answer(server, tmp_path):
     _, [offline] = hub(server, [("ok", SHA256, "")], tmp_path, HF_HUB_OFFLINE="1")
     assert "cannot get file.bin" in offline and "local path" in offline
@@ -124,12 +118,10 @@ def test_a_hub_that_is_not_asked_or_does_not_answer(server, tmp_path):
     assert "cannot get file.bin" in proxy                               # the proxy was asked, and nobody else
     assert not list(tmp_path.rglob("file.bin"))
 
-
 @pytest.mark.slow
 def test_a_hub_that_is_slow_ends_in_one_line(server, tmp_path):
     _, [slow] = hub(server, [("slow", SHA256, "")], tmp_path)
     assert "cannot get file.bin" in slow and not list(tmp_path.rglob("file.bin"))
-
 
 @pytest.mark.parametrize("kind, hash8, words", [("ok", SHA256[:8], None), ("ok", "00000000", "hash"),
                                                 ("cut", SHA256[:8], "hash"), ("missing", SHA256[:8], "404")])

@@ -18,7 +18,6 @@ from ldm.app import Fail
 
 CPU = torch.device("cpu")
 
-
 def random_weights(path):
     """Inception's tensors, drawn so that the activations keep their size through the network."""
     with torch.device("meta"):
@@ -34,12 +33,10 @@ def random_weights(path):
             tensors[name] = 0.1 * noise
     save_file(tensors, path)
 
-
 @pytest.fixture(scope="module", params=["random", pytest.param("real", marks=pytest.mark.slow)])
 def kind(request):
     """Whether weights and images are random or real; these tests hold for any."""
     return request.param
-
 
 @pytest.fixture(scope="module")
 def weights(kind, tmp_path_factory, request):
@@ -48,7 +45,6 @@ def weights(kind, tmp_path_factory, request):
     path = tmp_path_factory.mktemp("weights") / "inception.safetensors"
     random_weights(path)
     return path
-
 
 @pytest.fixture(scope="module")
 def pth(weights, tmp_path_factory):
@@ -60,7 +56,6 @@ def pth(weights, tmp_path_factory):
     path = tmp_path_factory.mktemp("pth") / "pt_inception-2015-12-05-6726825d.pth"
     torch.save(state, path)
     return path
-
 
 @pytest.fixture(scope="module")
 def folders(kind, tmp_path_factory, request):
@@ -78,10 +73,8 @@ def folders(kind, tmp_path_factory, request):
             texture(i, 220).save(root / "ab"[i >= 12] / f"{i:02d}.JPG", quality=95)
     return root / "a", root / "b"
 
-
 def ours(folders, weights, resize):
     return [fid.read_set(folder, Inception(weights, resize), CPU, 8) for folder in folders]
-
 
 def exact(x, y):
     """The Fréchet distance by eigenvalues of the Gram matrix: tr (Σ₁Σ₂)^½ = Σ √λ(X₁X₂ᵀ X₂X₁ᵀ), another way
@@ -91,7 +84,6 @@ def exact(x, y):
     cross = a @ b.T
     root = np.sqrt(np.linalg.eigvalsh(cross @ cross.T).clip(0)).sum()
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + (a ** 2).sum() + (b ** 2).sum() - 2 * root
-
 
 def test_fid_equals_pytorch_fids_on_the_same_folders(folders, pth, weights, monkeypatch, tmp_path):
     import pytorch_fid.inception
@@ -112,7 +104,6 @@ def test_fid_equals_pytorch_fids_on_the_same_folders(folders, pth, weights, monk
     assert row["fid"] == pytest.approx(theirs, abs=1e-3) and (row["n_real"], row["n_fake"]) == (12, 14)
     assert row["resize"] == "pytorch-fid" and row["weights"] in result.stdout
 
-
 def test_fid_equals_clean_fids(folders, weights):
     from cleanfid import fid as clean
     network = Inception(weights).load()
@@ -124,7 +115,6 @@ def test_fid_equals_clean_fids(folders, weights):
     expected = exact(*(np.float64(f) for f in theirs))
     print(f"clean-fid {expected:.6f}, difference {abs(value - expected):.1e}")
     assert abs(value - expected) < 1e-3
-
 
 def test_fid_and_kid_equal_torch_fidelitys(folders, weights, pth):
     import torch_fidelity
@@ -139,7 +129,6 @@ def test_fid_and_kid_equal_torch_fidelitys(folders, weights, pth):
     assert abs(mine["fid"] - theirs["frechet_inception_distance"]) < 1e-3
     # features in float32
     assert mine["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
-
 
 @pytest.mark.parametrize("n, m, subset", [(40, 50, 20), (30, 30, 29), (25, 25, 25), (60, 33, 33)])
 def test_kid_equals_torch_fidelitys_on_equal_features_and_subsets(n, m, subset):
@@ -156,18 +145,15 @@ def test_kid_equals_torch_fidelitys_on_equal_features_and_subsets(n, m, subset):
     else:
         assert std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-6)
 
-
 def test_kid_takes_no_larger_subset_than_there_are_images():
     x, y = np.random.default_rng(0).random((33, 8)), np.random.default_rng(1).random((40, 8))
     assert fid.kid(x, y)["kid_subset"] == 33
-
 
 def test_the_distance_of_gaussians_with_diagonal_covariances_is_known():
     mu1, mu2, s1, s2 = np.array([1.0, 2, 3]), np.array([0.0, 2,
                                                         5]), np.array([1.0, 4, 9]), np.array([4.0, 4, 1])
     expected = 1 + 4 + ((np.sqrt(s1) - np.sqrt(s2)) ** 2).sum()
     assert fid.frechet_distance(mu1, np.diag(s1), mu2, np.diag(s2)) == pytest.approx(expected, abs=1e-9)
-
 
 @pytest.mark.parametrize("n, m, d", [(300, 200, 12), (30, 20, 64), (5, 9, 64)])
 def test_the_small_sample_form_is_the_definition(n, m, d):
@@ -180,11 +166,9 @@ def test_the_small_sample_form_is_the_definition(n, m, d):
     assert fid.frechet_distance_of_features(x, y) == pytest.approx(definition, rel=1e-9)
     assert fid.frechet_distance_of_features(x, x) == pytest.approx(0, abs=1e-9 * (x ** 2).sum())
 
-
 def test_the_squared_mmd_of_two_pairs_by_hand():
     # d = 1: k(x, y) = (xy + 1)³; x = {0, 1}: k(0, 1) = 1; y = {1, 2}: k(1, 2) = 27; across: 1, 1, 8, 27
     assert fid.squared_mmd(np.array([[0.0], [1.0]]), np.array([[1.0], [2.0]])) == 1 + 27 - 2 * 37 / 4
-
 
 @pytest.mark.parametrize("size", [(64, 64), (220, 220), (299, 299), (301, 450)])
 def test_resizers_equal_the_tools_own(size):
@@ -200,15 +184,12 @@ def test_resizers_equal_the_tools_own(size):
     for name, reference in expected.items():
         assert (RESIZERS[name](image) - reference[0]).abs().max() < 1e-6, name
 
-
 def test_pytorch_fids_file_and_the_safetensors_hold_the_same_network(weights, pth):
     assert Inception(weights).fingerprint() == Inception(pth).fingerprint()
-
 
 def random_set(seed=0, n=6, d=2048):
     features = np.random.default_rng(seed).random((n, d)).astype(np.float32).astype(np.float64)
     return fid.ImageSet.of_features(features, [f"{'ab'[i % 2]}/{i}.png" for i in range(n)])
-
 
 def test_saved_statistics_give_the_same_numbers_and_are_pytorch_fids(tmp_path):
     real, fake, path = random_set(0), random_set(1), tmp_path / "real.npz"
@@ -219,18 +200,15 @@ def test_saved_statistics_give_the_same_numbers_and_are_pytorch_fids(tmp_path):
     with np.load(path) as f:                    # the two names that pytorch-fid asks for
         assert np.array_equal(f["mu"], real.mu) and np.array_equal(f["sigma"], real.sigma)
 
-
 def test_features_of_different_networks_are_not_compared():
     with pytest.raises(Fail, match="16 features, the other 8"):
         fid.compare(random_set(d=16), random_set(d=8))
-
 
 def test_statistics_of_another_resizer_or_network_are_refused(tmp_path):
     fid.save_set(tmp_path / "x.npz", random_set(), "clean", "abc")
     for resize, network in (("tf1", "abc"), ("clean", "xyz")):
         with pytest.raises(Fail, match="make it again"):
             fid.load_set(tmp_path / "x.npz", resize, network)
-
 
 @pytest.mark.parametrize("content", [
     dict(mu=np.zeros(3), sigma=np.eye(4)), dict(sigma=np.eye(3)),
@@ -241,12 +219,10 @@ def test_foreign_archives_that_hold_no_statistics_are_refused(content, tmp_path)
     with pytest.raises(Fail, match="no statistics"):
         fid.load_set(tmp_path / "x.npz", "clean", "abc")
 
-
 def test_names_without_features_are_no_classes(tmp_path):
     np.savez(tmp_path / "x.npz", mu=np.zeros(2), sigma=np.eye(2), n=3, names=np.array(["a/1", "a/2", "a/3"]))
     images = fid.load_set(tmp_path / "x.npz", "clean", "abc")
     assert images.by_class() == {} and fid.compare_classes(images, images) == {}
-
 
 def test_a_damaged_archive_is_refused(tmp_path):
     np.savez(tmp_path / "x.npz", mu=np.zeros(8), sigma=np.eye(8))
@@ -257,7 +233,6 @@ def test_a_damaged_archive_is_refused(tmp_path):
         (tmp_path / "x.npz").write_bytes(content)
         with pytest.raises(Fail, match="no statistics"):
             fid.load_set(tmp_path / "x.npz", "clean", "abc")
-
 
 def test_mixed_sizes_upper_case_and_subfolders_are_read_and_classes_counted(tmp_path, weights):
     for i in range(8):
@@ -272,12 +247,10 @@ def test_mixed_sizes_upper_case_and_subfolders_are_read_and_classes_counted(tmp_
             c in row["classes"].items()} == {"a": (4, 4), "b": (4, 4)}
     assert "4 | 4" in result.stdout and row["kid_subset"] == 8
 
-
 def test_a_folder_without_two_images_is_refused(tmp_path):
     texture(0).save(tmp_path / "one.png")
     with pytest.raises(Fail, match="fewer than two images"):
         fid.read_set(tmp_path, None)
-
 
 def test_a_metric_added_to_the_table_appears_in_every_output(monkeypatch):
     def shift(x, y, subset):

@@ -10,12 +10,11 @@ from conftest import ROOT, texture
 from safetensors.torch import load_file
 
 import train
-from ldm import app, data, encoder
+from ldm import app, data
 from ldm.app import Fail, check_same, pick_device, run_program, save_tensors, save_text
 from ldm.encoder import open_encoder
 from ldm.runs import parse_settings, public_name
 from ldm.weights import TensorFile, is_hub_name, load_unet, open_sd15
-
 
 def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
     """The limit of the system on a file's size stands in for a full disk."""
@@ -30,7 +29,6 @@ def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
     assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [1, 1, 1]
     assert len(list(tmp_path.iterdir())) == 1
 
-
 @pytest.mark.skipif(os.name != "posix", reason="needs the permissions of POSIX")
 def test_a_file_has_the_permissions_that_the_user_asks_for(tmp_path, monkeypatch):
     """Those of a file that `open` makes; and the mask, which is the whole process's, is never touched."""
@@ -43,7 +41,6 @@ def test_a_file_has_the_permissions_that_the_user_asks_for(tmp_path, monkeypatch
     finally:
         os.umask(before)
     assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o640, 0o640]
-
 
 @pytest.mark.parametrize("problem, words", [
     (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"), "smaller --batch"),
@@ -58,7 +55,6 @@ def test_a_failure_is_one_line(problem, words, capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and words in err and err.count("\n") == 1
 
-
 def test_help_is_printed_on_a_console_without_greek_letters(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), "cp1252")
     monkeypatch.setattr(sys, "stdout", out)
@@ -68,7 +64,6 @@ def test_help_is_printed_on_a_console_without_greek_letters(monkeypatch):
     out.flush()
     assert stop.value.code == 0 and b"? of LoRA (default: the rank)" in out.buffer.getvalue()
 
-
 def test_several_processes_do_without_apples_gpu(monkeypatch):
     """Its tensors cannot be exchanged between processes."""
     monkeypatch.setattr(app, "WORLD", 2)
@@ -76,7 +71,6 @@ def test_several_processes_do_without_apples_gpu(monkeypatch):
     assert pick_device().type == "cpu"
     with pytest.raises(Fail, match="one process"):
         pick_device("mps")
-
 
 def test_a_process_that_sees_other_files_than_the_first_one_says_so(tmp_path, monkeypatch):
     check_same("weights", {"base": "a"})
@@ -89,7 +83,6 @@ def test_a_process_that_sees_other_files_than_the_first_one_says_so(tmp_path, mo
     with pytest.raises(Fail, match="a.png is not in the cache"):
         data.Cache(tmp_path / "cache", "vae", "encoder", 64).fill([tmp_path / "a.png"], None)
 
-
 @pytest.mark.parametrize("source, public", [
     ("owner/name", "owner/name"), ("/gone/to/weights", "weights"),
     ("--data=/home/someone/patches", "--data=patches"), ("--data=/a=b/c", "--data=c"),
@@ -98,7 +91,6 @@ def test_a_process_that_sees_other_files_than_the_first_one_says_so(tmp_path, mo
     ("/mine/toy", "./toy")])
 def test_of_a_path_no_more_than_its_end_is_told(source, public):
     assert public_name(source) == public
-
 
 def test_the_same_content_makes_the_same_file(tmp_path):
     """The library's own order of a header changes from call to call."""
@@ -111,7 +103,6 @@ def test_the_same_content_makes_the_same_file(tmp_path):
     file = TensorFile(tmp_path / "0.safetensors")
     assert file.header["key3"] == "α3" and torch.equal(file.get("b"), torch.ones(3))
     assert file.get("a").dtype == torch.bfloat16
-
 
 @pytest.mark.parametrize("name, ours", [
     ("stable-diffusion-v1-5/stable-diffusion-v1-5", True), ("MahmoodLab/UNI2-h", True), ("../weights", False),
@@ -128,7 +119,6 @@ def test_a_mistyped_path_is_not_taken_for_a_repository(name, ours):
         theirs = False
     assert is_hub_name(name) == theirs == ours
 
-
 @pytest.mark.parametrize("shapes", [{"conv_in.weight": ()}, {"down_blocks.0.resnets.0.conv1.weight": ()},
                                     {"patch_embed.proj.weight": (), "blocks.0.x": (1,)},
                                     {"patch_embed.proj.weight": (64, 3, 14, 14), "blocks.": (1,)}, {0: (1,)}])
@@ -143,7 +133,6 @@ def test_weights_with_odd_tensors_are_refused(shapes, tmp_path):
     with pytest.raises(Fail):
         open_encoder(str(tmp_path)).load("meta")
 
-
 @pytest.mark.parametrize("images, cut", [("5", 0), ('["a", "b", "c"]', 0), ('[["a"], "b"]', 0),
                                          ("[" * 9999, 0), ('["a", "b"]', 9)])
 def test_a_damaged_shard_of_the_cache_is_named(images, cut, tmp_path):
@@ -155,13 +144,11 @@ def test_a_damaged_shard_of_the_cache_is_named(images, cut, tmp_path):
     with pytest.raises(Fail, match="x.safetensors is no complete shard of the cache; remove it"):
         data.Cache(tmp_path, "vae", "encoder", 64)
 
-
 def test_a_list_that_names_a_link_to_itself_is_refused(tmp_path):
     os.symlink("loop.png", tmp_path / "loop.png")
     (tmp_path / "train.json").write_text('[{"name": "loop.png", "label": 0}]')
     with pytest.raises(Fail, match="loop.png"):
         data.read_dataset(tmp_path)
-
 
 def test_a_folder_of_patches_may_be_called_toy(tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
@@ -171,13 +158,11 @@ def test_a_folder_of_patches_may_be_called_toy(tmp_path, monkeypatch):
     # found again from any other folder
     assert args.data == str(tmp_path / "toy") and args.sd15 == "toy"
 
-
 @pytest.mark.parametrize("problem", [MemoryError(), torch.OutOfMemoryError("full"),
                                      PermissionError(13, "denied")])
 def test_a_file_is_not_blamed_for_memory_or_permission(problem):
     with pytest.raises(type(problem)), app.foreign_file("patch.png"):
         raise problem
-
 
 def test_json_keeps_names_that_are_no_utf8(tmp_path):
     app.save_json(tmp_path / "x.json", {"data": "a\udcff/é"})

@@ -22,7 +22,6 @@ UNI2H = dict(           # from MahmoodLab/UNI2-h's page
     num_classes=0, no_embed_class=True, mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU, reg_tokens=8,
     dynamic_img_size=True)
 
-
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     """(folder of the Diffusers layout, inputs, Diffusers' outputs)."""
@@ -41,7 +40,6 @@ def expected(tmp_path_factory):
         outputs = eps, posterior.mean, posterior.logvar, vae.decode(z / 0.18215).sample
     yield folder, inputs, outputs
     shutil.rmtree(folder.parent)
-
 
 @pytest.mark.parametrize("layout", ["diffusers", "diffusers-old", "compvis"])
 def test_full_size_outputs_equal_diffusers_from_every_layout(layout, expected, tmp_path):
@@ -62,7 +60,6 @@ def test_full_size_outputs_equal_diffusers_from_every_layout(layout, expected, t
     gc.collect()
     shutil.rmtree(tmp_path)
 
-
 def test_loading_in_bfloat16_peaks_at_the_networks_size(expected):
     """1.72 GB of bfloat16 from a file of 3.44 GB of float32: well under the two together."""
     folder = expected[0]
@@ -79,7 +76,6 @@ print(peak() - before)
                                text=True).stdout)
     print(f"grown by {grown / 1e9:.2f} GB")
     assert 2 * 859_520_964 < grown < 1.1 * 2 * 859_520_964
-
 
 def test_the_full_size_encoder_loads_and_equals_timms_pipeline(tmp_path):
     import timm

@@ -32,12 +32,10 @@ many = settings(max_examples=int(os.environ.get("MORPH_EXAMPLES", 60)), deadline
                 suppress_health_check=list(HealthCheck))
 ended = Counter()
 
-
 @pytest.fixture(scope="module", autouse=True)
 def counts():
     yield
     print("\n" + "\n".join(f"{kind}: {n} {how}" for (kind, how), n in sorted(ended.items())))
-
 
 def attempt(kind, read):
     """read() may succeed or raise Fail, with a line that says something; nothing else."""
@@ -48,13 +46,11 @@ def attempt(kind, read):
         assert 20 < len(str(problem)) < 2000
         ended[kind, "refused"] += 1
 
-
 def mutate(data, changes, cut):
     data = bytearray(data)
     for place, value in changes:
         data[place % len(data)] = value
     return bytes(data[:max(0, len(data) - cut)])
-
 
 mutations = dict(changes=st.lists(st.tuples(st.integers(0, 2 ** 31), st.integers(0, 255)), max_size=12),
                  cut=st.one_of(st.just(0), st.integers(0, 5000)))
@@ -62,11 +58,9 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats
                            lambda inner: st.lists(inner, max_size=3)
                            | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=5)
 
-
 # ---- adapters ----------------------------------------------------------------------------------------------
 
 CHANNELS = (32, 32)
-
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
@@ -74,7 +68,6 @@ def adapter(tmp_path_factory):
     path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
     save_adapter(path, inject(UNet(CHANNELS, context=8), 2), Projector(d_e=6, d_h=8, n_c=2, d_c=8), HEADER)
     return path
-
 
 def read_as_adapter(path):
     file = open_adapter(path)
@@ -84,7 +77,6 @@ def read_as_adapter(path):
         unet = UNet(CHANNELS, context=8)
     load_adapter(file, unet)
 
-
 @many
 @given(**mutations)
 def test_an_adapter_with_changed_bytes(adapter, tmp_path_factory, changes, cut):
@@ -93,14 +85,12 @@ def test_an_adapter_with_changed_bytes(adapter, tmp_path_factory, changes, cut):
     for read in (read_as_adapter, open_encoder):
         attempt("adapter, bytes", lambda: read(path))
 
-
 def edit_header(data, edit):
     n = int.from_bytes(data[:8], "little")
     header = json.loads(data[8:8 + n])
     edit(header)
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data[8 + n:]
-
 
 @many
 @given(st.data())
@@ -111,7 +101,6 @@ def test_an_adapter_with_an_edited_header(adapter, tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "edited.safetensors"
     path.write_bytes(edit_header(adapter.read_bytes(), lambda header: edit_anything(header, data)))
     attempt("adapter, header", lambda: read_as_adapter(path))
-
 
 def edit_anything(header, data):
     name = data.draw(st.sampled_from(sorted(header)) | st.just("__metadata__"))
@@ -126,7 +115,6 @@ def edit_anything(header, data):
                                data_offsets=st.lists(st.integers(0, 2 ** 62), min_size=2,
                                                      max_size=2)).get(key, json_values))
         header[name] = value if key is None else header[name] | {key: value}
-
 
 @few
 @given(st.data())
@@ -151,7 +139,6 @@ def test_sample_py_with_an_adapter_of_anything(trained, dataset, tmp_path_factor
                                           if line.startswith("sample.py: ")]) == 1
     ended["sample.py, adapter", "read" if result.returncode == 0 else "refused"] += 1
 
-
 @few
 @given(st.data())
 def test_the_state_of_a_run_with_anything_in_it(state, tmp_path_factory, data):
@@ -162,7 +149,6 @@ def test_the_state_of_a_run_with_anything_in_it(state, tmp_path_factory, data):
         path.write_bytes(mutate(state[1], data.draw(mutations["changes"]), data.draw(mutations["cut"])))
     attempt("state", lambda: state[0].restore(path))
 
-
 @pytest.fixture(scope="module")
 def state(tmp_path_factory):
     """A Trainer after two steps, with a row in its log, and the bytes of its state."""
@@ -171,7 +157,6 @@ def state(tmp_path_factory):
     t.history, t.losses = [{"epoch": 1, "step": 2, "val_loss": 0.5, "minutes": 0.1}], []
     t.save(folder, HEADER)
     return t, (folder / "state.safetensors").read_bytes()
-
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's count of memory")
 @pytest.mark.parametrize("key, value", [("hidden", "1000000000"), ("tokens", "10000000000"),
@@ -199,7 +184,6 @@ def test_absurd_sizes_in_a_header_take_no_memory(key, value, adapter, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
-
 # ---- lists of patches and splits ---------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -212,7 +196,6 @@ def listed(tmp_path_factory):
     (root.parent / "outside.png").write_bytes((root / rows[0]["name"]).read_bytes())
     os.symlink(root.parent / "outside.png", root / "link.png")
     return root, rows
-
 
 @many
 @given(st.data())
@@ -242,7 +225,6 @@ def test_a_list_of_patches_with_anything_in_it(listed, data):
             assert (root / patch.name).resolve().is_relative_to(root.resolve())
     attempt("train.json", read)
 
-
 @many
 @given(value=json_values, **mutations)
 def test_a_split_file_with_anything_in_it(listed, tmp_path_factory, value, changes, cut):
@@ -258,12 +240,10 @@ def test_a_split_file_with_anything_in_it(listed, tmp_path_factory, value, chang
         path.write_bytes(text)
         attempt("split.json", lambda: check_split(read_split(path, patches)))
 
-
 def check_split(split):
     assert list(split) == ["train", "val", "test"] and all(isinstance(part, list)
                                                            and all(isinstance(name, str) for name in part)
                                                            for part in split.values())
-
 
 # ---- images and statistics ---------------------------------------------------------------------------------
 
@@ -272,9 +252,7 @@ def encoded(form):
     texture(1, 48).save(out, form)
     return out.getvalue()
 
-
 IMAGES = {form: encoded(form) for form in ("PNG", "JPEG", "TIFF", "BMP", "WEBP")}
-
 
 @many
 @given(form=st.sampled_from(sorted(IMAGES)), **mutations)
@@ -287,7 +265,6 @@ def test_an_image_with_changed_bytes(tmp_path_factory, form, changes, cut):
         assert image.mode == "RGB" and image.width * image.height <= 8192 ** 2
     attempt(f"image, {form}", read)
 
-
 @many
 @given(**mutations)
 def test_statistics_with_changed_bytes(tmp_path_factory, changes, cut):
@@ -296,7 +273,6 @@ def test_statistics_with_changed_bytes(tmp_path_factory, changes, cut):
     fid.save_set(path, fid.ImageSet.of_features(x, [f"a/{i}" for i in range(5)]), "pytorch-fid", "w")
     path.write_bytes(mutate(path.read_bytes(), changes, cut))
     attempt("statistics", lambda: fid.load_set(path, "pytorch-fid", "w"))
-
 
 @many
 @given(st.data())
@@ -320,13 +296,11 @@ def test_statistics_with_anything_in_them(tmp_path_factory, data):
         fid.compare_classes(good, other)
     attempt("statistics, edited", read)
 
-
 def test_a_name_in_another_alphabet_is_read(tmp_path):
     for name in ("образец.png", "試料.png", "naïve ☂.png"):
         texture(2, 32).save(tmp_path / name)
     assert len(read_dataset(tmp_path)) == 3 and all(load_rgb(tmp_path / p.name).size == (32, 32)
                                                     for p in read_dataset(tmp_path))
-
 
 def test_a_png_with_more_pixels_than_a_patch_has_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (30000, 30000)).save(tmp_path / "bomb.png")         # 110 kB, 2.7 GB as RGB

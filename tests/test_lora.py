@@ -18,19 +18,16 @@ from projector import Projector
 CHANNELS = (32, 64, 128, 128)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
-
 @pytest.fixture
 def unet(diffusers_networks):
     unet = UNet(CHANNELS)
     unet.load_state_dict(diffusers_networks[0].float().state_dict())
     return unet.eval().requires_grad_(False)
 
-
 @pytest.fixture
 def inputs():
     g = torch.Generator().manual_seed(3)
     return torch.randn(2, 4, 16, 16, generator=g), torch.tensor([4, 801]), torch.randn(2, 4, 768, generator=g)
-
 
 def randomise(unet, scale=0.05):
     """B starts at zero; give it values, so that the adapter does something."""
@@ -40,14 +37,12 @@ def randomise(unet, scale=0.05):
             layer.B.copy_(scale * torch.randn(layer.B.shape, generator=g))
     return unet
 
-
 @pytest.mark.parametrize("rank, expected", [(4, 797_184), (8, 1_594_368), (16, 3_188_736), (1, 199_296)])
 def test_the_full_size_network_has_the_papers_number_of_lora_parameters(rank, expected):
     with torch.device("meta"):
         unet = inject(UNet(), rank)
     assert len(lora_layers(unet)) == 128
     assert sum(p.numel() for p in lora_parameters(unet).values()) == expected
-
 
 # rank, tokens, depth, hidden of Table 3's twelve runs (the ratio adds no parameter: four rows are alike);
 # counted by hand: 199,296 r + 1536 h + h + 2h + (depth 3: h² + h + 2h) + 768 n (h + 1) + 1536
@@ -66,12 +61,10 @@ def test_all_twelve_configurations_count_as_their_equations_say(rank, tokens, de
         projector = Projector(d_h=hidden, n_c=tokens, depth=depth)
     assert lora + sum(p.numel() for p in projector.parameters()) == formula == expected
 
-
 def test_the_adapted_network_equals_the_frozen_one_bit_for_bit_at_the_start(unet, inputs):
     with torch.no_grad():
         frozen = unet(*inputs)
         assert torch.equal(inject(unet, 4)(*inputs), frozen)
-
 
 @pytest.mark.parametrize("rank, alpha", [(4, 4), (8, 2)])
 def test_forward_and_gradients_equal_peft(rank, alpha, unet, inputs, diffusers_networks):
@@ -98,7 +91,6 @@ def test_forward_and_gradients_equal_peft(rank, alpha, unet, inputs, diffusers_n
         assert (p.grad - parameters[name].grad).norm() < 1e-9 * parameters[name].grad.norm(), name
     assert all(p.grad is None for name, p in ours.named_parameters() if name not in lora_parameters(ours))
 
-
 def test_folding_leaves_a_plain_network_with_the_merged_weights(unet, inputs):
     names = list(unet.state_dict())
     randomise(inject(unet, 4))
@@ -110,14 +102,12 @@ def test_folding_leaves_a_plain_network_with_the_merged_weights(unet, inputs):
         assert torch.allclose(unet.get_submodule(name).weight, layer.weight + layer.B @ layer.A, atol=1e-6)
         assert (unet(*inputs) - apart).abs().max() < 2e-5 * apart.abs().max()
 
-
 def test_the_update_of_a_bfloat16_network_is_summed_in_float32(unet):
     layer = next(iter(lora_layers(randomise(inject(unet.bfloat16(), 4))).values()))
     exact = layer.weight.double() + layer.scale * layer.B.double() @ layer.A.double()
     linear = layer.folded()
     assert linear.weight.dtype == torch.bfloat16 and layer.A.dtype == torch.float32
     assert torch.equal(linear.weight, exact.float().bfloat16())
-
 
 @pytest.fixture
 def adapter(unet, tmp_path):
@@ -126,7 +116,6 @@ def adapter(unet, tmp_path):
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, randomise(inject(unet, 4, alpha=2)), projector, HEADER)
     return path, projector
-
 
 def test_an_adapter_survives_the_way_through_its_file(adapter, unet, inputs, diffusers_networks):
     path, projector = adapter
@@ -140,7 +129,6 @@ def test_an_adapter_survives_the_way_through_its_file(adapter, unet, inputs, dif
     assert torch.equal(loaded(e), projector(e)) and torch.equal(loaded.null, projector.null)
     with torch.no_grad():
         assert torch.equal(fresh(*inputs), unet(*inputs))
-
 
 def test_diffusers_loads_the_adapter_file_as_it_is(adapter, unet, inputs, diffusers_networks):
     import copy
@@ -158,11 +146,9 @@ def test_diffusers_loads_the_adapter_file_as_it_is(adapter, unet, inputs, diffus
         expected = unet(z, t, c)
         assert (theirs(z, t, c).sample - expected).abs().max() < 1e-5 * expected.abs().max()
 
-
 def test_an_adapter_for_another_width_names_its_base(adapter):
     with pytest.raises(Fail, match=r"pass the one it was trained on \(x\)"):
         load_adapter(open_adapter(adapter[0]), UNet((64, 64, 128, 128)))
-
 
 def test_peft_names_and_configuration_are_in_the_file(adapter):
     from safetensors import safe_open
@@ -173,12 +159,10 @@ def test_peft_names_and_configuration_are_in_the_file(adapter):
     assert json.loads(header["lora_adapter_metadata"]) == {"unet.r": 4, "unet.lora_alpha": 2,
                                                            "unet.target_modules": TARGETS}
 
-
 def test_the_file_holds_every_trainable_tensor_and_no_other(adapter, unet):
     _, projector = adapter
     trainable = len(lora_parameters(unet)) + len(list(projector.parameters()))
     assert len(open_adapter(adapter[0]).names) == trainable
-
 
 # ---- damaged files, and other programs' --------------------------------------------------------------------
 
@@ -193,7 +177,6 @@ def test_an_adapter_with_a_number_that_is_none_is_refused(name, adapter, tmp_pat
     with pytest.raises(Fail, match="not finite"):
         load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
 
-
 @pytest.mark.parametrize("change", [{"hidden": "1" + 19 * "0"}, {"tokens": "1" + 20 * "0"},
                                     {"step": "9" * 5000}, {"alpha": "inf"},
                                     {"rank": "0"}, {"rank": "5"}, {"rank": "1" + 400 * "0"}])
@@ -202,7 +185,6 @@ def test_a_header_with_a_number_beyond_measure_is_refused(change, adapter, tmp_p
     save_file({n: file.get(n) for n in file.names}, tmp_path / "x.safetensors", file.header | change)
     with pytest.raises(Fail):
         load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
-
 
 @pytest.mark.parametrize("dropped, words", [("lora_B.weight", "does not fit this base"),
                                             ("to_q.lora_", "does not fit this base")])
@@ -215,7 +197,6 @@ def test_an_adapter_that_lacks_tensors_is_refused(dropped, words, adapter, tmp_p
     save_file(tensors, tmp_path / "x.safetensors", file.header)
     with pytest.raises(Fail, match=words):
         load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
-
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
 def test_an_exported_lora_is_the_same_in_the_program_it_is_for(form, adapter, unet, inputs,
@@ -247,7 +228,6 @@ def test_an_exported_lora_is_the_same_in_the_program_it_is_for(form, adapter, un
     assert (expected - frozen).abs().max() > 1e-2 * frozen.abs().max()          # the LoRA does something
     print(f"{form}: relative deviation {((got - expected).abs().max() / expected.abs().max()).item():.1e}")
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
-
 
 def test_the_readmes_diffusers_pipeline_makes_our_image(trained, base, uni2h, dataset, tmp_path, monkeypatch):
     """The block of the README as it stands, but for the names of the checkpoints and the size of the image.
@@ -284,12 +264,10 @@ def test_the_readmes_diffusers_pipeline_makes_our_image(trained, base, uni2h, da
     print(f"largest difference of a pixel: {abs(ours - theirs).max()} of 255, of {share:.1%} of them")
     assert abs(ours - theirs).max() <= 1
 
-
 def test_an_adapters_terms_are_those_of_its_parents():
     toy = licence("toy", TOY.terms)
     assert "MIT" in toy and "RAIL" not in toy and "NC" not in toy
     assert "NC-ND" in licence("toy", UNI2H.terms) and "RAIL" in licence("other", TOY.terms)
-
 
 def test_an_adapter_with_a_tensor_of_another_kind_is_refused(tmp_path):
     """Without that tensor the LoRA would be another one."""

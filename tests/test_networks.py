@@ -12,7 +12,6 @@ from ldm.weights import load_unet, load_vae, open_sd15
 
 CHANNELS = dict(unet=(32, 64, 128, 128), vae=(32, 64, 64, 64))
 
-
 @pytest.mark.parametrize("build, tensors, parameters", [(UNet, 686, 859_520_964), (VAE, 248, 83_653_863)])
 def test_full_size_names_and_shapes_equal_diffusers(build, tensors, parameters):
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -27,7 +26,6 @@ def test_full_size_names_and_shapes_equal_diffusers(build, tensors, parameters):
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.state_dict().items()}
     assert len(ours) == tensors and sum(t.numel() for t in ours.values()) == parameters
 
-
 @pytest.mark.parametrize("settings", [dict(padding=1), dict(padding=1, stride=2), dict(stride=2)])
 def test_a_convolution_of_few_positions_is_one(settings):
     conv = Conv(6, 5, 3, **settings).double()
@@ -38,7 +36,6 @@ def test_a_convolution_of_few_positions_is_one(settings):
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
-
 def test_no_convolution_meets_strides_for_which_its_weights_would_be_copied():
     unet, vae, met = UNet((32, 64), layers=1), VAE((32, 64), layers=1), []
     for m in (*unet.modules(), *vae.modules()):
@@ -47,7 +44,6 @@ def test_no_convolution_meets_strides_for_which_its_weights_would_be_copied():
     unet(torch.randn(2, 4, 32, 32), torch.tensor([1, 2]), torch.randn(2, 4, 768))
     vae.decode(vae.encode(torch.randn(2, 3, 32, 32))[0])
     assert len(met) > 40 and all(met)
-
 
 def test_unet_equals_diffusers_in_float64(diffusers_networks):
     theirs = diffusers_networks[0].double()
@@ -59,7 +55,6 @@ def test_unet_equals_diffusers_in_float64(diffusers_networks):
         expected = theirs(z, t, c).sample
         assert (ours(z, t, c) - expected).abs().max() < 1e-10 * expected.abs().max()
     diffusers_networks[0].float()
-
 
 def test_vae_equals_diffusers_in_float64(diffusers_networks):
     theirs = diffusers_networks[1].double()
@@ -77,7 +72,6 @@ def test_vae_equals_diffusers_in_float64(diffusers_networks):
         assert (ours.decode(z0) - theirs.decode(z0 / 0.18215).sample).abs().max() < 1e-10
     diffusers_networks[1].float()
 
-
 def test_the_posteriors_log_variance_is_clamped():
     vae = VAE((32, 32))
     torch.nn.init.constant_(vae.quant_conv.weight, 0)
@@ -85,7 +79,6 @@ def test_the_posteriors_log_variance_is_clamped():
         vae.quant_conv.bias[:] = torch.tensor([0, 0, 0, 0, 99, -99, 20, -30])
         logvar = vae.encode(torch.zeros(1, 3, 16, 16))[1]
     assert logvar.amax((0, 2, 3)).tolist() == [20, -30, 20, -30]
-
 
 def test_a_bfloat16_network_keeps_a_float32_state(diffusers_networks):
     ours = UNet(CHANNELS["unet"])
@@ -95,7 +88,6 @@ def test_a_bfloat16_network_keeps_a_float32_state(diffusers_networks):
         exact, rounded = ours(z, t, c), ours.bfloat16()(z, t, c)
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
-
 
 def check(folder, networks):
     """open_sd15(folder) gives the networks of the fixture, and says the same of their content."""
@@ -107,7 +99,6 @@ def check(folder, networks):
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
         assert not any(p.requires_grad for p in ours.parameters())
     return [file.fingerprint() for file in files]
-
 
 def test_a_diffusers_folder_loads_with_new_and_old_attention_names(base, diffusers_networks, tmp_path):
     new = check(base, diffusers_networks)
@@ -124,7 +115,6 @@ def test_a_diffusers_folder_loads_with_new_and_old_attention_names(base, diffuse
     assert sum("proj_attn" in n for n in vae) == 4
     assert check(tmp_path, diffusers_networks) == new
 
-
 @pytest.fixture(scope="session")
 def layouts(tmp_path_factory):
     """One network of random weights in the three layouts."""
@@ -135,7 +125,6 @@ def layouts(tmp_path_factory):
         make_sd15(path, layout, width=32)
     return paths
 
-
 @pytest.mark.parametrize("layout", ["diffusers", "diffusers-old", "compvis"])
 def test_every_layout_holds_the_network_that_diffusers_reads(layout, layouts):
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -143,7 +132,6 @@ def test_every_layout_holds_the_network_that_diffusers_reads(layout, layouts):
               for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))]
     fingerprints = check(layouts[layout], theirs)
     assert fingerprints == [file.fingerprint() for file in open_sd15(str(layouts["diffusers"]))]
-
 
 def test_our_names_for_a_compvis_file_are_those_of_diffusers_own_converter(layouts):
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
@@ -159,7 +147,6 @@ def test_our_names_for_a_compvis_file_are_those_of_diffusers_own_converter(layou
         for name, tensor in converted.items():
             assert torch.equal(file.get(name).flatten(), tensor.flatten()), name
 
-
 def test_a_float16_file_is_found_and_loads_in_the_wanted_type(base, tmp_path):
     for part in ("unet", "vae"):
         (tmp_path / part).mkdir()
@@ -171,7 +158,6 @@ def test_a_float16_file_is_found_and_loads_in_the_wanted_type(base, tmp_path):
     for name, tensor in unet.state_dict().items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, expected[name].half().bfloat16())
-
 
 def test_a_file_of_the_wanted_type_is_mapped_and_not_copied(base):
     """The tensor's memory is the file's: the kernel lists it under the file's name."""

@@ -15,14 +15,12 @@ from safetensors.torch import load_file
 from ldm.app import read_csv
 from ldm.weights import TensorFile
 
-
 def torchrun(n, name, *args, cwd, **options):
     """The program in n processes -> Popen."""
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
                              "--nproc-per-node", str(n), "--", str(ROOT / name), *map(str, args)],
                             cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
-
 
 def finish(started, code=0):
     try:
@@ -32,7 +30,6 @@ def finish(started, code=0):
         raise
     assert (started.returncode == 0) == (code == 0), err
     return out, err
-
 
 @pytest.fixture(scope="module")
 def runs(small, tmp_path_factory):
@@ -44,7 +41,6 @@ def runs(small, tmp_path_factory):
     assert out.count("Total trainable") == 1            # only the first process speaks
     return one, two
 
-
 def test_two_processes_train_the_adapter_of_one(runs):
     one, two = (load_file(cwd / "runs/x/adapter.safetensors") for cwd in runs)
     learnt = torch.cat([one[n].flatten() for n in one if "lora_B" in n])            # B starts at 0
@@ -55,7 +51,6 @@ def test_two_processes_train_the_adapter_of_one(runs):
             assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-5)
         assert float(a["fid_encoder"]) == pytest.approx(float(b["fid_encoder"]), rel=1e-2)
 
-
 def test_two_processes_cache_every_image_once(runs):
     counts = []
     for cwd in runs:
@@ -64,7 +59,6 @@ def test_two_processes_cache_every_image_once(runs):
         assert len(names) == len(set(names))
         counts.append(sorted(names))
     assert counts[0] == counts[1]
-
 
 @pytest.mark.slow
 def test_two_processes_sample_the_images_of_one_and_measure_the_same_distance(runs, tmp_path):
@@ -81,7 +75,6 @@ def test_two_processes_sample_the_images_of_one_and_measure_the_same_distance(ru
              finish(torchrun(2, "fid.py", run / "real", run / "fake", "--features", "encoder",
                              cwd=tmp_path))[0]]
     assert texts[0] == texts[1] and "FID" in texts[0]
-
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_which_goes_on_later(small, tmp_path):
@@ -103,7 +96,6 @@ def test_a_process_that_dies_ends_the_job_which_goes_on_later(small, tmp_path):
     out, _ = finish(job, code=1)
     assert "found, resumes after step" in out and len(read_csv(log)) > done
 
-
 @pytest.mark.slow
 def test_a_node_with_other_weights_than_the_first_one_says_so(small, base, tmp_path):
     """Two nodes of one process each, whose --sd15 are two folders: the one is a bias apart."""
@@ -124,7 +116,6 @@ def test_a_node_with_other_weights_than_the_first_one_says_so(small, base, tmp_p
     (_, first), (_, second) = (finish(job, code=2) for job in jobs)
     assert "process 1 of 2 reads other weights than rank 0" in second and "another process has ended" in first
     assert not list(tmp_path.rglob("adapter*"))
-
 
 def test_more_processes_than_images_in_a_batch_are_refused(small, tmp_path):
     _, err = finish(torchrun(2, "train.py", *small, "--batch", 1, "--run", "runs/x", cwd=tmp_path), code=2)

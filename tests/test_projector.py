@@ -18,7 +18,6 @@ TIMM_CALL = dict(img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.6666
              # from MahmoodLab/UNI2-h's page
              act_layer=torch.nn.SiLU, reg_tokens=8, dynamic_img_size=True)
 
-
 def test_tokens_are_eqs_3_and_4_written_out():
     torch.manual_seed(0)
     f = Projector(d_e=6, d_h=5, n_c=2, d_c=3).double().requires_grad_(False)
@@ -32,7 +31,6 @@ def test_tokens_are_eqs_3_and_4_written_out():
     c = (h @ f.out.weight.T + f.out.bias).reshape(4, 2, 3)
     assert (f(e) - c).abs().max() < 1e-12
 
-
 @pytest.mark.parametrize("options, expected", [
     # Table 2's 4,726,272 with the null embedding inside; its total counts it twice
     ({}, 4_724_736 + 1536),
@@ -42,7 +40,6 @@ def test_parameters_count_as_table_2_says(options, expected):
     with torch.device("meta"):
         projector = Projector(**options)
     assert sum(p.numel() for p in projector.parameters()) == expected
-
 
 @pytest.mark.parametrize("rank, lora, total, share", [(8, "1,594,368", "6,320,640", "0.74%"),
                                                       (4, "797,184", "5,523,456", "0.64%")])
@@ -57,13 +54,11 @@ def test_the_printed_table_has_the_numbers_of_table_2(rank, lora, total, share):
                 ["Trainable/backbone", share]):
         assert any(" ".join(row) in " ".join(line.split()) for line in table.splitlines()), row
 
-
 def test_the_null_embedding_starts_at_a_hundredth():
     torch.manual_seed(0)
     null = Projector().null
     assert null.shape == (1, 1536) and null.requires_grad
     assert null.std().item() == pytest.approx(0.01, rel=0.05) and abs(null.mean().item()) < 0.001
-
 
 def test_dropout_takes_hidden_units_away_and_scales_the_rest():
     torch.manual_seed(0)
@@ -73,11 +68,9 @@ def test_dropout_takes_hidden_units_away_and_scales_the_rest():
     keep[1] = 0
     assert torch.allclose(f(e, keep), f.out.bias.view(1, 1, 3).expand(2, 1, 3))
 
-
 def test_the_token_norm_normalises_each_token():
     c = Projector(d_e=6, d_h=8, n_c=2, d_c=64, token_norm=True)(torch.randn(3, 6))
     assert c.mean(-1).abs().max() < 1e-6 and (c.var(-1, unbiased=False) - 1).abs().max() < 1e-2
-
 
 def mahmoodlab_transform():
     """What `create_transform(**resolve_data_config(model.pretrained_cfg))` gives for the model of the hub."""
@@ -86,13 +79,11 @@ def mahmoodlab_transform():
                             mean=(0.485, 0.456, 0.406),
                             std=(0.229, 0.224, 0.225), crop_pct=1.0, crop_mode="center")
 
-
 @pytest.mark.parametrize("size", [(512, 512), (220, 220), (224, 224), (97, 97), (331, 250), (250, 331),
                                   (1000, 300)])
 def test_preprocessing_equals_timms_pipeline(size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     assert (preprocess([image])[0] - mahmoodlab_transform()(image)).abs().max() < 1e-6
-
 
 def test_embeddings_equal_timms_own(uni2h, dataset):
     import timm
@@ -107,14 +98,12 @@ def test_embeddings_equal_timms_own(uni2h, dataset):
     assert ours.shape == (3, 192) and ours.dtype == torch.float32
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 
-
 def test_a_folder_a_pickle_and_a_safetensors_file_hold_the_same_encoder(uni2h, tmp_path):
     from safetensors.torch import save_file
     save_file(torch.load(uni2h / "pytorch_model.bin", weights_only=True), tmp_path / "model.safetensors")
     fingerprints = {open_encoder(path).fingerprint() for path in (
         uni2h, uni2h / "pytorch_model.bin", tmp_path, tmp_path / "model.safetensors")}
     assert len(fingerprints) == 1
-
 
 @pytest.mark.parametrize("change", [dict(mean=(0.5, 0.5, 0.5)), dict(interpolation="BICUBIC"),
                                     dict(arguments=UNI2H.arguments | {"global_pool": "avg"}),
@@ -128,7 +117,6 @@ def test_the_same_weights_under_another_recipe_are_another_encoder(change, uni2h
     changed = Encoder(file, replace(UNI2H, **change)).fingerprint()
     assert Encoder(file).fingerprint() == Encoder(file, TOY).fingerprint() == file.fingerprint() != changed
     assert changed == Encoder(file, replace(UNI2H, **change, access="other advice")).fingerprint()
-
 
 def test_an_edited_recipe_of_uni2h_is_another_encoder(uni2h, monkeypatch):
     """The fingerprint of the published recipe is that of the weights; its mean may not change unnoticed."""

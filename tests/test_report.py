@@ -14,18 +14,15 @@ from ldm import report
 
 RNG = np.random.default_rng
 
-
 def test_fidelity_of_copies_is_1_and_of_orthogonal_others_0():
     x = np.eye(5) * np.arange(1, 6)[:, None]
     assert fid.fidelity(x, x) == pytest.approx((1, 0))
     # the own one is among the four others
     assert fid.fidelity(np.roll(x, 1, 0), x) == pytest.approx((0, 0.25))
 
-
 def test_the_nearest_centroid_is_the_class_of_the_nearest_direction():
     train, labels = np.array([[1.0, 0], [1, 0.2], [0, 1], [0.2, 1]]), np.array(["a", "a", "b", "b"])
     assert list(fid.nearest_centroid(train, labels, np.array([[9.0, 1], [0.1, 0.3]]))) == ["a", "b"]
-
 
 def test_a_planted_copy_of_a_training_image_is_found():
     train, x = RNG(0).normal(size=(50, 20)), RNG(1).normal(size=(10, 20))
@@ -33,7 +30,6 @@ def test_a_planted_copy_of_a_training_image_is_found():
     index, distance = fid.nearest(x, train)
     assert index[3] == 17 and distance[3] == 0 and (np.delete(distance, 3) > 1).all()
     assert np.allclose(distance, np.linalg.norm(x[:, None] - train, axis=2).min(1))
-
 
 def test_the_interval_holds_the_estimate_and_narrows_with_n():
     """For the distance of means of one number each, the bootstrap's spread is the standard error of their
@@ -46,12 +42,10 @@ def test_the_interval_holds_the_estimate_and_narrows_with_n():
         low, high = fid.bootstrap_interval(distance, x, y, repeats=2000)
         assert low < distance(x, y) < high and high - low == pytest.approx(2 * 1.96 * (2 / n) ** 0.5, rel=0.1)
 
-
 def test_the_interval_of_a_frechet_distance_is_put_around_it():
     x, y = RNG(4).normal(size=(60, 30)), RNG(5).normal(0.3, 1, size=(60, 30))
     low, high = fid.bootstrap_interval(fid.frechet_distance_of_features, x, y)
     assert low < fid.frechet_distance_of_features(x, y) < high
-
 
 def test_separable_classes_are_told_apart_and_inseparable_ones_are_not():
     labels = np.array(["a", "b", "c"]).repeat(200)
@@ -61,7 +55,6 @@ def test_separable_classes_are_told_apart_and_inseparable_ones_are_not():
         recalls = fid.recalls(labels, fid.fit_linear(x, labels)(test))
         assert list(recalls) == ["a", "b", "c"] and low <= np.mean(list(recalls.values())) <= high
 
-
 def test_the_classifier_is_at_the_minimum_and_weighs_classes_alike():
     """Two classes of 90 and 10 that differ by nothing but their mean: the boundary lies in the middle,
     whatever their numbers are.
@@ -70,11 +63,9 @@ def test_the_classifier_is_at_the_minimum_and_weighs_classes_alike():
     guess = fid.fit_linear(x, np.array(["a"] * 900 + ["b"] * 100))
     assert (guess(np.array([[-0.3], [0.3]])) == ["a", "b"]).all()
 
-
 def test_recall_counts_each_class_by_itself():
     truth, guess = np.array(list("aaab")), np.array(list("aabb"))
     assert fid.recalls(truth, guess) == {"a": pytest.approx(2 / 3), "b": 1.0}
-
 
 def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch):
     assert report.SWEEP == [f"{w / 10:.1f}" for w in range(10, 21)]
@@ -101,7 +92,6 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     # nothing is sampled twice
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
 
-
 def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
     assert len(report.ROWS) == 12
     rows = [factors for factors, *_ in report.ROWS]
@@ -110,7 +100,6 @@ def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
     values = {name: sorted(set(column)) for name, column in zip(report.FACTORS, zip(*rows))}
     assert values == dict(rank=[4, 8, 16], tokens=[1, 2, 4, 8], depth=[2, 3], hidden=[512, 1024, 2048],
                           lr_ratio=[1, 5, 10, 20])
-
 
 @pytest.mark.slow
 def test_a_row_of_the_ablation_is_trained_once_and_tabulated(small, tmp_path):
@@ -130,7 +119,6 @@ def test_a_row_of_the_ablation_is_trained_once_and_tabulated(small, tmp_path):
     config.write_text(config.read_text().replace('"size": 64', '"size": 32'))
     result = program("ldm.report", "--ablation", "out", "--row", 2, *arguments, cwd=tmp_path, check=False)
     assert result.returncode == 2 and "size" in result.stderr
-
 
 def test_a_row_of_the_ablation_without_its_settings_is_left_out(tmp_path):
     row = report.row_folder(tmp_path, report.ROWS[0][0])

@@ -48,7 +48,6 @@ ldm.app.run_program(train.main)
 """
 PLACES = ("caching", "step", "validation", "samples", "write", "rename", "clock")
 
-
 def start(processes, cwd, place, nth, delay, rank, *arguments):
     launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run",
                                                         "--standalone", "--nproc-per-node", str(processes),
@@ -57,7 +56,6 @@ def start(processes, cwd, place, nth, delay, rank, *arguments):
     return subprocess.run([*launcher, "run.py", place, str(nth), str(delay), str(rank), *map(str, arguments)],
                           cwd=cwd, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_twenty_kills_change_nothing(processes, small, tmp_path):
@@ -91,7 +89,6 @@ def test_twenty_kills_change_nothing(processes, small, tmp_path):
     assert last.returncode == 0, last.stderr
     compare(tmp_path / "whole/runs/x", tmp_path / "runs/x")
     print(f"{processes} processes: {kills} kills survived, by place {places}")
-
 
 def compare(whole, broken):
     for name in ("adapter", "adapter-best", "state"):

@@ -14,14 +14,12 @@ CONFIG = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
               steps_offset=1, timestep_spacing="leading", prediction_type="epsilon",
               variance_type="fixed_small")
 
-
 @pytest.fixture
 def scheduler():
     from diffusers import DDPMScheduler
     scheduler = DDPMScheduler(**CONFIG)
     scheduler.set_timesteps(30)
     return scheduler
-
 
 def test_alpha_bar_is_the_product_of_1_minus_beta(scheduler):
     exact = Decimal(1)
@@ -33,22 +31,18 @@ def test_alpha_bar_is_the_product_of_1_minus_beta(scheduler):
     assert float(exact) == pytest.approx(0.0046601, abs=5e-8)
     assert (schedule.alpha_bar() / scheduler.alphas_cumprod.double() - 1).abs().max() < 1e-6
 
-
 def test_thirty_steps_are_958_925_to_1(scheduler):
     assert schedule.timesteps(30) == [33 * k + 1 for k in range(29, -1, -1)] == scheduler.timesteps.tolist()
-
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 333, 999])
 def test_any_number_of_steps_is_spaced_as_diffusers_spaces_it(steps, scheduler):
     scheduler.set_timesteps(steps)
     assert schedule.timesteps(steps) == scheduler.timesteps.tolist()
 
-
 @pytest.mark.parametrize("steps", [0, -1, 1000])
 def test_impossible_numbers_of_steps_are_refused(steps):
     with pytest.raises(ValueError):
         schedule.timesteps(steps)
-
 
 @pytest.mark.parametrize("t, previous, expected", [
     (958, 925, (0.0321517778, 0.8301566836, 0.5524241307)),
@@ -56,7 +50,6 @@ def test_impossible_numbers_of_steps_are_refused(steps):
     (1, None, (1, 0, 0))])
 def test_step_coefficients_are_the_published_ones(t, previous, expected):
     assert schedule.ddpm_coefficients(t, previous) == pytest.approx(expected, abs=5e-11)
-
 
 def test_added_noise_equals_eq_1_and_diffusers(scheduler):
     z0, noise, t = torch.randn(5, 4, 8, 8), torch.randn(5, 4, 8, 8), torch.tensor([0, 1, 500, 958, 999])
@@ -67,19 +60,16 @@ def test_added_noise_equals_eq_1_and_diffusers(scheduler):
     # in bfloat16 no noise would be added at t = 0
     assert (z_t[0] - z0[0]).abs().max() > 0
 
-
 def test_guidance_is_eq_5():
     null, c = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0])
     assert guide(null, c, 1.3).tolist() == pytest.approx([1 + 1.3 * 2, 2 - 1.3 * 4])
     assert torch.equal(guide(null, c, 0), null)
-
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(1)
     unet, projector = UNet((32, 64, 128, 128)), Projector(d_e=16, d_h=32)
     return unet.eval().requires_grad_(False), projector.requires_grad_(False)
-
 
 def test_the_guided_trajectory_equals_diffusers_fed_the_same_noise(model, scheduler):
     unet, projector = model
@@ -95,7 +85,6 @@ def test_the_guided_trajectory_equals_diffusers_fed_the_same_noise(model, schedu
         z = scheduler.step(eps_null + w * (eps_c - eps_null), t, z, generator=g).prev_sample
     assert (ours - z).abs().max() < 1e-5 * z.abs().max()
 
-
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(model):
     unet, projector = model
     e = torch.randn(3, 16)
@@ -105,7 +94,6 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(model):
     assert (together - alone).abs().max() < 1e-4 * together.abs().max()
     assert (together[0] - sample(e[:1], projector, unet, Sampling(1.5, 4), [10],
                                  (4, 8, 8))[0]).abs().max() > 0.1
-
 
 def test_guidance_1_makes_no_null_pass_and_equals_eq_5_at_1(model):
     unet, projector = model

@@ -23,12 +23,10 @@ def test_a_step_at_batch_16_and_512_px_keeps_less_than_6_gib_for_less_than_9_per
     assert flops == pytest.approx(28.2e12, rel=0.01)
     assert kept <= 6 * 2 ** 30 < all_of_it and more <= 1.09 * flops
 
-
 @pytest.mark.slow
 def test_a_smaller_budget_keeps_less_and_computes_more():
     (a, more), (b, fewer) = (kept_for_backward(2, 128, SMALL, budget) for budget in (0.3, 1.0))
     assert a < 0.5 * b and fewer < more < 1.25 * fewer
-
 
 def test_what_is_computed_again_gives_the_same_gradients():
     torch.manual_seed(0)

@@ -18,12 +18,10 @@ from tissue import PATCHES, SLIDES, draw_patch, draw_slide, write_dataset
 WEIGHTS = BUILT_IN["toy"]
 needs_weights = pytest.mark.skipif(not (WEIGHTS / "unet").is_dir(), reason="the toy base is not there")
 
-
 @pytest.fixture(scope="module")
 def tissue():
     """Eight patches of each class, each of a slide of its own."""
     return [draw_patch(draw_slide(label, seed)) for label in range(4) for seed in range(8)]
-
 
 def test_a_slide_is_a_function_of_class_and_seed_and_its_patches_differ():
     a, b, other = draw_slide(1, 5), draw_slide(1, 5), draw_slide(1, 6)
@@ -31,7 +29,6 @@ def test_a_slide_is_a_function_of_class_and_seed_and_its_patches_differ():
     assert first.size == (64, 64) and np.array_equal(first, draw_patch(b))
     assert not np.array_equal(first, draw_patch(a)) and not np.array_equal(first, draw_patch(other))
     assert draw_patch(a, 128).size == (128, 128)
-
 
 def test_stains_mix_by_beer_and_lambert():
     """Without tissue there is white light; the stains absorb green most, as hematoxylin and eosin do."""
@@ -43,7 +40,6 @@ def test_stains_mix_by_beer_and_lambert():
     assert bright.mean() > 250 and dark.mean() < 220
     mean = np.mean([np.asarray(draw_patch(draw_slide(label, 9))) for label in range(4)], axis=(0, 1, 2))
     assert mean[1] < mean[0] and mean[1] < mean[2]
-
 
 def test_the_embedded_patches_are_those_drawn_and_written_once(tmp_path):
     """To JPEG's error: two 8-bit levels of noise on every pixel are lost, a patch of another place would be 30 off."""
@@ -57,7 +53,6 @@ def test_the_embedded_patches_are_those_drawn_and_written_once(tmp_path):
     before = path.stat().st_mtime_ns
     write_toy_tissue(tmp_path)
     assert path.stat().st_mtime_ns == before
-
 
 def test_the_dataset_is_split_by_slide_and_written_once(tmp_path):
     write_dataset(tmp_path, slides=6, patches=3)
@@ -76,7 +71,6 @@ def test_the_dataset_is_split_by_slide_and_written_once(tmp_path):
     others = {p: t for p, t in times.items() if p.parent != victim.parent}
     assert {p: p.stat().st_mtime_ns for p in others} == others
 
-
 @needs_weights
 def test_the_weights_are_small_and_of_the_very_classes():
     files = list(WEIGHTS.rglob("*.safetensors"))
@@ -87,7 +81,6 @@ def test_the_weights_are_small_and_of_the_very_classes():
     rows = (WEIGHTS / "log.csv").read_text().splitlines()
     assert rows[0] == "network,step,loss,validation" and {r.split(",")[0] for r in rows[1:]} == {"vae", "encoder", "unet", "details"}
 
-
 @needs_weights
 def test_the_vae_keeps_tissue_that_it_never_saw(tissue):
     vae = load_vae(open_sd15("toy")[1])
@@ -97,7 +90,6 @@ def test_the_vae_keeps_tissue_that_it_never_saw(tissue):
     error = [np.square(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(tissue, images)]
     assert np.mean([10 * np.log10(255 ** 2 / e) for e in error]) >= 24
     assert 0.6 < (mean * SCALE).std() < 1.6 and (logvar / 2).exp().mean() < 0.3 * mean.std()
-
 
 @needs_weights
 def test_the_encoder_tells_the_classes_apart(tissue):
@@ -111,7 +103,6 @@ def test_the_encoder_tells_the_classes_apart(tissue):
     guess = (b @ np.linalg.solve(a.T @ a + 100 * np.eye(a.shape[1]), a.T @ (y - 0.25))).argmax(1)
     assert (guess == np.repeat(np.arange(4), 8)).mean() >= 0.9
 
-
 @needs_weights
 def test_the_toy_unets_cross_attention_is_alive():
     """Other tokens move ẑ_0 by a twentieth of the latents' deviation, which is 1, at least. (At t = 700 the noise is nearly z_t
@@ -124,7 +115,6 @@ def test_the_toy_unets_cross_attention_is_alive():
         difference = unet(z, t, a) - unet(z, t, b)
     a_t = alpha_bar()[700].item()
     assert difference.square().mean().sqrt() * ((1 - a_t) / a_t) ** 0.5 > 0.05      # ẑ_0 = (z_t - √(1-ᾱ) ε) / √ᾱ
-
 
 @needs_weights
 def test_the_readmes_three_lines_work_on_what_they_leave_behind(tmp_path):
@@ -147,5 +137,4 @@ def test_the_readmes_three_lines_work_on_what_they_leave_behind(tmp_path):
     again = program("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 4, "--limit", 40, "--val-samples", 8, cwd=tmp_path)
     assert "resumes after step 4 of 4" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in before} == before
-
 

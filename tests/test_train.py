@@ -28,7 +28,6 @@ from projector import Projector
 from train import (Trainer, batch_of_step, draw_noise, draw_validation_noise, generator, learning_rate_factor,
                    noise_prediction_loss)
 
-
 def test_every_step_of_an_epoch_has_a_whole_batch_and_every_image_comes_once():
     steps = [batch_of_step(0, step, 16, 5398) for step in range(338)]
     assert {len(s) for s in steps} == {16}
@@ -37,7 +36,6 @@ def test_every_step_of_an_epoch_has_a_whole_batch_and_every_image_comes_once():
     assert batch_of_step(0, 338, 16, 5398) != steps[0] != batch_of_step(1, 0, 16, 5398)
     assert batch_of_step(0, 5, 16, 5398) == steps[5]
     assert sorted(set(batch_of_step(0, 0, 16, 5))) == list(range(5))
-
 
 def test_draws_are_a_function_of_seed_and_step_and_have_the_papers_distributions():
     n = 20_000
@@ -52,24 +50,20 @@ def test_draws_are_a_function_of_seed_and_step_and_have_the_papers_distributions
     assert r.noise.std().item() == pytest.approx(1, abs=0.02)
     assert abs((r.noise * r.posterior).mean().item()) < 0.02
 
-
 def test_every_key_of_the_generator_gives_a_stream_of_its_own():
     keys = [(2,), (2, 0), (2, 0, 0), (0, 2), (2, 1), (1, 2), (2 ** 32,), (0, 1)]
     assert len({torch.randn(4, generator=generator(*key)).sum().item() for key in keys}) == len(keys)
-
 
 def test_validation_draws_are_fixed_and_spread_over_all_timesteps():
     r, again = draw_validation_noise(10, (4, 2, 2)), draw_validation_noise(10, (4, 2, 2))
     assert sorted(r.t.tolist()) == list(range(50, 1000, 100)) and torch.equal(r.noise, again.noise)
     assert not r.null.any() and not r.mirrored.any() and r.keep is None
 
-
 def test_the_learning_rate_rises_over_the_first_epoch_and_follows_a_cosine_to_zero():
     factor = [learning_rate_factor(step, 338, 4056) for step in range(4056)]
     assert factor[0] == pytest.approx(1 / 338) and factor[337] == 1 and factor[338] == 1
     assert factor[338 + (4056 - 338) // 2] == pytest.approx(0.5) and 0 < factor[-1] < 1e-6
     assert factor[1000] == pytest.approx(0.5 * (1 + math.cos(math.pi * (1000 - 338) / (4056 - 338))))
-
 
 def test_the_loss_is_algorithm_1_written_out():
     torch.manual_seed(0)
@@ -89,7 +83,6 @@ def test_the_loss_is_algorithm_1_written_out():
     assert torch.allclose(c, projector(torch.stack([e[0], projector.null[0], e[2]])), atol=1e-6)
     assert torch.allclose(loss, ((r.noise - 0.3 * z_t) ** 2).flatten(1).mean(1), atol=1e-6)
 
-
 def test_the_optimizer_has_the_papers_two_groups():
     t = trainer()
     t.train_step()
@@ -102,7 +95,6 @@ def test_the_optimizer_has_the_papers_two_groups():
     assert {id(p) for p in lora["params"]} == {id(p) for p in lora_parameters(t.unet).values()}
     assert {id(p) for p in rest["params"]} == {id(p) for p in t.projector.parameters()}
     assert any(p is t.projector.null for p in rest["params"])
-
 
 def test_a_step_is_adamw_on_the_gradient_clipped_to_norm_1():
     """After the first step the moments are m = (1-β₁) g and v = (1-β₂) g²: the update is that of sign(g)."""
@@ -120,7 +112,6 @@ def test_a_step_is_adamw_on_the_gradient_clipped_to_norm_1():
         assert torch.allclose(p, before[name] * (1 - rate * decay) - rate * p.grad / (p.grad.abs() + 1e-8),
                               atol=1e-7), name
 
-
 def test_training_moves_lora_projector_and_null_embedding_and_nothing_else():
     t = trainer(cfg_drop=0.5)
     frozen = {n: p.clone() for n, p in t.unet.state_dict().items() if not n.endswith((".A", ".B"))}
@@ -132,7 +123,6 @@ def test_training_moves_lora_projector_and_null_embedding_and_nothing_else():
     assert all(torch.equal(p, t.unet.state_dict()[n]) for n, p in frozen.items())
     trainable = {id(p) for p in t.unet.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in lora_parameters(t.unet).values()}
-
 
 @pytest.mark.slow
 def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, monkeypatch):
@@ -166,7 +156,6 @@ def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, m
                and f"{constant}k" not in n)
     assert all(torch.equal(p, unet.state_dict()[n]) for n, p in frozen.items())
 
-
 def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
     t = trainer()
     t.save(tmp_path, {})
@@ -175,7 +164,6 @@ def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
     with pytest.raises(train.Fail, match="step 0.*not finite"):
         t.save(tmp_path, {})
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before and len(before) == 2
-
 
 @pytest.mark.parametrize("rate", [float("inf"), float("nan")])
 def test_a_loss_that_is_not_finite_stops_before_anything_moves(rate):
@@ -188,7 +176,6 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(rate):
             before = {n: p.detach().clone() for n, p in t.named.items()}
             t.train_step()
     assert all(torch.equal(p, before[n]) for n, p in t.named.items())
-
 
 def test_a_restored_run_ends_with_the_same_bits(tmp_path):
     whole = trainer()
@@ -208,12 +195,10 @@ def test_a_restored_run_ends_with_the_same_bits(tmp_path):
     assert all(torch.equal(p, whole.named[n]) for n, p in second.named.items())
     assert second.losses == whole.losses
 
-
 def test_a_validation_loss_does_not_depend_on_the_batch_size():
     a, b = trainer(batch=4), trainer(batch=3)
     hashes = [f"h{i}" for i in range(7)]
     assert a.validation_loss(hashes) == pytest.approx(b.validation_loss(hashes), rel=1e-5)
-
 
 # ---- as programs -------------------------------------------------------------------------------------
 
@@ -245,7 +230,6 @@ def test_a_run_leaves_what_the_readme_says(trained, tmp_path):
     assert config["environment"]["torch"] in card and len(config["environment"]["git"] or "0" * 40) >= 40
     assert not list(trained.rglob(".*"))                                           # no temporary files
 
-
 def test_a_model_card_says_no_more_than_is_known(trained, tmp_path):
     """An official split with a case in two parts, before the first samples; and patches of unknown cases."""
     import shutil
@@ -266,7 +250,6 @@ def test_a_model_card_says_no_more_than_is_known(trained, tmp_path):
         assert how in card and "the dataset's own test part" in card and "adapter-best" not in card
         assert "/gone" not in card
 
-
 def test_the_cache_is_used_again_and_repeating_the_command_goes_on(trained, small):
     cwd = trained.parent.parent
     shards = {p: p.stat().st_mtime_ns for p in (cwd / "runs/cache").rglob("*.safetensors")}
@@ -275,7 +258,6 @@ def test_the_cache_is_used_again_and_repeating_the_command_goes_on(trained, smal
     assert "found, resumes after step" in result.stdout and "complete" in result.stdout
     assert (trained / "adapter.safetensors").read_bytes() == before
     assert shards == {p: p.stat().st_mtime_ns for p in (cwd / "runs/cache").rglob("*.safetensors")}
-
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_had_been(small, tmp_path):
@@ -303,7 +285,6 @@ def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_ha
     assert all(torch.equal(t, expected[n])
                for n, t in load_file(tmp_path / "runs/broken/adapter.safetensors").items())
 
-
 @pytest.mark.slow
 def test_two_processes_share_a_cache_and_not_a_run(small, tmp_path):
     """The first is stopped in its tracks while two others come: one for the same run, one for another."""
@@ -325,7 +306,6 @@ def test_two_processes_share_a_cache_and_not_a_run(small, tmp_path):
     a, b = (load_file(tmp_path / f"runs/{run}/adapter.safetensors") for run in "ab")
     assert all(torch.equal(a[n], b[n]) for n in a) and len(list((tmp_path / "runs/cache").iterdir())) == 1
 
-
 @pytest.mark.slow
 def test_a_sampler_that_is_asked_to_stop_leaves_whole_images_and_goes_on(trained, tmp_path):
     command = [sys.executable, str(ROOT / "sample.py"), "--run", str(trained), "--split", "train", "--limit",
@@ -340,7 +320,6 @@ def test_a_sampler_that_is_asked_to_stop_leaves_whole_images_and_goes_on(trained
     assert "images exist already" in process(*command[1:], cwd=tmp_path).stdout
     assert all(path.stat().st_mtime_ns == then for path, then in made.items())
     assert len(list(tmp_path.glob("out/cfg1.3/*/*.png"))) > len(made)
-
 
 @pytest.mark.parametrize("moment", ["step", "validation", "samples"])
 def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
@@ -361,7 +340,6 @@ def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
     epoch = math.ceil(len(json.loads((tmp_path / "runs/x/split.json").read_text())["train"]) / 4)
     assert int(state["step"]) == len(json.loads(state["losses"])) == (3 if moment == "step" else epoch)
 
-
 @pytest.mark.parametrize("samples, owner, name", [(0, Trainer, "validation_loss"),
                                                   (2, train.Validation, "distance")])
 def test_the_best_adapter_is_that_of_the_lowest_fid_else_of_the_lowest_loss_and_is_sampled_from(
@@ -375,7 +353,6 @@ def test_the_best_adapter_is_that_of_the_lowest_fid_else_of_the_lowest_loss_and_
     from sample import find_adapter
     assert find_adapter(tmp_path / "runs/x", None).path.name == "adapter-best.safetensors"
 
-
 def test_samples_are_drawn_at_every_kth_epoch_and_at_the_last(small, tmp_path):
     program("train.py", *small, "--epochs", 3, "--val-samples", 2, "--val-every", 2, "--val-steps", 2,
             "--run", "runs/x", cwd=tmp_path)
@@ -383,14 +360,12 @@ def test_samples_are_drawn_at_every_kth_epoch_and_at_the_last(small, tmp_path):
     assert [bool(row["fid_encoder"]) for row in rows] == [False, True, True]
     assert sorted(p.name for p in (tmp_path / "runs/x/grids").iterdir()) == ["epoch02.png", "epoch03.png"]
 
-
 def test_the_papers_table_2_is_printed_without_weights_or_data(tmp_path):
     result = program("train.py", "--parameters", cwd=tmp_path)
     rows = dict(line.rsplit(maxsplit=2)[:2] for line in result.stdout.splitlines() if line.endswith("%"))
     # 1,536 apart, see README
     assert rows["LoRA adapters"] == "1,594,368" and rows["Total trainable"] == "6,320,640"
     assert "859,520,964" in result.stdout and "0.74%" in result.stdout and not list(tmp_path.iterdir())
-
 
 def test_samples_are_named_seeded_and_not_made_twice(trained, tmp_path):
     cwd = trained.parent.parent
@@ -413,7 +388,6 @@ def test_samples_are_named_seeded_and_not_made_twice(trained, tmp_path):
     assert "exist already" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in made[1:]} == {p: t for p, t in times.items() if p != made[0]}
 
-
 def test_one_reference_gives_the_same_image_as_among_others(trained, dataset, tmp_path):
     """Another batch size may round differently, by one grey level at most."""
     import numpy as np
@@ -425,7 +399,6 @@ def test_one_reference_gives_the_same_image_as_among_others(trained, dataset, tm
     many = tmp_path / "many/cfg1.3" / one.name
     pixels = [np.asarray(Image.open(p)).astype(int) for p in (one, many)]
     assert abs(pixels[0] - pixels[1]).max() <= 1
-
 
 @pytest.mark.parametrize("other", [["--epochs", "3"], ["--split", "official"],
                                    ["--resume", "runs/x", "--rank", "3"]])
@@ -439,7 +412,6 @@ def test_a_run_with_other_settings_is_not_overwritten(other, trained, small, mon
     with pytest.raises(train.Fail, match=other[-2][2:]):
         train.main()
     assert (trained / "config.json").read_bytes() == before
-
 
 def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(trained, tmp_path):
     settings = replace(read_settings(trained), rank=4)
@@ -457,7 +429,6 @@ def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(
     with pytest.raises(train.Fail, match="damaged"):
         check_or_create(tmp_path, settings, {"vae": "1"})
 
-
 def test_a_folder_of_someone_elses_is_not_made_a_run(small, tmp_path):
     """A run keeps only its own pictures in real/ and fake/: so it takes no folder in which others may be."""
     (tmp_path / "mine/real").mkdir(parents=True)
@@ -465,7 +436,6 @@ def test_a_folder_of_someone_elses_is_not_made_a_run(small, tmp_path):
     result = program("train.py", *small, "--max-steps", 1, "--run", "mine", cwd=tmp_path, check=False)
     assert result.returncode == 2 and "holds other files" in result.stderr
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "mine/real/precious.png"]
-
 
 def test_a_run_without_its_split_or_with_a_damaged_state_is_refused(trained, small, tmp_path):
     import shutil
@@ -482,7 +452,6 @@ def test_a_run_without_its_split_or_with_a_damaged_state_is_refused(trained, sma
     (copy / "split.json").unlink()
     assert "is missing" in program("train.py", *arguments, cwd=tmp_path, check=False).stderr
 
-
 @pytest.mark.parametrize("change", [
     lambda c: c["args"].update(epochs=None), lambda c: c["args"].update(data=5),
     lambda c: c["args"].update(sd15=[1]), lambda c: c["args"].update(split=None),
@@ -497,7 +466,6 @@ def test_a_run_with_a_damaged_config_is_refused_in_one_line(change, trained, dat
     (copy / "config.json").write_text(json.dumps(config))
     result = program("train.py", "--resume", "runs/x", cwd=tmp_path, check=False)
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
-
 
 @pytest.mark.parametrize("change", [
     dict(losses="[]", history="[]"), dict(losses='["a"]'), dict(step="99"), dict(step="1"),
@@ -515,7 +483,6 @@ def test_a_state_whose_log_does_not_fit_its_step_is_refused(change, tmp_path):
     with pytest.raises(train.Fail, match="is damaged"):
         trainer().restore(file.path)
 
-
 def test_a_resumed_run_has_its_own_settings_to_the_last_digit(small, tmp_path, monkeypatch):
     """Zeros and what is left out among them; what is of one call only is not taken over."""
     monkeypatch.chdir(tmp_path)
@@ -527,7 +494,6 @@ def test_a_resumed_run_has_its_own_settings_to_the_last_digit(small, tmp_path, m
     (tmp_path / "runs/x/config.json").write_text(json.dumps({"args": asdict(first)}))
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "runs/x"])
     assert parse_settings("")[0] == replace(first, no_compile=False)
-
 
 def test_the_network_is_compiled_once_for_training_and_once_for_validation(monkeypatch):
     """A backend that counts the graphs that it gets: shapes are static, so no later batch brings another."""
@@ -545,7 +511,6 @@ def test_the_network_is_compiled_once_for_training_and_once_for_validation(monke
     t.validation_loss([f"h{i}" for i in range(5)])
     assert len(graphs) == first <= 2
 
-
 def test_paths_that_are_not_there_are_looked_for_in_the_newest_run_all_or_none(tmp_path, monkeypatch):
     import os
     monkeypatch.chdir(tmp_path)
@@ -562,7 +527,6 @@ def test_paths_that_are_not_there_are_looked_for_in_the_newest_run_all_or_none(t
     (tmp_path / "real").mkdir()
     assert find(["real", "fake"]) == [Path("real"), Path("fake")]
 
-
 def test_two_references_of_one_name_are_two_references(tmp_path):
     paths = [tmp_path / folder / "patch.png" for folder in "ab"]
     for path in paths:
@@ -573,7 +537,6 @@ def test_two_references_of_one_name_are_two_references(tmp_path):
     both, _ = name_references([("patch", p) for p in reversed(paths)], known)
     assert first == {"patch": paths[0]} and second == {"patch-2": paths[1]}
     assert both == {"patch-2": paths[1], "patch": paths[0]}
-
 
 def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path):
     import shutil
@@ -601,7 +564,6 @@ def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path)
     program("sample.py", *arguments, "--other-base", cwd=tmp_path)
     assert list((tmp_path / "out/cfg1.3").glob("*.png"))
 
-
 def damage(base, target, change):
     """A copy of the base whose U-Net file is changed by `change(path)`."""
     import shutil
@@ -609,18 +571,14 @@ def damage(base, target, change):
     change(target / "unet/diffusion_pytorch_model.safetensors")
     return target
 
-
 def pointer(path):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3438167540\n")
-
 
 def truncated(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
-
 def headless(path):
     path.write_bytes(path.read_bytes()[:100])
-
 
 def edited(change):
     def apply(path):
@@ -631,11 +589,9 @@ def edited(change):
         save_file(tensors, path)
     return apply
 
-
 def flatten_proj_in(tensors):
     for name in [n for n in tensors if n.endswith("proj_in.weight")]:
         tensors[name] = tensors[name][:, :, 0, 0].contiguous()
-
 
 @pytest.mark.parametrize("change, words", [
     (pointer, "Git LFS pointer"), (truncated, "download it again"), (headless, "download it again"),
@@ -651,7 +607,6 @@ def test_a_checkpoint_that_is_none_is_refused_by_name(change, words, base, tmp_p
     with pytest.raises(train.Fail) as problem:
         load_unet(open_sd15(str(damage(base, tmp_path / "sd", change)))[0])
     assert words in str(problem.value) and "\n" not in str(problem.value)
-
 
 class Hub:
     """A stand-in for the hub's client: a repository of these files, of which these are cached."""
@@ -674,7 +629,6 @@ class Hub:
         monkeypatch.setattr(hub, "get_hf_file_metadata", metadata)
         monkeypatch.setattr(hub, "hf_hub_download", download)
 
-
 def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch, tmp_path, capsys):
     from ldm.weights import hub_file
     names = ["a16", "a32"]
@@ -690,7 +644,6 @@ def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch
     assert not (tmp_path / "a32").exists()
     with pytest.raises(train.Fail, match="cannot get b of x/y.*ask for access"):
         hub_file("x/y", ["b"], access="ask for access")
-
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
     from ldm.encoder import open_encoder

@@ -22,14 +22,12 @@ SLIDES, PATCHES = 32, 7                 # of each class in the sheets: 896 patch
 VIEW = 36       # side of a patch in the units that everything below is drawn in
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])     # optical density of H and E (Ruifrok and Johnston 2001)
 
-
 def draw_slide(label, seed):
     """Class and seed -> what the patches of one slide share: a dict of stains (2, 3), their strength (2,) and the scale."""
     rng = np.random.default_rng([seed, label])
     stains = (STAINS + rng.normal(0, [[0.05] * 3, [0.06, 0.03, 0.06]])).clip(0.02)
     return dict(label=CLASSES[label], stains=stains / np.linalg.norm(stains, axis=1, keepdims=True),
                 strength=rng.uniform(0.95, 1.4, 2), scale=rng.uniform(0.9, 1.15), rng=rng)
-
 
 def draw_patch(slide, size=64):
     """The next patch of a slide -> PIL image (size, size)."""
@@ -44,7 +42,6 @@ def draw_patch(slide, size=64):
     density = np.stack([layers["H"], layers["E"]]) * (1 - 0.93 * layers["clear"].clip(0, 1)) * slide["strength"][:, None, None]
     light = np.exp(-np.tensordot(slide["stains"].T, density.clip(0), 1)) + rng.normal(0, 0.012, (3, size, size))
     return Image.fromarray((255 * light.clip(0, 1)).round().astype(np.uint8).transpose(1, 2, 0))
-
 
 # ---- the four classes ------------------------------------------------------------------------------------------------
 
@@ -62,7 +59,6 @@ def normal(rng, x, y, scale, layers, nuclei):
             hollow(layers, near, 0.25 * r, 0.9)
         ring(rng, nuclei, cx, cy, r, 0.86, 12, 1.6, 1.0, 0, 0.9)
 
-
 def serrated(rng, x, y, scale, layers, nuclei):
     """Large crypts whose lumen is a saw-toothed star, in a broad pink epithelium with a sparse basal row of nuclei."""
     stroma(rng, nuclei, 12)
@@ -73,7 +69,6 @@ def serrated(rng, x, y, scale, layers, nuclei):
         paint(layers, rho, r * (1 + 0.04 * np.cos(teeth * phi)), H=0.14, E=0.72)
         hollow(layers, rho, r * (0.22 + 0.54 * saw ** 1.2))
         ring(rng, nuclei, cx, cy, r, 0.91, 20, 1.3, 0.85, 0, 0.8)
-
 
 def adenocarcinoma(rng, x, y, scale, layers, nuclei):
     """No order: ragged, dark, confluent islands with small torn lumens; large nuclei of all shapes crowd everywhere."""
@@ -88,7 +83,6 @@ def adenocarcinoma(rng, x, y, scale, layers, nuclei):
     for cx, cy in lattice(rng, 6.1 * scale, 0.3):
         w = rng.uniform(1.3, 2.4)
         nuclei.append((cx, cy, w * rng.uniform(1, 1.7), w, rng.uniform(0, 6), rng.uniform(0.7, 1.3)))
-
 
 def adenoma(rng, x, y, scale, layers, nuclei):
     """Crowded long tubes, all in about one direction, with a slit for a lumen and three staggered rows of spindle nuclei."""
@@ -113,7 +107,6 @@ def adenoma(rng, x, y, scale, layers, nuclei):
                     nuclei.append((cx + p0 * c - q0 * s, cy + p0 * s + q0 * c, rng.uniform(1.7, 2.4), rng.uniform(0.75, 0.95),
                                    direction + np.pi / 2 + rng.normal(0, 0.2), rng.uniform(0.95, 1.15)))
 
-
 # ---- strokes ---------------------------------------------------------------------------------------------------------
 
 def lattice(rng, pitch, jitter, view=VIEW):
@@ -126,18 +119,15 @@ def lattice(rng, pitch, jitter, view=VIEW):
     xy = view / 2 + pitch * np.array([[c, -s], [s, c]]) @ uv
     return xy.T[((xy > -pitch) & (xy < view + pitch)).all(0)]
 
-
 def polar(x, y, cx, cy, angle, aspect):
     """Distance from a centre and angle around it, for an ellipse of this aspect turned by `angle`."""
     c, s = np.cos(angle), np.sin(angle)
     u, v = ((x - cx) * c + (y - cy) * s) / aspect ** 0.5, (-(x - cx) * s + (y - cy) * c) * aspect ** 0.5
     return np.hypot(u, v), np.arctan2(v, u)
 
-
 def inside(rho, r):
     """1 within rho < r, 0 outside, with an edge about one unit wide."""
     return (r - rho + 0.5).clip(0, 1)
-
 
 def paint(layers, rho, r, **stains):
     """Replace what is within by these amounts of stain."""
@@ -146,10 +136,8 @@ def paint(layers, rho, r, **stains):
         layers[name] += m * (amount - layers[name])
     layers["clear"] *= 1 - m
 
-
 def hollow(layers, rho, r, share=1):
     layers["clear"] = np.maximum(layers["clear"], share * inside(rho, r))
-
 
 def ring(rng, nuclei, cx, cy, r, at, n, length, width, radial, dark):
     """n nuclei in a row around a gland, at `at` of its radius."""
@@ -157,12 +145,10 @@ def ring(rng, nuclei, cx, cy, r, at, n, length, width, radial, dark):
         nuclei.append((cx + at * r * np.cos(a), cy + at * r * np.sin(a), length * rng.uniform(0.85, 1.15), width,
                        a + np.pi / 2 + radial + rng.normal(0, 0.15), dark * rng.uniform(0.85, 1.15)))
 
-
 def stroma(rng, nuclei, n):
     """Sparse spindle nuclei; glands painted over them do not hide them, for nuclei come last."""
     for _ in range(n):
         nuclei.append((*rng.uniform(0, VIEW, 2), rng.uniform(1.2, 1.9), 0.6, rng.uniform(0, 6), rng.uniform(0.4, 0.8)))
-
 
 def ink_nucleus(h, x, y, cx, cy, length, width, angle, dark):
     scale = h.shape[0] / VIEW
@@ -174,13 +160,11 @@ def ink_nucleus(h, x, y, cx, cy, length, width, angle, dark):
         u, v = ((x - cx) * c + (y - cy) * s) / length, (-(x - cx) * s + (y - cy) * c) / width
         h[rows, cols] = np.maximum(h[rows, cols], dark * ((1.35 - np.hypot(u, v)) / 0.6).clip(0, 1))
 
-
 def noise(rng, x, y, wavelength):
     """A smooth random field of mean 0 and about unit range: eight plane waves."""
     waves = [np.cos(2 * np.pi * (x * np.cos(a) + y * np.sin(a)) / (wavelength * f) + p)
              for a, f, p in rng.uniform((0, 0.7, 0), (np.pi, 1.6, 6.3), (8, 3))]
     return sum(waves) / 4
-
 
 # ---- a dataset of it ---------------------------------------------------------------------------------------------------
 
@@ -199,13 +183,11 @@ def write_dataset(folder, slides, patches, size=64, seed=0):
                     draw_patch(slide, size).save(temporary)
     return folder
 
-
 def draw_sheet(label, size=64):
     """All patches of a class, a slide in each row -> PIL image."""
     slides = [draw_slide(label, s) for s in range(SLIDES)]
     rows = [np.concatenate([np.asarray(draw_patch(slide, size)) for _ in range(PATCHES)], 1) for slide in slides]
     return Image.fromarray(np.concatenate(rows))
-
 
 if __name__ == "__main__":
     for label, name in enumerate(CLASSES):

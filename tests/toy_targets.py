@@ -26,13 +26,11 @@ from ldm.weights import load_vae, open_sd15                                     
 
 VARIANTS = {"both": [], "projector only": ["--alpha", "1e-6"], "LoRA only": ["--lr-ratio", "0"]}
 
-
 def matched(image):
     """The image with each channel brought to mean 170 and standard deviation 40."""
     x = np.asarray(image, dtype=np.float64)
     x = (x - x.mean((0, 1))) / x.std((0, 1)) * 40 + 170
     return Image.fromarray(x.clip(0, 255).round().astype(np.uint8))
-
 
 class Judge:
     def __init__(self, inception, folders, cpu=torch.device("cpu")):
@@ -51,10 +49,8 @@ class Judge:
     def distance(self, a, b):
         return frechet_distance_of_features(*(self.features["plain"](list_images(folder)) for folder in (a, b)))
 
-
 def labels(files, folder):
     return np.array([CLASSES.index(f.relative_to(folder).parts[0]) for f in files])
-
 
 def ridge(x, y, penalty=100.0):
     """Features (n, d) and labels -> a function that classifies features."""
@@ -63,10 +59,8 @@ def ridge(x, y, penalty=100.0):
     w = z.T @ np.linalg.solve(z @ z.T + penalty * np.eye(len(z)), one_hot - one_hot.mean(0))
     return lambda f: ((f - mu) / spread @ w).argmax(1)
 
-
 def program(name, *args, cwd):
     subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, check=True)
-
 
 def reconstruct(files, source, out):
     """VAE floor: each image through the toy VAE and back -> mean PSNR in dB; the images go to `out`."""
@@ -81,7 +75,6 @@ def reconstruct(files, source, out):
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target)
     return float(np.mean(psnr))
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,7 +111,6 @@ def main():
         program("train.py", "--seed", seed, "--run", run, "--max-steps", 1, "--lr", 0, "--rank", 4, "--val-samples", 0, cwd=out)
         program("sample.py", "--adapter", run / "adapter.safetensors", "--ref", sets["references"], "--seed", 1000 * seed, "--out", run / "s", cwd=out)
         score(f"seed {seed}, before adaptation", run / "s/cfg1.3")
-
 
 if __name__ == "__main__":
     main()
