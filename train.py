@@ -47,6 +47,12 @@ SAVE_SECONDS = 300
 # batch 16, 512 px: 5.3 GiB instead of 10.5, for 8.7 % more FLOPs (tests/test_speed.py).
 MEMORY_BUDGET = 0.5
 
+def learning_rate_factor(step, warm_up, total):
+    """Linear up to 1 over `warm_up` steps, then a cosine down to 0 at `total` (the paper names no floor)."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+
 # ---- everything random is a function of (seed, step) -------------------------------------------------
 
 STEP, ORDER, VALIDATION, INITIAL = range(4)
@@ -60,38 +66,39 @@ def generator(*key):
     return torch.Generator().manual_seed(seed_of(*key))
 
 @dataclass
-class Noise:
+class Draws:
     """All random numbers of a step, for B images. Numbers in comments: the lines of Algorithm 1."""
     mirrored: torch.Tensor              # (B,) bool
     posterior: torch.Tensor             # (B, 4, h, w)  4: E(x) is a sample, as in Diffusers
-    noise: torch.Tensor                 # (B, 4, h, w)  5: ε
+    eps: torch.Tensor                   # (B, 4, h, w)  5: ε
     t: torch.Tensor                     # (B,)          5: the paper's {1, ..., T}, counted from 0
     null: torch.Tensor                  # (B, 1) bool   7: m
-    keep: torch.Tensor | None           # (depth-1, B, d_h): the projector's dropout, 0 or 1/(1-p)
+    dropout: torch.Tensor | None        # (depth-1, B, d_h): of the projector's units, 0 or 1/(1 - DROPOUT)
 
     def subset(self, indices, device):
         """The numbers of some images of the batch, on the device."""
         at = torch.as_tensor(list(indices))
-        keep = None if self.keep is None else self.keep[:, at].to(device)
-        rest = {f.name: getattr(self, f.name)[at].to(device) for f in fields(self) if f.name != "keep"}
-        return Noise(**rest, keep=keep)
+        dropout = None if self.dropout is None else self.dropout[:, at].to(device)
+        rest = {f.name: getattr(self, f.name)[at].to(device) for f in fields(self) if f.name != "dropout"}
+        return Draws(**rest, dropout=dropout)
 
-def draw_noise(g, batch, latent, p, hidden):
-    """The Noise of a whole batch. latent: (4, h, w); p: of the null embedding; hidden: (depth-1, d_h)."""
-    return Noise(
+def draw_batch(g, batch, z_shape, cfg_drop, layers, width):
+    """The Draws of a whole batch. z_shape: (4, h, w) of a latent; layers, width: with dropout."""
+    return Draws(
         mirrored=torch.rand(batch, generator=g) < 0.5,
-        posterior=torch.randn(batch, *latent, generator=g),
-        noise=torch.randn(batch, *latent, generator=g),
+        posterior=torch.randn(batch, *z_shape, generator=g),
+        eps=torch.randn(batch, *z_shape, generator=g),
         t=torch.randint(0, T, (batch,), generator=g),                                       # 5
-        null=torch.rand(batch, 1, generator=g) < p,                                         # 7
-        keep=(torch.rand(hidden[0], batch, hidden[1], generator=g) >= DROPOUT) / (1 - DROPOUT))
+        null=torch.rand(batch, 1, generator=g) < cfg_drop,                                  # 7
+        dropout=(torch.rand(layers, batch, width, generator=g) >= DROPOUT) / (1 - DROPOUT))
 
-def draw_validation_noise(n, latent):
-    """The fixed Noise of the validation loss: evenly spread timesteps, no dropout, no mirroring."""
-    r = draw_noise(generator(VALIDATION), n, latent, p=0, hidden=(0, 0))
-    r.mirrored[:], r.keep = False, None
-    r.t = ((torch.arange(n) + 0.5) * T / n).long()[torch.randperm(n, generator=generator(VALIDATION, 1))]
-    return r
+def draw_validation(n, z_shape):
+    """The fixed Draws of the validation loss: evenly spread timesteps, no dropout, no mirroring."""
+    draws = draw_batch(generator(VALIDATION), n, z_shape, cfg_drop=0, layers=0, width=0)
+    draws.mirrored[:], draws.dropout = False, None
+    order = torch.randperm(n, generator=generator(VALIDATION, 1))
+    draws.t = ((torch.arange(n) + 0.5) * T / n).long()[order]
+    return draws
 
 def batch_of_step(seed, step, batch, n):
     """Indices of the images of a step; each epoch is a permutation of its own.
@@ -105,29 +112,23 @@ def batch_of_step(seed, step, batch, n):
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------
 
-def noise_prediction_loss(unet, projector, mean, logvar, e, r):
+def noise_prediction_loss(unet, projector, mean, logvar, e, draws):
     """Lines 4 to 10 of Algorithm 1 -> ‖ε - ε_θ(z_t, t, c)‖² of each image, as a mean over its latent, (B,).
 
-    mean, logvar (B, 4, h, w) and e (B, d_e): the frozen encoders' outputs for the images x. r: their Noise.
+    mean, logvar (B, 4, h, w) and e (B, d_e): the frozen encoders' outputs for the images x.
     """
-    z0 = draw_latent(mean, logvar, r.posterior)                     # 4: encode to latent space
-    z_t = add_noise(z0, r.noise, r.t)                               # 6: forward diffusion (eq. 1)
-    e = torch.where(r.null, projector.null, e)                      # 8: replace with the null embedding
-    c = projector(e, r.keep)                                        # 9: project to the context (eqs. 3, 4)
-    return (r.noise - unet(z_t, r.t, c)).square().mean((1, 2, 3))   # 10: noise prediction loss (eq. 2)
-
-def learning_rate_factor(step, warm_up, total):
-    """Linear up to 1 over `warm_up` steps, then a cosine down to 0 at `total` (the paper names no floor)."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+    z0 = draw_latent(mean, logvar, draws.posterior)                         # 4: encode to latent space
+    z_t = add_noise(z0, draws.eps, draws.t)                                 # 6: forward diffusion (eq. 1)
+    e = torch.where(draws.null, projector.null, e)                          # 8: replace with e_∅
+    c = projector(e, draws.dropout)                                         # 9: to the context (eqs. 3, 4)
+    return (draws.eps - unet(z_t, draws.t, c)).square().mean((1, 2, 3))     # 10: the loss (eq. 2)
 
 class Trainer:
     """The trainable parameters, their optimizer, the log: the complete state of a run; `save` writes it."""
 
-    def __init__(self, settings, unet, projector, cache, images, latent, device):
-        """images: [(name, hash)] of the training images. latent: (4, h, w)."""
-        self.settings, self.device, self.latent = settings, device, latent
+    def __init__(self, settings, unet, projector, cache, images, z_shape, device):
+        """images: [(name, hash)] of the training images. z_shape: (4, h, w) of a latent."""
+        self.settings, self.device, self.z_shape = settings, device, z_shape
         self.unet, self.projector, self.cache, self.images = unet, projector, cache, images
         self.compiled = device.type == "cuda" and not settings.no_compile
         self.network = torch.compile(unet, dynamic=False) if self.compiled else unet
@@ -152,9 +153,9 @@ class Trainer:
         factor = learning_rate_factor(step, self.warm_up, self.total)
         return [group["base"] * factor for group in self.optimizer.param_groups]
 
-    def load_batch(self, hashes, r):
+    def load_batch(self, hashes, draws):
         """The cached mean, logvar and e of a batch, on the device."""
-        return [x.to(self.device) for x in self.cache.batch(hashes, r.mirrored.tolist())]
+        return [x.to(self.device) for x in self.cache.batch(hashes, draws.mirrored.tolist())]
 
     def train_step(self):
         """One iteration of Algorithm 1 -> (loss, gradient norm). Fails, before the update, if not finite.
@@ -163,12 +164,14 @@ class Trainer:
         """
         s = self.settings
         indices = batch_of_step(s.seed, self.step, s.batch, len(self.images))                       # 3
-        hidden = (self.projector.shape["depth"] - 1, self.projector.shape["hidden"])
-        noise = draw_noise(generator(s.seed, STEP, self.step), s.batch, self.latent, s.cfg_drop, hidden)
+        layers, width = self.projector.shape["depth"] - 1, self.projector.shape["hidden"]
+        g = generator(s.seed, STEP, self.step)
+        draws = draw_batch(g, s.batch, self.z_shape, s.cfg_drop, layers, width)
         own = shard(range(s.batch))
-        r = noise.subset(own, self.device)
-        cached = self.load_batch([self.images[indices[i]][1] for i in own], r)
-        loss = noise_prediction_loss(self.network, self.projector, *cached, r).sum() / s.batch      # 4 to 10
+        own_draws = draws.subset(own, self.device)
+        cached = self.load_batch([self.images[indices[i]][1] for i in own], own_draws)
+        losses = noise_prediction_loss(self.network, self.projector, *cached, own_draws)            # 4 to 10
+        loss = losses.sum() / s.batch
         self.optimizer.zero_grad()
         loss.backward()
         loss = loss.detach()
@@ -178,7 +181,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             names = ", ".join(self.images[i][0] for i in indices)
             raise Fail(f"step {self.step}: loss {loss}, gradient norm {norm}; nothing was updated, and the "
-                       f"last good state is kept. timesteps {noise.t.tolist()}, images {names}. Try a lower "
+                       f"last good state is kept. timesteps {draws.t.tolist()}, images {names}. Try a lower "
                        "--lr, or check these images")
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates(self.step)):
             group["lr"] = rate
@@ -189,14 +192,14 @@ class Trainer:
 
     @torch.no_grad()
     def validation_loss(self, hashes):
-        """Mean over the images with fixed Noise. Batches are full; what fills the last one is cut off."""
+        """Mean over the images with fixed Draws. Batches are full; what fills the last one is cut off."""
         n, size = len(hashes), self.per_process
-        noise, losses = draw_validation_noise(n, self.latent), torch.zeros(n, device=self.device)
+        draws, losses = draw_validation(n, self.z_shape), torch.zeros(n, device=self.device)
         for start in shard(range(0, n, size)):
             at = [i % n for i in range(start, start + size)]
-            r = noise.subset(at, self.device)
-            cached = self.load_batch([hashes[i] for i in at], r)
-            loss = noise_prediction_loss(self.network, self.projector, *cached, r)
+            part = draws.subset(at, self.device)
+            cached = self.load_batch([hashes[i] for i in at], part)
+            loss = noise_prediction_loss(self.network, self.projector, *cached, part)
             losses[start:start + size] = loss[:n - start]
         all_reduce([losses])
         return losses.mean().item()
@@ -271,7 +274,7 @@ class Validation:
             return None
         e = trainer.cache.batch(self.sampled, [False] * len(self.sampled))[2]
         vae = load_vae(self.vae_file, trainer.device)
-        model = Model(trainer.network, trainer.projector, vae, trainer.latent, trainer.per_process,
+        model = Model(trainer.network, trainer.projector, vae, trainer.z_shape, trainer.per_process,
                       full_batches=trainer.compiled)
         fake = self.samples.make(model, e, epoch)
         return frechet_distance_of_features(self.real, self.extract(fake)) if self.real is not None else None
@@ -289,7 +292,7 @@ class Inputs:
     vae_file: TensorFile
     encoder: object
     space: object               # whose features the validation FID compares
-    latent: tuple
+    z_shape: tuple              # (4, h, w) of a latent
     sha256: dict
     started: bool               # a state is there to resume from
     lock: Lock | None           # held as long as this object lives
@@ -333,7 +336,7 @@ def prepare(settings, resumed):
         unet_file, vae_file = open_sd15(settings.sd15)
         encoder = open_encoder(settings.uni2h)
         # on the meta device: arguments that do not fit are found before anything is computed or written
-        latent = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), settings.size)
+        z_shape = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), settings.size)
         data = open_data(settings, folder, announce=not resumed)
         patches = patches or read_dataset(data)
         lock = Lock(folder) if RANK0 and folder.is_dir() else None
@@ -352,7 +355,7 @@ def prepare(settings, resumed):
     check_same("weights", sha256)
     print(describe(patches, split))
     return Inputs(folder=folder, data=data, patches=patches, names=names, unet_file=unet_file,
-                  vae_file=vae_file, encoder=encoder, space=space, latent=latent, sha256=sha256,
+                  vae_file=vae_file, encoder=encoder, space=space, z_shape=z_shape, sha256=sha256,
                   started=started, lock=lock)
 
 def open_data(settings, folder, announce):
@@ -390,7 +393,7 @@ def build(settings, inputs, device):
     projector = build_projector(settings, inputs.encoder.width, unet.context).to(device)
     print(parameter_table(unet, projector))
     images = list(zip(inputs.names["train"], hashes["train"]))
-    trainer = Trainer(settings, unet, projector, cache, images, inputs.latent, device)
+    trainer = Trainer(settings, unet, projector, cache, images, inputs.z_shape, device)
     if inputs.started:
         trainer.restore(folder / "state.safetensors")
         if RANK0:

@@ -36,7 +36,7 @@ from ldm.unet import UNet                                                       
 from ldm.vae import SCALE, VAE, draw_latent                                                 # noqa: E402
 from ldm.weights import TensorFile, load_vae                                                # noqa: E402
 from projector import Projector                                                             # noqa: E402
-from train import Noise, noise_prediction_loss                                              # noqa: E402
+from train import Draws, noise_prediction_loss                                              # noqa: E402
 
 VAE_SHAPE, LATENT = dict(channels=(32, 64, 128), layers=1), (4, 16, 16)     # 4 x 4 pixels to one latent pixel
 UNET_SHAPE = dict(channels=(64, 96, 192), layers=1, context=128)
@@ -280,10 +280,10 @@ def make_unet(args, name, start=None):
         r = Random(device, 5, step)
         at = r.integers(0, len(pool["e"]), batch)
         t = ((torch.arange(batch, device=device) + r.uniform(0, 1, batch)) * T / batch).long()
-        noise = Noise(mirrored=None, posterior=r.normal(batch, *LATENT), noise=r.normal(batch, *LATENT), t=t,
-                      null=r.chance(0.1, batch, 1), keep=None)
+        draws = Draws(mirrored=None, posterior=r.normal(batch, *LATENT), eps=r.normal(batch, *LATENT), t=t,
+                      null=r.chance(0.1, batch, 1), dropout=None)
         mean, logvar = pool["latents"][at].float().chunk(2, 1)
-        return (weight[t] * noise_prediction_loss(unet, projector, mean, logvar, pool["e"][at], noise)).mean()
+        return (weight[t] * noise_prediction_loss(unet, projector, mean, logvar, pool["e"][at], draws)).mean()
 
     fit(name, {"unet": unet, "projector": projector}, loss, args)
     return unet

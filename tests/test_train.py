@@ -25,7 +25,7 @@ from ldm.schedule import alpha_bar
 from ldm.weights import open_sd15
 from lora import inject, lora_parameters
 from projector import Projector
-from train import (Trainer, batch_of_step, draw_noise, draw_validation_noise, generator, learning_rate_factor,
+from train import (Trainer, batch_of_step, draw_batch, draw_validation, generator, learning_rate_factor,
                    noise_prediction_loss)
 
 def test_every_step_of_an_epoch_has_a_whole_batch_and_every_image_comes_once():
@@ -39,25 +39,25 @@ def test_every_step_of_an_epoch_has_a_whole_batch_and_every_image_comes_once():
 
 def test_draws_are_a_function_of_seed_and_step_and_have_the_papers_distributions():
     n = 20_000
-    r, again, other = (draw_noise(generator(3, 0, step), n, (1, 2, 2), 0.1, (1, 4)) for step in (7, 7, 8))
+    r, again, other = (draw_batch(generator(3, 0, step), n, (1, 2, 2), 0.1, 1, 4) for step in (7, 7, 8))
     assert all(torch.equal(vars(r)[k], vars(again)[k]) and not torch.equal(vars(r)[k], vars(other)[k])
                for k in vars(r))
     assert r.mirrored.float().mean().item() == pytest.approx(0.5, abs=0.02)
     assert r.null.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert (r.t.min(), r.t.max()) == (0, 999) and r.t.float().mean().item() == pytest.approx(499.5, abs=10)
-    assert (r.keep == 0).float().mean().item() == pytest.approx(0.05, abs=0.005)
-    assert r.keep.max().item() == pytest.approx(1 / 0.95)
-    assert r.noise.std().item() == pytest.approx(1, abs=0.02)
-    assert abs((r.noise * r.posterior).mean().item()) < 0.02
+    assert (r.dropout == 0).float().mean().item() == pytest.approx(0.05, abs=0.005)
+    assert r.dropout.max().item() == pytest.approx(1 / 0.95)
+    assert r.eps.std().item() == pytest.approx(1, abs=0.02)
+    assert abs((r.eps * r.posterior).mean().item()) < 0.02
 
 def test_every_key_of_the_generator_gives_a_stream_of_its_own():
     keys = [(2,), (2, 0), (2, 0, 0), (0, 2), (2, 1), (1, 2), (2 ** 32,), (0, 1)]
     assert len({torch.randn(4, generator=generator(*key)).sum().item() for key in keys}) == len(keys)
 
 def test_validation_draws_are_fixed_and_spread_over_all_timesteps():
-    r, again = draw_validation_noise(10, (4, 2, 2)), draw_validation_noise(10, (4, 2, 2))
-    assert sorted(r.t.tolist()) == list(range(50, 1000, 100)) and torch.equal(r.noise, again.noise)
-    assert not r.null.any() and not r.mirrored.any() and r.keep is None
+    r, again = draw_validation(10, (4, 2, 2)), draw_validation(10, (4, 2, 2))
+    assert sorted(r.t.tolist()) == list(range(50, 1000, 100)) and torch.equal(r.eps, again.eps)
+    assert not r.null.any() and not r.mirrored.any() and r.dropout is None
 
 def test_the_learning_rate_rises_over_the_first_epoch_and_follows_a_cosine_to_zero():
     factor = [learning_rate_factor(step, 338, 4056) for step in range(4056)]
@@ -73,15 +73,15 @@ def test_the_loss_is_algorithm_1_written_out():
         calls.append((z_t, t, c))
         return 0.3 * z_t
     mean, logvar, e = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.randn(3, 6)
-    r = draw_noise(generator(1), 3, (4, 2, 2), 0, (1, 8))
-    r.null[1], r.keep = True, None
+    r = draw_batch(generator(1), 3, (4, 2, 2), 0, 1, 8)
+    r.null[1], r.dropout = True, None
     loss = noise_prediction_loss(unet, projector, mean, logvar, e, r)
     [(z_t, t, c)] = calls
     a = alpha_bar()[r.t].float().view(3, 1, 1, 1)
     z0 = 0.18215 * (mean + (logvar / 2).exp() * r.posterior)
-    assert torch.allclose(z_t, a.sqrt() * z0 + (1 - a).sqrt() * r.noise, atol=1e-6) and torch.equal(t, r.t)
+    assert torch.allclose(z_t, a.sqrt() * z0 + (1 - a).sqrt() * r.eps, atol=1e-6) and torch.equal(t, r.t)
     assert torch.allclose(c, projector(torch.stack([e[0], projector.null[0], e[2]])), atol=1e-6)
-    assert torch.allclose(loss, ((r.noise - 0.3 * z_t) ** 2).flatten(1).mean(1), atol=1e-6)
+    assert torch.allclose(loss, ((r.eps - 0.3 * z_t) ** 2).flatten(1).mean(1), atol=1e-6)
 
 def test_the_optimizer_has_the_papers_two_groups():
     t = trainer()
