@@ -39,12 +39,12 @@ class Projector(nn.Module):
     def forward(self, e, keep=None):
         """e (B, d_e) -> c (B, n_c, d_c).
 
-        keep (depth-1, B, d_h): dropout as factors, 0 or 1/(1-p); None outside training.
+        keep (B, depth-1, d_h): dropout as factors, 0 or 1/(1-p); None outside training.
         """
         h = e
         for k, (linear, norm) in enumerate(zip(self.linear, self.norm)):
             h = F.silu(norm(linear(h)))                                 # (eq. 3)
             if keep is not None:
-                h = h * keep[k]
+                h = h * keep[:, k]
         c = self.out(h).unflatten(-1, (self.shape["tokens"], -1))       # (eq. 4)
         return self.token_norm(c)

@@ -9,6 +9,8 @@ Writes OUT/real/*.png (the references at the model's size), OUT/cfg1.3/*.png (th
 seed and guidance) and OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.
 """
 import itertools
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -142,15 +144,16 @@ def make_images(model, jobs, e):
 class ValidationSamples:
     """One sample of each validation image, image i with seed i: real/, fake/ and grids/ of a run of train.py.
 
-    real/ holds the images at the model's size, fake/ the newest samples: fid.py gives their logged distance.
+    real/ holds the images at the model's size, fake/ the best adapter's samples: fid.py gives their logged
+    distance.
     """
     GRID = 8            # pairs of reference and sample in the picture of an epoch
 
     def __init__(self, folder, references, size, how, rewrite):
         """references: {title: path}. rewrite: write the images of real/ although they exist."""
         self.folder, self.how = folder, how
-        self.real, self.fake = ({title: folder / part / f"{title}.png" for title in references}
-                                for part in ("real", "fake"))
+        self.real, self.fake, self.made = ({title: folder / part / f"{title}.png" for title in references}
+                                           for part in ("real", "fake", ".fake"))
         if RANK0:
             for title, path in references.items():
                 if rewrite or not self.real[title].exists():
@@ -160,14 +163,22 @@ class ValidationSamples:
         barrier()
 
     def make(self, model, embeddings, epoch):
-        """Sample all from embeddings (n, d_e) of the images, write the epoch's grid -> the files of fake/."""
-        jobs = [Job(path, title, i, self.how) for i, (title, path) in enumerate(self.fake.items())]
-        make_images(model, jobs, dict(zip(self.fake, embeddings)))
+        """Sample all from embeddings (n, d_e) of the images, write the epoch's grid -> their files."""
+        jobs = [Job(path, title, i, self.how) for i, (title, path) in enumerate(self.made.items())]
+        make_images(model, jobs, dict(zip(self.made, embeddings)))
         if RANK0:
-            pairs = subsample(list(zip(self.real.values(), self.fake.values())), self.GRID)
+            pairs = subsample(list(zip(self.real.values(), self.made.values())), self.GRID)
             grid = contact_sheet([[load_rgb(path) for path in pair] for pair in pairs])
             save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", grid)
-        return list(self.fake.values())
+        return list(self.made.values())
+
+    def finish(self, best):
+        """Make the newest samples those of fake/ if they are the best; else remove them."""
+        if RANK0:
+            for made, path in zip(self.made.values(), self.fake.values()) if best else ():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(made, path)
+            shutil.rmtree(self.folder / ".fake", ignore_errors=True)
 
 # ---- the program -------------------------------------------------------------------------------------
 

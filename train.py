@@ -7,16 +7,16 @@
 Without --data, or with --sd15 toy, a small base of ours has its own defaults: `toy` in ldm/runs.py, Settings.
 
 Writes runs/NAME: README.md (a model card), config.json, split.json, log.csv with the validation FID of every
-epoch (Table 4), grids/ and the newest validation samples (real/, fake/), adapter.safetensors (the last),
-adapter-best.safetensors (lowest FID) and state.safetensors (to resume from). cache/ beside the run holds the
-outputs of the frozen encoders.
+epoch (Table 4), grids/ of validation samples, adapter.safetensors (the last), adapter-best.safetensors
+(lowest FID) and its samples (fake/, beside real/), state.safetensors (to resume from). cache/ beside the run
+holds the outputs of the frozen encoders.
 """
 import hashlib
 import json
 import math
-import sys
+import signal
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,23 +24,22 @@ import torch
 import torch._functorch.config as functorch_config
 
 from fid import frechet_distance_of_features
-from ldm.app import (RANK0, WORLD, Fail, Signals, all_gather, all_reduce, barrier, broadcast, check_same,
-                     foreign_file, frozen_dtype, join_processes, peak_memory, pick_device, progress,
-                     rank0_first, run_program, save_csv, save_tensors, save_text, shard, silence)
+from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast, check_same,
+                     command_line, cpu_generator, file_sha256, foreign_file, frozen_dtype, join_processes,
+                     peak_memory, pick_device, progress, rank0_first, run_program, save_csv, save_tensors,
+                     save_text, shard, silence)
 from ldm.data import Cache, describe_split, read_dataset, subsample, write_toy_tissue
 from ldm.encoder import UNI2H, Inception, inception_available, open_encoder
-from ldm.runs import (TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
+from ldm.runs import (FEW, TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
                       parse_settings, public_name, read_settings, split_of_run)
 from ldm.schedule import T, add_noise
 from ldm.vae import draw_latent
 from ldm.weights import TensorFile, licence, load_unet, load_vae, open_sd15, unet_on_meta
-from lora import inject, lora_parameters, save_adapter
+from lora import inject, load_adapter, lora_parameters, open_adapter, save_adapter
 from projector import Projector
 from sample import Model, Sampling, ValidationSamples, latent_shape
 
 DROPOUT = 0.05                          # of the projector's hidden units
-BETAS = (0.9, 0.999)
-WEIGHT_DECAY = dict(lora=1e-3, projector=1e-4)
 MAX_GRAD_NORM = 1.0                     # the paper names none; the default of Diffusers' scripts
 SAVE_SECONDS = 300
 # Share of a compiled step's activations that is kept for the backward pass; the rest is recomputed. SD1.5 at
@@ -58,8 +57,8 @@ def learning_rate_factor(step, warm_up, total):
 STEP, ORDER, VALIDATION, INITIAL = range(4)
 
 def seed_of(*key):
-    """A 64-bit seed from integers, such as (seed, STEP, step); every other key gives an unrelated stream."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8])
+    """A 32-bit seed from integers, such as (seed, STEP, step); every other key gives an unrelated stream."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[4:8])
 
 def generator(*key):
     """A CPU generator with `seed_of(*key)`."""
@@ -73,14 +72,11 @@ class Draws:
     eps: torch.Tensor                   # (B, 4, h, w)  5: ε
     t: torch.Tensor                     # (B,)          5: the paper's {1, ..., T}, counted from 0
     null: torch.Tensor                  # (B, 1) bool   7: m
-    dropout: torch.Tensor | None        # (depth-1, B, d_h): of the projector's units, 0 or 1/(1 - DROPOUT)
+    dropout: torch.Tensor | None        # (B, depth-1, d_h): of the projector's units, 0 or 1/(1 - DROPOUT)
 
     def subset(self, indices, device):
         """The numbers of some images of the batch, on the device."""
-        at = torch.as_tensor(list(indices))
-        dropout = None if self.dropout is None else self.dropout[:, at].to(device)
-        rest = {f.name: getattr(self, f.name)[at].to(device) for f in fields(self) if f.name != "dropout"}
-        return Draws(**rest, dropout=dropout)
+        return Draws(*(x if x is None else x[list(indices)].to(device) for x in vars(self).values()))
 
 def draw_batch(g, batch, z_shape, cfg_drop, layers, width):
     """The Draws of a whole batch. z_shape: (4, h, w) of a latent; layers, width: with dropout."""
@@ -90,7 +86,7 @@ def draw_batch(g, batch, z_shape, cfg_drop, layers, width):
         eps=torch.randn(batch, *z_shape, generator=g),
         t=torch.randint(0, T, (batch,), generator=g),                                       # 5
         null=torch.rand(batch, 1, generator=g) < cfg_drop,                                  # 7
-        dropout=(torch.rand(layers, batch, width, generator=g) >= DROPOUT) / (1 - DROPOUT))
+        dropout=(torch.rand(layers, batch, width, generator=g) >= DROPOUT).transpose(0, 1) / (1 - DROPOUT))
 
 def draw_validation(n, z_shape):
     """The fixed Draws of the validation loss: evenly spread timesteps, no dropout, no mirroring."""
@@ -124,7 +120,7 @@ def noise_prediction_loss(unet, projector, mean, logvar, e, draws):
     return (draws.eps - unet(z_t, draws.t, c)).square().mean((1, 2, 3))     # 10: the loss (eq. 2)
 
 class Trainer:
-    """The trainable parameters, their optimizer, the log: the complete state of a run; `save` writes it."""
+    """1: what is trained, its optimizer, the log: the complete state of a run; `save` writes it."""
 
     def __init__(self, settings, unet, projector, cache, images, z_shape, device):
         """images: [(name, hash)] of the training images. z_shape: (4, h, w) of a latent."""
@@ -142,11 +138,12 @@ class Trainer:
         self.named |= {f"projector.{name}": p for name, p in rest.items()}
         self.parameters = [p.requires_grad_() for p in self.named.values()]
         self.optimizer = torch.optim.AdamW([
-            dict(params=list(lora.values()), base=settings.lr, weight_decay=WEIGHT_DECAY["lora"]),
-            dict(params=list(rest.values()), base=settings.lr * settings.lr_ratio,
-                 weight_decay=WEIGHT_DECAY["projector"])], lr=settings.lr, betas=BETAS)
+            dict(params=list(lora.values()), base=settings.lr, weight_decay=1e-3),
+            dict(params=list(rest.values()), base=settings.lr * settings.lr_ratio, weight_decay=1e-4)],
+            lr=settings.lr, betas=(0.9, 0.999))
         self.step, self.history, self.losses, self.best = 0, [], [], math.inf
-        self.minutes, self.saved_at = 0.0, time.perf_counter()      # up to the last save, and its time
+        self.stop = 0                           # not 0 where a process was asked to
+        self.began = self.saved_at = time.perf_counter()    # began: earlier by minutes of earlier calls
 
     def learning_rates(self, step):
         """Those of LoRA and of the projector at a step."""
@@ -175,9 +172,10 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         loss = loss.detach()
-        all_reduce([loss, *(p.grad for p in self.parameters)])
+        stop = loss.new_tensor(SIGNALS.received)
+        all_reduce([loss, stop, *(p.grad for p in self.parameters)])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
-        loss, norm = loss.item(), norm.item()
+        loss, norm, self.stop = torch.stack([loss, norm, stop]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             names = ", ".join(self.images[i][0] for i in indices)
             raise Fail(f"step {self.step}: loss {loss}, gradient norm {norm}; nothing was updated, and the "
@@ -192,7 +190,9 @@ class Trainer:
 
     @torch.no_grad()
     def validation_loss(self, hashes):
-        """Mean over the images with fixed Draws. Batches are full; what fills the last one is cut off."""
+        """With fixed Draws -> {"val_loss": mean over the images, "val_loss_0" to "_9": of each tenth of the
+        timesteps, None where no image is}. Batches are full; what fills the last one is cut off.
+        """
         n, size = len(hashes), self.per_process
         draws, losses = draw_validation(n, self.z_shape), torch.zeros(n, device=self.device)
         for start in shard(range(0, n, size)):
@@ -202,7 +202,9 @@ class Trainer:
             loss = noise_prediction_loss(self.network, self.projector, *cached, part)
             losses[start:start + size] = loss[:n - start]
         all_reduce([losses])
-        return losses.mean().item()
+        tenths = [losses[(draws.t * 10 // T == k).to(self.device)] for k in range(10)]
+        return {"val_loss": losses.mean().item()} | {
+            f"val_loss_{k}": of.mean().item() if len(of) else None for k, of in enumerate(tenths)}
 
     def epoch_is_due(self):
         """Whether an epoch, or the run, is complete and its row of the log is not yet written."""
@@ -211,14 +213,14 @@ class Trainer:
 
     def minutes_spent(self):
         """Minutes of training, including those before an interruption."""
-        return self.minutes + (time.perf_counter() - self.saved_at) / 60
+        return (time.perf_counter() - self.began) / 60
 
     def save(self, folder, header, best=False):
         """Write adapter (if best, twice), state and log. Fails if a parameter is not finite."""
         if not all(p.isfinite().all() for p in self.parameters):
             raise Fail(f"step {self.step}: a trained parameter is not finite; the last good state is kept. "
                        "Try a lower --lr")
-        self.minutes, self.saved_at = self.minutes_spent(), time.perf_counter()
+        self.saved_at = time.perf_counter()
         if not RANK0:
             return
         for name in ["adapter-best.safetensors"] * best + ["adapter.safetensors"]:
@@ -227,7 +229,7 @@ class Trainer:
                    if p in self.optimizer.state for key in ("exp_avg", "exp_avg_sq")}
         save_tensors(folder / "state.safetensors", {**self.named, **moments}, {
             "step": str(self.step), "best": repr(self.best), "losses": json.dumps(self.losses),
-            "history": json.dumps(self.history), "minutes": repr(self.minutes)})
+            "history": json.dumps(self.history), "minutes": repr(self.minutes_spent())})
         self.save_log(folder)
 
     def save_log(self, folder):
@@ -240,7 +242,7 @@ class Trainer:
         file, moments = TensorFile(path), ("exp_avg", "exp_avg_sq")
         with foreign_file(path, advice="restore it, or pass another --run"):
             self.step, self.best = int(file.header["step"]), float(file.header["best"])
-            self.minutes = float(file.header.get("minutes", 0))
+            minutes = float(file.header.get("minutes", 0))
             self.losses, self.history = json.loads(file.header["losses"]), json.loads(file.header["history"])
             state = {}
             for i, (name, p) in enumerate(self.named.items()):
@@ -248,11 +250,13 @@ class Trainer:
                 if f"{name}/exp_avg" in file.names:
                     state[i] = {"step": torch.tensor(float(self.step))} | {
                         key: file.get(f"{name}/{key}").view_as(p).clone() for key in moments}
-            ends = [0, *(row["step"] for row in self.history), self.step, self.total]
-            rows = all(row.keys() == self.history[0].keys() >= {"epoch", "val_loss"} for row in self.history)
-            finite = math.isfinite(self.minutes + sum(self.losses))
-            if not (rows and finite and ends == sorted(ends) and len(self.losses) == self.step - ends[-3]):
+            ends = [0, *(row["step"] for row in self.history)]      # of epochs; `losses` are those since
+            rows = all(row.keys() >= {"epoch", "val_loss"} for row in self.history)
+            finite = math.isfinite(minutes + sum(self.losses))
+            in_order = sorted([*ends, self.step, self.total]) == [*ends, self.step, self.total]
+            if not (rows and finite and in_order and len(self.losses) == self.step - ends[-1]):
                 raise ValueError("its step and its log do not match")
+        self.began = time.perf_counter() - 60 * minutes
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -266,6 +270,7 @@ class Validation:
         self.column = "fid" if space.kind == "inception" else "fid_encoder"
         several = len(sampled) > 1
         self.score = self.column if several else "val_loss"     # the best adapter has its lowest value
+        self.few = len(sampled if several else hashes) < FEW    # or is the last, where chance would choose
         self.real = self.extract(list(samples.real.values())) if several else None
 
     def distance(self, trainer, epoch):
@@ -303,21 +308,22 @@ def main():
         return print(count_parameters(settings))
     if settings.quiet:
         silence()
-    signals, device = Signals(), pick_device(settings.device)
+    device = pick_device(settings.device)
     join_processes(device)
     settings = replace(settings, features=broadcast(settings.features or pick_features(settings)))
     inputs = prepare(settings, resumed)
     trainer, validation, header = build(settings, inputs, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)      # without that of caching
-    train(trainer, validation, inputs.folder, header, signals)
+    if stop := train(trainer, validation, inputs.folder, header):
+        return stop
     if RANK0:
         save_text(inputs.folder / "README.md", model_card(inputs.folder))   # again: a killed run may lack it
-    peak = max(row["peak_memory_gb"] for row in trainer.history)
+    peak = max(row.get("peak_memory_gb", 0) for row in trainer.history)
     ref = "patch.png" if validation.sampled else "PATCH.png"
-    print(f"{inputs.folder}: complete after {trainer.step} steps; best {validation.score} "
-          f"{trainer.best:.4f}; peak memory {peak:.2f} GB. "
-          f"Next: python sample.py --run {inputs.folder} --ref {ref}")
+    print(f"{inputs.folder}: complete after {trainer.step} steps; {'last' if validation.few else 'best'} "
+          f"{validation.score} {trainer.best:.4f}; peak memory {peak:.2f} GB. "
+          f"Next: {command_line('sample.py', '--run', inputs.folder, '--ref', ref)}")
 
 def pick_features(settings):
     """The features of the validation FID: those that the run began with, else by what is available."""
@@ -348,6 +354,8 @@ def prepare(settings, resumed):
         space = Inception(settings.inception) if settings.features == "inception" else encoder
         sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder.fingerprint(), base=unet_file.fingerprint(),
                       features=space.short_hash)
+        if settings.init and not started:
+            sha256["init"] = check_init(settings, sha256)
         check_or_create(folder, settings, sha256)
         lock = lock or (Lock(folder) if RANK0 else None)
         if RANK0:
@@ -357,6 +365,19 @@ def prepare(settings, resumed):
     return Inputs(folder=folder, data=data, patches=patches, names=names, unet_file=unet_file,
                   vae_file=vae_file, encoder=encoder, space=space, z_shape=z_shape, sha256=sha256,
                   started=started, lock=lock)
+
+def check_init(settings, sha256):
+    """The hash of the adapter of --init. Fails unless it has the settings' shapes and is of these weights."""
+    header = open_adapter(settings.init).header
+    wanted = dict(rank=settings.rank, alpha=settings.alpha / settings.rank * settings.rank,
+                  hidden=settings.hidden, tokens=settings.tokens, depth=settings.depth,
+                  token_norm=int(settings.token_norm), base_sha256=sha256["base"],
+                  encoder_sha256=sha256["encoder"])
+    for name, value in wanted.items():
+        if header.get(name) != str(value):
+            raise Fail(f"--init {settings.init} was trained with {name.replace('_', '-')} "
+                       f"{header.get(name)}, not {value}; pass what it was trained with, or another adapter")
+    return file_sha256(settings.init)
 
 def open_data(settings, folder, announce):
     """The folder of the dataset; the toy tissue is drawn beside the run."""
@@ -379,7 +400,8 @@ def describe(patches, split):
 
 def build(settings, inputs, device):
     """Cache the encoders' outputs; build or restore the rest -> Trainer, Validation, adapter header."""
-    folder, sha256 = inputs.folder, inputs.sha256
+    folder, sha256 = inputs.folder, dict(inputs.sha256)
+    SIGNALS.kept = "; the cache keeps what it has; repeat the command to resume"
     cache = Cache(folder.parent / "cache", sha256["vae"], sha256["encoder"], settings.size)
     encoders = partial(load_encoders, inputs.vae_file, inputs.encoder, device)
     hashes = {part: cache.fill([inputs.data / name for name in names], encoders)
@@ -388,9 +410,12 @@ def build(settings, inputs, device):
     with rank0_first():
         check_or_create(folder, settings, sha256)
     unet = load_unet(inputs.unet_file, device, frozen_dtype(device))
-    inject(unet, settings.rank, settings.alpha, torch.Generator().manual_seed(settings.seed))
-    torch.manual_seed(seed_of(settings.seed, INITIAL))      # for the projector; LoRA has its own
-    projector = build_projector(settings, inputs.encoder.width, unet.context).to(device)
+    if settings.init and not inputs.started:
+        projector = load_adapter(open_adapter(settings.init), unet)
+    else:
+        inject(unet, settings.rank, settings.alpha, cpu_generator(settings.seed))
+        torch.manual_seed(seed_of(settings.seed, INITIAL))      # for the projector; LoRA has its own
+        projector = build_projector(settings, inputs.encoder.width, unet.context).to(device)
     print(parameter_table(unet, projector))
     images = list(zip(inputs.names["train"], hashes["train"]))
     trainer = Trainer(settings, unet, projector, cache, images, inputs.z_shape, device)
@@ -406,9 +431,13 @@ def build(settings, inputs, device):
     samples = ValidationSamples(folder, references, settings.size, how, rewrite=not inputs.started)
     validation = Validation(hashes["val"], samples, [hash_of[name] for name in chosen], inputs.space,
                             inputs.vae_file, device)
+    if validation.few:
+        print(f"note: a {validation.score} of fewer than {FEW} validation images chooses by chance: "
+              "adapter-best.safetensors and fake/ are those of the last epoch")
     header = dict(base=public_name(settings.sd15), base_sha256=sha256["base"], vae_sha256=sha256["vae"],
                   encoder=public_name(settings.uni2h), encoder_sha256=sha256["encoder"],
-                  resolution=settings.size, seed=settings.seed, encoder_licence=inputs.encoder.recipe.licence,
+                  resolution=settings.size, seed=settings.seed, init=public_name(settings.init or ""),
+                  encoder_licence=inputs.encoder.recipe.licence,
                   licence=licence(settings.sd15, inputs.encoder.recipe.terms))
     return trainer, validation, {key: str(value) for key, value in header.items()}
 
@@ -425,60 +454,63 @@ def build_projector(settings, width, context):
     """The untrained projector from embeddings of this width to the U-Net's context width."""
     return Projector(width, settings.hidden, settings.tokens, context, settings.depth, settings.token_norm)
 
-def train(trainer, validation, folder, header, signals):
-    """Steps to the end; `end_epoch` after each epoch. A signal ends it after a saved step."""
+def train(trainer, validation, folder, header):
+    """Steps to the end; `end_epoch` after each epoch. -> the exit code where a signal stopped it."""
     with progress(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
-        signals.deferred = True
-        trainer.saved_at = clock = time.perf_counter()
-        images = 0                          # since `clock`
-        while True:
+        SIGNALS.deferred = True
+        clock, images = None, 0             # since `clock`, which the first step starts: it compiles
+        while True:                                                                                 # 2
             if trainer.epoch_is_due():
-                speed = images / max(time.perf_counter() - clock, 1e-9)
-                best = trainer.best
-                row = end_epoch(trainer, validation, signals, round(speed, 2) or None)
-                trainer.save(folder, header, best=trainer.best < best)
+                speed = images / (time.perf_counter() - clock) if images else None
+                row, best = end_epoch(trainer, validation, speed and round(speed, 2))
+                trainer.save(folder, header, best)
                 if RANK0:
                     save_text(folder / "README.md", model_card(folder))
-                texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-                bar.write(" ".join(f"{k} {text}" for k, text in texts.items() if text is not None))
+                texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()
+                         if v is not None and not k.startswith("val_loss_")}
+                bar.write(" ".join(f"{k} {text}" for k, text in texts.items()))
                 clock, images = time.perf_counter(), 0
-            if trainer.step == trainer.total:
-                return
+            if trainer.step == trainer.total:                                                       # 12
+                return None
             loss, norm = trainer.train_step()
-            images += trainer.settings.batch
             now = time.perf_counter()
-            bar.update()
+            clock, images = (clock, images + trainer.settings.batch) if clock else (now, 0)
             bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.3f}", refresh=False,
-                            images_per_s=f"{images / (now - clock):.1f}")
-            stop = max(all_gather([signals.received]))      # all processes stop after the same step
+                            images_per_s=f"{images / (now - clock):.1f}" if images else "")
+            bar.update()
+            # with several processes it comes with the gradients, so that all stop after the same step
+            stop = SIGNALS.received if WORLD == 1 else trainer.stop
             if trainer.epoch_is_due() or stop or now - trainer.saved_at > SAVE_SECONDS:
                 trainer.save(folder, header)
             if stop:
                 bar.write(f"{folder}: saved at step {trainer.step} of {trainer.total}; repeat the command to "
                           "resume")
                 barrier()                   # rank 0 writes
-                sys.exit(128 + stop)
+                return 128 + (SIGNALS.received or signal.SIGTERM)
 
-def end_epoch(trainer, validation, signals, images_per_second):
-    """Validation loss and samples with the current weights -> the row of the log, which is not saved yet.
-
-    Where the row's score is the lowest so far it becomes `trainer.best`.
+def end_epoch(trainer, validation, images_per_second):
+    """Validation loss and samples with the current weights -> the row of the log, which is not saved yet, and
+    whether these weights are the best: then `trainer.best` is their score, and fake/ has their samples.
     """
-    signals.deferred = False                # all is saved: a stop during validation or sampling loses nothing
-    signals.leave()
+    SIGNALS.kept = f"; saved at step {trainer.step} of {trainer.total}; repeat the command to resume"
+    SIGNALS.deferred = False                # all is saved: a stop during validation or sampling loses nothing
+    SIGNALS.leave()
     epoch = math.ceil(trainer.step / trainer.steps_per_epoch)
     rates = trainer.learning_rates(trainer.step - 1)
     row = dict(epoch=epoch, step=trainer.step, train_loss=sum(trainer.losses) / len(trainer.losses),
-               val_loss=trainer.validation_loss(validation.hashes), lr_lora=rates[0], lr_projector=rates[1],
+               **trainer.validation_loss(validation.hashes), lr_lora=rates[0], lr_projector=rates[1],
                images_per_second=images_per_second, peak_memory_gb=round(peak_memory(trainer.device), 2))
-    due = epoch % trainer.settings.val_every == 0 or trainer.step == trainer.total
+    due = not validation.sampled or epoch % trainer.settings.val_every == 0 or trainer.step == trainer.total
     row[validation.column] = validation.distance(trainer, epoch) if due else None
-    signals.deferred = True
-    if row[validation.score] is not None:
-        trainer.best = min(trainer.best, row[validation.score])
+    SIGNALS.deferred = True
+    score = row[validation.score] if due else None
+    best = score is not None and (validation.few or score < trainer.best)
+    if best:
+        trainer.best = score
+    validation.samples.finish(best)
     row["minutes"] = round(trainer.minutes_spent(), 2)
     trainer.history, trainer.losses = trainer.history + [row], []
-    return row
+    return row, best
 
 def count_parameters(settings):
     """Table 2 for these settings; for Stable Diffusion 1.5 and UNI2-h themselves no file is needed."""

@@ -1,17 +1,19 @@
 """Shared by the programs: clear failures, arguments, atomic files, device and memory, processes, signals.
 
 Under torchrun every process runs the whole program on its shard of the images. Rank 0 writes what a run has
-once; every process writes its own images and cache shards. Without torchrun there is one process, and the
-collective functions return their argument.
+once; every process writes its own images and cache shards. Without torchrun there is one process, whatever a
+scheduler or another program left in the environment, and the collective functions return their argument.
 """
 import argparse
 import csv
+import errno
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,8 +29,10 @@ from safetensors.torch import save
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+RANK, WORLD = (int(os.environ.get(name) or default) if dist.is_torchelastic_launched() else default
+               for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))      # torchrun's
 RANK0 = RANK == 0
+LINE_SECONDS = 60           # between two lines of progress where there is no terminal
 sys.modules["ldm.files"] = sys.modules[__name__]        # its former name, for scripts of users
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -37,7 +41,7 @@ class Fail(Exception):
     """An error that the user can fix. Its message, one line, names the object, the problem, the remedy."""
 
 def run_program(main):
-    """Call main() as a program. Exit codes: 2 with one line for what the user can fix, 130, 143.
+    """Call main() as a program. Exit codes: 2 with one line for what the user can fix, 130, 143, or main's.
 
     Rank 0 alone prints more than failures.
     """
@@ -46,24 +50,65 @@ def run_program(main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")        # a console without α prints another character for it
-    # SIGTERM becomes an exception, so that temporary files are removed
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    SIGNALS.start()
+    if WORLD == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
+        print("note: WORLD_SIZE is set, but not by torchrun; one process does all", file=sys.stderr)
     try:
         for text in sys.argv:
             if text != text.encode(errors="replace").decode():
                 raise Fail(f"the argument {text!r} is not valid UTF-8; rename the file or folder")
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+        code = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Exception as problem:
         if not (message := explain(problem)):
             raise
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    if code:
+        sys.exit(code)
 
 def silence():
     """Print nothing more but failures and announcements of downloads."""
     sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+class Signals:
+    """SIGINT and SIGTERM end the program (130, 143), by an exception, so that temporary files are removed: at
+    once or, while `deferred`, at `leave`. The message says what is `kept`.
+    """
+    received, deferred, kept = 0, False, ""
+
+    def start(self):
+        """Handle both from now on."""
+        self.received, self.deferred, self.kept = 0, False, ""
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self._handle)
+
+    def _handle(self, kind, frame):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second Ctrl-C ends it at once
+        self.received = self.received or kind
+        if not self.deferred:
+            self.leave()
+
+    def leave(self):
+        """End the program if a signal was received."""
+        if self.received:
+            if RANK0:
+                print(f"{Path(sys.argv[0]).name}: stopped" + self.kept, file=sys.stderr)
+            sys.exit(128 + self.received)
+
+    def wait(self, function, *args, **kwargs):
+        """Call a function of torch.distributed that waits for other processes in C++, where Python's handlers
+        do not run: unless a stop is deferred, a signal ends the process."""
+        kinds = () if self.deferred else (signal.SIGINT, signal.SIGTERM)
+        handlers = [signal.signal(kind, signal.SIG_DFL) for kind in kinds]
+        try:
+            return function(*args, **kwargs)
+        finally:
+            for kind, handler in zip(kinds, handlers):
+                signal.signal(kind, handler)
+
+SIGNALS = Signals()
 
 def explain(problem):
     """The message for an exception that the user can act on, "" for an error of the program itself."""
@@ -171,35 +216,57 @@ def safe_name(text):
     name = re.sub(r"[^\w.-]+", "_", text).strip("._")
     return name.encode()[:150].decode(errors="ignore") or "image"
 
+class _Lines:
+    """A stream that prints what tqdm would redraw as lines."""
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
 def progress(*args, **kwargs):
-    """tqdm's bar; silent off a terminal, and where nothing is printed."""
-    return tqdm(*args, disable=getattr(sys.stdout, "name", "") == os.devnull or None, **kwargs)
+    """tqdm's bar; off a terminal a line a minute, and nothing where nothing is printed."""
+    if not sys.stderr.isatty():
+        kwargs |= dict(file=_Lines(), delay=LINE_SECONDS, mininterval=LINE_SECONDS, miniters=1,
+                       bar_format="{desc}: {n_fmt} of {total_fmt}{postfix}, {rate_fmt}, {remaining} left")
+    return tqdm(*args, disable=getattr(sys.stdout, "name", "") == os.devnull, **kwargs)
 
 def call(program, *args):
     """Run one of our programs in its own process -> its exit code. Stopping this one stops it."""
     script = Path(__file__).resolve().parents[1] / program
-    child = subprocess.Popen([sys.executable, str(script), *map(str, args)])
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC") and k != "WORLD_SIZE"}
+    child = subprocess.Popen([sys.executable, str(script), *map(str, args)], env=alone)
     try:
         return child.wait()
     finally:
         child.terminate()       # no effect on a program that has ended
         child.wait()
 
+def command_line(program, *args):
+    """The command that calls one of our programs from where the user is, quoted for the shell."""
+    root = Path(__file__).resolve().parents[1]
+    script = program if root == Path.cwd() else root / program
+    return shlex.join(["python", str(script), *map(str, args)])
+
 # ---- files ---------------------------------------------------------------------------------------
 
 @contextmanager
-def atomic_write(path):
-    """Yield a temporary path beside `path`; on success flush it and rename it to `path`, else remove it.
+def atomic_write(path, sync=True):
+    """Yield a temporary path beside `path`; on success rename it to `path`, else remove it.
 
-    A file under its final name is therefore complete, and an old one stays until the new one is.
+    A file under its final name is therefore complete, and an old one stays until the new one is. sync: even
+    where the power fails, if the file system can (some of networks and of user space cannot).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
+        if sync:
+            with open(temporary, "rb+") as f:
+                try:
+                    os.fsync(f.fileno())
+                except OSError as problem:
+                    if problem.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                        raise
         os.replace(temporary, path)
     except BaseException as problem:
         temporary.unlink(missing_ok=True)
@@ -237,9 +304,9 @@ def read_json(path):
     return data
 
 def save_csv(path, rows):
-    """Write [{column: value}], all with the same columns; None as an empty cell."""
+    """Write [{column: value}] with the columns of the last; what a row lacks, or None, is an empty cell."""
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
+        writer = csv.DictWriter(f, rows[-1].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -269,6 +336,12 @@ def pick_device(name="auto"):
     except (RuntimeError, AssertionError) as problem:
         raise Fail(f"--device {name} cannot be used here: {first_line(problem)}") from None
 
+def cpu_generator(seed):
+    """A generator on the CPU. torch's uses the low 32 bits of a seed: a larger one is hashed to 32 bits."""
+    if seed >= 2 ** 32:
+        seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4])
+    return torch.Generator().manual_seed(seed)
+
 def frozen_dtype(device):
     """The dtype of the frozen U-Net: bfloat16 where the GPU supports it, else float32."""
     bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -288,17 +361,24 @@ def peak_memory(device):
 
 def join_processes(device):
     """Join the other processes of torchrun, where there are any."""
-    if WORLD > 1:
-        cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
-                                timeout=timedelta(hours=2))     # the others wait while rank 0 prepares
+    if WORLD == 1:
+        return
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    try:
+        store, *_ = SIGNALS.wait(next, dist.rendezvous("env://", timeout=timedelta(minutes=2)))
+    except (dist.DistError, ValueError) as problem:
+        raise Fail("the processes of torchrun do not find each other; where it did not start this one, unset "
+                   f"TORCHELASTIC_RUN_ID ({first_line(problem)})") from None
+    SIGNALS.wait(dist.init_process_group, "nccl" if cuda else "gloo", store=dist.PrefixStore("morph", store),
+                 rank=RANK, world_size=WORLD, device_id=device if cuda else None,
+                 timeout=timedelta(hours=2))            # the others wait while rank 0 prepares
 
 def barrier():
     """Wait until every process arrives here."""
     if WORLD > 1:
-        dist.barrier()
+        SIGNALS.wait(dist.barrier)
 
 @contextmanager
 def rank0_first():
@@ -313,7 +393,7 @@ def broadcast(value):
     """Rank 0's value, in every process."""
     values = [value]
     if WORLD > 1:
-        dist.broadcast_object_list(values)
+        SIGNALS.wait(dist.broadcast_object_list, values)
     return values[0]
 
 def check_same(what, value):
@@ -330,7 +410,7 @@ def all_gather(rows):
     if WORLD == 1:
         return rows
     parts = [None] * WORLD
-    dist.all_gather_object(parts, rows)
+    SIGNALS.wait(dist.all_gather_object, parts, rows)
     return [parts[i % WORLD][i // WORLD] for i in range(sum(map(len, parts)))]
 
 @torch.no_grad()
@@ -338,24 +418,5 @@ def all_reduce(tensors):
     """Sum each tensor over the processes, in place, in one message."""
     if WORLD > 1:
         flat = parameters_to_vector(tensors)
-        dist.all_reduce(flat)
+        SIGNALS.wait(dist.all_reduce, flat)
         vector_to_parameters(flat, tensors)
-
-class Signals:
-    """SIGINT and SIGTERM end the program (130, 143): at once or, while `deferred`, at `leave`."""
-
-    def __init__(self):
-        self.received, self.deferred = 0, False
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, self._handle)
-
-    def _handle(self, kind, frame):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second Ctrl-C ends it at once
-        self.received = self.received or kind
-        if not self.deferred:
-            self.leave()
-
-    def leave(self):
-        """End the program if a signal was received."""
-        if self.received:
-            sys.exit(128 + self.received)

@@ -5,20 +5,16 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
-from .app import (RANK0, WORLD, Fail, Parser, add_options, file_sha256, from_saved, option, read_csv,
-                  read_json, safe_name, save_json)
-from .data import make_split, read_dataset, read_split, subsample
+from .app import (RANK0, WORLD, Fail, Parser, add_options, file_sha256, foreign_file, from_saved, option,
+                  read_csv, read_json, safe_name, save_json)
+from .data import PROPORTIONS, make_split, read_dataset, read_split, subsample
 from .weights import BUILT_IN, SD15, TensorFile
 
-try:
-    import fcntl
-except ImportError:         # Windows
-    fcntl = None
-
-TOY_DATA = "toy-tissue"     # what --data is called where it is drawn, beside the run
+TOY_DATA = "toy-tissue"     # the --data that is drawn, in a folder of this name beside the run
+FEW = 10                    # among fewer validation images chance chooses: the best adapter is the last
 DATA, MODEL, TRAINING, VALIDATION, RUN = "data and weights", "model", "training", "validation", "run"
 
 @dataclass(frozen=True)
@@ -29,7 +25,8 @@ class Settings:
     taken from the run). A setting that an older config.json lacks has its default.
     """
     data: str | None = option(DATA, None, "train.json and test.json as in Chaoyang, a folder per class, or "
-                              "images (default: toy tissue)", kind=str, metavar="DIR", on_resume="free")
+                              "images (default: toy tissue)", kind=str, metavar="DIR", on_resume="free",
+                              toy=TOY_DATA)
     split: str = option(DATA, "paper", "paper (pooled, by case, 5398:387:375), official, or a file",
                         metavar="HOW")
     sd15: str = option(DATA, SD15, "Diffusers folder, CompVis file, hub repository, or toy", metavar="PATH",
@@ -52,6 +49,8 @@ class Settings:
     max_steps: int | None = option(TRAINING, None, "stop after N steps, the schedule shortened to them",
                                    kind=int, low=1, high=10 ** 9, metavar="N")
     seed: int = option(TRAINING, 0, "of everything random except the split", high=2 ** 63)
+    init: str | None = option(TRAINING, None, "start from the parameters of this adapter, on a new schedule",
+                              kind=str, metavar="FILE")
     val_samples: int | None = option(VALIDATION, None, "validation images to sample for FID and grid "
                                      "(default: all)", kind=int, metavar="N")
     # Of the toy's few validation images a FID every epoch is noise: sampled in the middle and at the end.
@@ -76,55 +75,40 @@ class Settings:
         return [name for name in same if getattr(self, name) != getattr(other, name)]
 
 def parse_settings(description):
-    """The command line of train.py -> (Settings, whether --resume was given, whether --parameters was)."""
+    """The command line of train.py -> (Settings, whether --resume was given, whether --parameters was).
+
+    Paths become absolute; α and the run's folder, which depend on other settings, are filled in.
+    """
     parser = Parser(description)
     add_options(parser, Settings)
     call = parser.add_argument_group("this call")
     call.add_argument("--resume", metavar="DIR", help="resume this run, with its own settings")
     call.add_argument("--parameters", action="store_true", help="print parameter counts (Table 2) and exit")
     given = vars(parser.parse_args())
-    resume, parameters = given.pop("resume"), given.pop("parameters")
+    resume, parameters, values = given.pop("resume"), given.pop("parameters"), {}
+    for name in {"data", "sd15", "uni2h", "split", "init", "inception"} & given.keys():
+        path = os.path.abspath(os.path.expanduser(given[name]))
+        built_in = name in ("sd15", "uni2h") and given[name] in BUILT_IN
+        found = os.path.isfile(path) or (name != "split" and os.path.isdir(path))
+        if name == "data" or (found and not built_in):
+            given[name] = path
     if resume:
-        settings = _resumed(resume, given)
+        if "run" in given:
+            raise Fail("pass --resume with the run to resume, or --run for a new one, not both")
+        saved = read_settings(resume)
+        if saved is None:
+            raise Fail(f"--resume {resume}: it is not a run of train.py")
+        values = asdict(saved) | {"run": resume}
+        values |= {f.name: f.default for f in fields(Settings) if f.metadata.get("on_resume") == "this call"}
     elif given.get("sd15") == "toy" or not (parameters or {"sd15", "data"} & given.keys()):
-        defaults = {f.name: f.metadata["toy"] for f in fields(Settings) if "toy" in f.metadata}
-        settings = Settings(**defaults | given)
-    else:
-        settings = Settings(**given)
-    if settings.data is None and not parameters:
-        if settings.sd15 != "toy":
-            raise Fail("pass --data with a folder of patches; only the toy base (--sd15 toy) has its own")
-        if settings.split != "paper":
-            raise Fail("--split needs a dataset of yours: pass it with --data")
-    drawn = settings.data is None or (resume and settings.data == TOY_DATA)
-    return _resolve(settings, drawn), resume, parameters
-
-def _resumed(folder, given):
-    if "run" in given:
-        raise Fail("pass --resume with the run to resume, or --run for a new one, not both")
-    saved = read_settings(folder)
-    if saved is None:
-        raise Fail(f"--resume {folder}: it is not a run of train.py")
-    call = {f.name: f.default for f in fields(Settings) if f.metadata.get("on_resume") == "this call"}
-    return replace(saved, **call | given, run=folder)
-
-def _resolve(settings, drawn):
-    """Fill in α and the run's folder, make paths absolute. drawn: the data is toy tissue, beside the run."""
-    changes = {"data": TOY_DATA} if drawn else {}
-    for name in ("data", "sd15", "uni2h", "split", "inception"):
-        value = getattr(settings, name)
-        path = Path(os.path.expanduser(value or "-"))
-        built_in = name in ("sd15", "uni2h") and value in BUILT_IN
-        folder = name in ("data", "sd15", "uni2h") and path.is_dir()
-        if name not in changes and not built_in and (path.is_file() or folder):
-            changes[name] = str(path.resolve())
-    if settings.alpha is None:
-        changes["alpha"] = float(settings.rank)
-    settings = replace(settings, **changes)
-    if settings.run is None and settings.data is not None:
-        name = f"{safe_name(Path(settings.data).name)}-{settings.size}px-r{settings.rank}-t{settings.tokens}"
-        settings = replace(settings, run=f"runs/{name}")
-    return settings
+        values = {f.name: f.metadata["toy"] for f in fields(Settings) if "toy" in f.metadata}
+    s = Settings(**values | given)
+    if s.data is None and not parameters:
+        raise Fail("pass --data with a folder of patches; only the toy base (--sd15 toy) has its own")
+    if s.data == TOY_DATA and s.split != "paper":
+        raise Fail("--split needs a dataset of yours: pass it with --data")
+    run = f"runs/{safe_name(Path(s.data or '').name)}-{s.size}px-r{s.rank}-t{s.tokens}"
+    return replace(s, alpha=s.alpha or float(s.rank), run=s.run or run), bool(resume), parameters
 
 # ---- a run's folder ----------------------------------------------------------------------------------
 
@@ -134,16 +118,16 @@ class Lock:
     There is no lock on Windows, which lacks flock, nor on a file system that refuses it.
     """
 
+    handle = None
+
     def __init__(self, folder):
-        self.handle = None          # where it cannot be opened
-        if fcntl is None:
-            return
-        self.handle = os.open(folder, os.O_RDONLY)
         try:
+            import fcntl
+            self.handle = os.open(folder, os.O_RDONLY)
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Fail(f"another process is using {folder}; wait for it, or pass another --run") from None
-        except OSError:
+        except (ImportError, OSError):
             pass
 
     def __del__(self):
@@ -156,12 +140,9 @@ def read_settings(folder):
     values = read_json(path).get("args")
     if not isinstance(values, dict):
         return None
-    older = "parameters"                    # which older versions saved
-    try:
-        return from_saved(Settings, {name: value for name, value in values.items() if name != older})
-    except ValueError as problem:
-        raise Fail(f"{path} is damaged or of another version ({problem}); restore it, or pass another "
-                   "--run") from None
+    values.pop("parameters", None)          # which older versions saved
+    with foreign_file(path, "is damaged or of another version", "restore it, or pass another --run"):
+        return from_saved(Settings, values)
 
 def check_or_create(folder, settings, sha256):
     """Check that the run in this folder has these settings and hashes, or make the folder a run of these.
@@ -172,79 +153,96 @@ def check_or_create(folder, settings, sha256):
     if folder.exists() and not folder.is_dir():
         raise Fail(f"--run {folder} is a file; pass a folder")
     saved = read_settings(folder)
-    if path.exists() and saved is None:
-        raise Fail(f"{path} is not of a run of train.py; pass another --run")
-    others = (p for p in folder.glob("*") if p.name != "split.json" and not p.name.startswith("."))
-    if not path.exists() and any(others):
+    if saved is None and any(p.name != "split.json" for p in folder.glob("[!.]*")):
         raise Fail(f"{folder} holds other files and no run of train.py; pass another --run")
     if not RANK0:
         return
     if not any(folder.glob("[!.]*.safetensors")):
         config = dict(args=asdict(settings), sha256=sha256, command=sys.argv, environment=environment())
-        save_json(path, config)
-        return
-    config = read_json(path)
-    kinds = dict(sha256=dict, command=list, environment=dict)
+        return save_json(path, config)
+    config, kinds = read_json(path), dict(sha256=dict, command=list, environment=dict)
     if not all(isinstance(config.get(key), kind) for key, kind in kinds.items()):
         raise Fail(f"{path} is damaged; restore it, or pass another --run")
-    differing = [(name, getattr(saved, name), getattr(settings, name)) for name in settings.differing(saved)]
-    differing += [(name, config["sha256"].get(name), value) for name, value in sha256.items()
-                  if config["sha256"].get(name) != value]
-    for name, was, now in differing[:1]:
-        was, now = ("none" if value is None else value for value in (was, now))
-        raise Fail(f"{folder} is a run with {name.replace('_', '-')} {was}, not {now}; pass another --run")
+    pairs = [(name, getattr(saved, name), getattr(settings, name)) for name in settings.differing(saved)]
+    pairs += [(name, config["sha256"].get(name), value) for name, value in sha256.items()]
+    for name, was, now in pairs:
+        if was != now and name == "images":
+            raise Fail(f"{folder} is a run on other images (of {saved.data}); pass another --run")
+        if was != now:
+            remedy = "pass another --run"
+            if name in ("epochs", "max_steps"):
+                remedy = ("its learning rate falls to 0 at that end. To train on, start a new run from its "
+                          f"adapter: --init {folder}/adapter.safetensors --run NEW")
+            raise Fail(f"{folder} is a run with {name.replace('_', '-')} {was}, not {now}; {remedy}")
 
 def environment():
     """The versions that made a run: {name: version}; git: the commit, "-dirty" where tracked files differ."""
     found = dict(python=platform.python_version(), platform=platform.platform(), processes=WORLD)
-    for name in ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
+    found |= {name: version(name) for name in ("torch", "timm", "safetensors", "numpy", "pillow")}
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40",
-                   "--exclude", "*"]
-        found["git"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        found["git"] = None
+        found["git"] = subprocess.run([*git, "--exclude", "*"], capture_output=True, text=True).stdout.strip()
+    except OSError:                         # it is not installed
+        pass
     return found
 
 def split_of_run(folder, patches, how, started):
     """The split of a run: its split.json, with which a run that is not started must agree; or a new one."""
     path = folder / "split.json"
-    split = make_split(patches, how) if not started else None
-    if path.exists():
-        saved = read_split(path, patches)
-        if not started and saved != split:
-            raise Fail(f"{path} exists and is not the split that --split {how} asks for; to use it, pass "
-                       f"--split {path}, else remove it")
-        return saved
-    if split is None:
+    if started and not path.exists():
         raise Fail(f"{path} of this run is missing; restore it, or pass another --run")
+    with foreign_file(path, "is not of these images", "pass another --run, or the --data of this one"):
+        names = {name for part in PROPORTIONS for name in read_json(path).get(part, ())}
+        if strangers := names - {p.name for p in patches}:
+            raise ValueError(f"{min(strangers)} is not among them")
+    saved = read_split(path, patches) if path.exists() else None
+    if started:
+        return saved
+    split = make_split(patches, how)
+    if saved not in (None, split):
+        raise Fail(f"{path} exists and is not the split that --split {how} asks for; to use it, pass --split "
+                   f"{path}, else remove it")
     return split
 
 # ---- finding runs, patches and samples ---------------------------------------------------------------
 
+def _unfinished(folder):
+    """"epoch 3 of 12" for a run that is training or was interrupted, else ""."""
+    try:
+        settings, log = read_settings(folder), read_csv(folder / "log.csv")
+        done = {key: int(log[-1][key]) if log else 0 for key in ("epoch", "step")}
+    except (Fail, KeyError, ValueError):        # it is damaged, and said to be where it is used
+        return ""
+    if settings is None or done["epoch"] >= settings.epochs or done["step"] == settings.max_steps:
+        return ""
+    return f"epoch {done['epoch']} of {settings.epochs}"
+
 def newest_run():
-    """The folder under runs/ whose adapter was written last, or None."""
+    """The folder under runs/ whose adapter was written last, of the finished ones if there are any, or None.
+
+    Where the newest of all is not finished a line says so.
+    """
     found = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
-    return found[-1].parent if found else None
+    folders = [path.parent for path in found]
+    run = next((folder for folder in reversed(folders) if not _unfinished(folder)), (folders or [None])[-1])
+    if folders and (left := _unfinished(folders[-1])) and RANK0:
+        print(f"{folders[-1]} is not finished ({left}); using {run}", file=sys.stderr)
+    return run
 
 def find(paths, run=None):
     """The paths; or, where none exists and the run (default: the newest) has all, those, announced."""
     paths = [Path(os.path.expanduser(path)) for path in paths]
-    run = run or newest_run()
-    if run and not any(path.exists() or path.is_absolute() for path in paths):
-        inside = [Path(run) / path for path in paths]
-        if all(path.exists() for path in inside):
-            if RANK0:
-                print(f"using {', '.join(map(str, inside))}", file=sys.stderr)
-            return inside
-        if any(path.exists() for path in inside):
-            missing = next(path for path, there in zip(paths, inside) if not there.exists())
-            raise Fail(f"{missing} is neither here nor in {run}")
-    return paths
+    if any(path.exists() or path.is_absolute() for path in paths) or not (run := run or newest_run()):
+        return paths
+    inside = [Path(run) / path for path in paths]
+    missing = [path for path, other in zip(paths, inside) if not other.exists()]
+    if len(missing) == len(paths):
+        return paths
+    if missing:
+        raise Fail(f"{missing[0]} is neither here nor in {run}")
+    if RANK0:
+        print(f"using {', '.join(map(str, inside))}", file=sys.stderr)
+    return inside
 
 def patches_of(part, settings, folder):
     """A part of a run's split -> [(Patch, path)] sorted by title; train and val within the run's --limit."""
@@ -343,19 +341,21 @@ BEST = """; the last.
 - `adapter-best.safetensors`: the same with the lowest {what}
   on {n} validation patches: **{value:.4g}**, epoch {epoch} of {epochs} ({tried} were measured)"""
 
+LAST = """; the last.
+- `adapter-best.safetensors`: that of the last measured epoch, {epoch} of {epochs}, since {n} validation
+  patches are too few to choose by ({what}: **{value:.4g}**)"""
+
 def model_card(folder):
     """The text of README.md for a run that has finished an epoch."""
-    folder = Path(folder)
     settings, config = read_settings(folder), read_json(folder / "config.json")
     split, log = read_json(folder / "split.json"), read_csv(folder / "log.csv")
-    base, encoder = public_name(settings.sd15), public_name(settings.uni2h)
     header = TensorFile(folder / "adapter.safetensors").header
     terms = dict(sd15="openrail-m", uni2h=header.get("encoder_licence", "cc-by-nc-nd-4.0"))
     terms = "-and-".join(name for key, name in terms.items() if getattr(settings, key) not in BUILT_IN)
     text = CARD.format(**asdict(settings) | dict(
-        name=folder.name, base=base, encoder=encoder, data=Path(settings.data).name,
+        name=folder.name, base=public_name(settings.sd15), encoder=public_name(settings.uni2h),
         terms=f"license: other\nlicense_name: {terms}" if terms else "license: mit",
-        best=_describe_best(folder, settings, split, log), **_describe_split(settings, split),
+        best=_describe_best(folder, settings, split, log), **_describe_data(settings, split),
         lr_projector=settings.lr * settings.lr_ratio, licence=header["licence"],
         **{key: log[-1][key] for key in ("step", "epoch", "minutes")},
         command=shlex.join(["python", *map(public_name, config["command"])]),
@@ -376,26 +376,24 @@ def _describe_best(folder, settings, split, log):
     if not (folder / "adapter-best.safetensors").exists():      # before the first samples
         return ""
     column, best = best_epoch(log)
+    limits = [len(split["val"]), settings.limit, settings.val_samples if column != "val_loss" else None]
+    n, tried = min(n for n in limits if n is not None), [row for row in log if row[column]]
     sampling = f"guidance {settings.val_cfg:g}, {settings.val_steps} steps"
     what = {"val_loss": "noise prediction loss", "fid": f"FID (Inception, resize pytorch-fid, {sampling})",
             "fid_encoder": f"Fréchet distance of the encoder's features (no FID, not comparable; {sampling})"}
-    n = len(subsample(split["val"], settings.limit))
-    if column != "val_loss" and settings.val_samples is not None:
-        n = min(n, settings.val_samples)
-    tried = sum(bool(row[column]) for row in log)
-    return BEST.format(what=what[column], n=n, value=float(best[column]), epoch=best["epoch"],
-                       epochs=settings.epochs, tried=tried)
+    text, best = (LAST, tried[-1]) if n < FEW else (BEST, best)
+    return text.format(what=what[column], n=n, value=float(best[column]), epoch=best["epoch"],
+                       epochs=settings.epochs, tried=len(tried))
 
-def _describe_split(settings, split):
-    patches = {part: sum(classes.values()) for part, classes in split["patches"].items()}
-    classes = {part: ", ".join(f"{k} {v}" for k, v in of.items()) for part, of in split["patches"].items()}
-    rows = ((part, split["cases"][part], n, classes[part]) for part, n in patches.items())
-    counts = "\n".join("| {} | {} | {} | {} |".format(*row) for row in rows)
+def _describe_data(settings, split):
+    rows = [(part, split["cases"][part], sum(of.values()), ", ".join(f"{k} {n}" for k, n in of.items()))
+            for part, of in split["patches"].items()]
+    shared = f"cases in more than one part: {split.get('cases_in_several_parts', 'not counted')}"
+    if all(cases == patches for _, cases, patches, _ in rows):
+        shared = "which patches share a case is unknown"
     how = {"paper": "pooled, then split by case",
            "official": "the dataset's own test part, the validation part taken from the rest by case"}
-    shared = f"cases in more than one part: {split.get('cases_in_several_parts', 'not counted')}"
-    if sum(split["cases"].values()) == sum(patches.values()):
-        shared = "which patches share a case is unknown"
     limit = f" At most {settings.limit} patches of train and of val are used." if settings.limit else ""
-    return dict(counts=counts, shared=shared, limit=limit,
-                how=how.get(settings.split, f"split as in `{Path(settings.split).name}`"))
+    return dict(data=Path(settings.data).name, shared=shared, limit=limit,
+                how=how.get(settings.split, f"split as in `{Path(settings.split).name}`"),
+                counts="\n".join("| {} | {} | {} | {} |".format(*row) for row in rows))

@@ -109,6 +109,7 @@ def test_a_node_with_other_weights_than_the_first_one_says_so(small, base, tmp_p
     for rank, sd15 in enumerate((base, tmp_path / "other")):
         arguments = [*small[:2], "--sd15", sd15, *small[4:], "--run", "runs/x", "--max-steps", 2]
         environment = dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29431",
+                           TORCHELASTIC_RUN_ID="x",
                            OMP_NUM_THREADS="1")
         jobs.append(subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
                                      cwd=tmp_path, stdout=subprocess.PIPE,

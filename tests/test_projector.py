@@ -65,7 +65,7 @@ def test_dropout_takes_hidden_units_away_and_scales_the_rest():
     f = Projector(d_e=6, d_h=8, n_c=1, d_c=3, depth=3)
     e, keep = torch.randn(2, 6), torch.ones(2, 2, 8)
     assert torch.equal(f(e, keep), f(e))
-    keep[1] = 0
+    keep[:, 1] = 0
     assert torch.allclose(f(e, keep), f.out.bias.view(1, 1, 3).expand(2, 1, 3))
 
 def test_the_token_norm_normalises_each_token():

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 import train
 from ldm.data import Patch, describe_split
-from ldm.runs import check_or_create, find, model_card, name_references, parse_settings, read_settings
+from ldm.runs import (Settings, check_or_create, find, model_card, name_references, newest_run,
+                      parse_settings, read_settings)
 from ldm.schedule import alpha_bar
 from ldm.weights import open_sd15
 from lora import inject, lora_parameters
@@ -184,11 +185,11 @@ def test_a_restored_run_ends_with_the_same_bits(tmp_path):
     first = trainer()
     for _ in range(3):
         first.train_step()
-    first.minutes = 5.0         # of an earlier stretch
+    first.began -= 300          # an earlier stretch of five minutes
     first.save(tmp_path, {})
     second = trainer()
     second.restore(tmp_path / "state.safetensors")
-    assert 5 < first.minutes <= second.minutes_spent() < 6
+    assert 5 < second.minutes_spent() <= first.minutes_spent() < 6
     assert second.step == 3 and second.losses == first.losses
     for _ in range(3):
         second.train_step()
@@ -198,7 +199,17 @@ def test_a_restored_run_ends_with_the_same_bits(tmp_path):
 def test_a_validation_loss_does_not_depend_on_the_batch_size():
     a, b = trainer(batch=4), trainer(batch=3)
     hashes = [f"h{i}" for i in range(7)]
-    assert a.validation_loss(hashes) == pytest.approx(b.validation_loss(hashes), rel=1e-5)
+    losses = zip(a.validation_loss(hashes).values(), b.validation_loss(hashes).values(), strict=True)
+    assert all(x == (None if x is None else pytest.approx(y, rel=1e-5)) for x, y in losses)
+
+def test_the_validation_loss_is_also_given_for_each_tenth_of_the_timesteps():
+    """Of 20 images two fall into each tenth: the loss is the mean of the ten. Of 4, six tenths have none."""
+    t = trainer(n=20)
+    loss = t.validation_loss([f"h{i}" for i in range(20)])
+    tenths = [loss.pop(f"val_loss_{k}") for k in range(10)]
+    assert loss["val_loss"] == pytest.approx(sum(tenths) / 10, rel=1e-5) and len(loss) == 1
+    few = t.validation_loss([f"h{i}" for i in range(4)])
+    assert [few[f"val_loss_{k}"] is None for k in range(10)] == [k not in (1, 3, 6, 8) for k in range(10)]
 
 # ---- as programs -------------------------------------------------------------------------------------
 
@@ -216,15 +227,14 @@ def test_a_run_leaves_what_the_readme_says(trained, tmp_path):
     assert set(config["sha256"]) == {"vae", "encoder", "base", "images", "features"}
     program("fid.py", trained / "real", trained / "fake", "--features", "encoder", "--json", "out.json",
             cwd=tmp_path)
-    # the logged number is fid.py's
+    # the logged number is fid.py's; of two validation images the best adapter is the last
     assert json.loads((tmp_path / "out.json").read_text())[0]["fid"] == pytest.approx(distances[-1], rel=1e-6)
-    best_epoch = 1 + distances.index(min(distances))
-    header = train.TensorFile(trained / "adapter-best.safetensors").header
-    assert int(header["step"]) == int(rows[best_epoch - 1]["step"])
+    adapters = {(trained / f"{name}.safetensors").read_bytes() for name in ("adapter", "adapter-best")}
+    assert len(adapters) == 1
     card = (trained / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["license"] == "other" and "CC BY-NC-ND" in card
     assert "Open RAIL-M" in card
-    assert f"**{min(distances):.4g}**, epoch {best_epoch} of 2" in card
+    assert f"**{distances[-1]:.4g}**" in card and "too few to choose by" in card
     assert f"python {' '.join(['train.py', '--data'])}" in card
     assert "pooled, then split by case; cases in more than one part: 0." in card
     assert config["environment"]["torch"] in card and len(config["environment"]["git"] or "0" * 40) >= 40
@@ -340,16 +350,27 @@ def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
     epoch = math.ceil(len(json.loads((tmp_path / "runs/x/split.json").read_text())["train"]) / 4)
     assert int(state["step"]) == len(json.loads(state["losses"])) == (3 if moment == "step" else epoch)
 
+@pytest.mark.parametrize("few, best", [(2, 2), (10, 3)])
 @pytest.mark.parametrize("samples, owner, name", [(0, Trainer, "validation_loss"),
                                                   (2, train.Validation, "distance")])
-def test_the_best_adapter_is_that_of_the_lowest_fid_else_of_the_lowest_loss_and_is_sampled_from(
-        samples, owner, name, small, tmp_path, monkeypatch):
-    values = iter([2.0, 1.0, 3.0])
-    monkeypatch.setattr(owner, name, lambda *args: next(values))
-    program("train.py", *small, "--epochs", 3, "--val-samples", samples, "--run", "runs/x", cwd=tmp_path)
+def test_the_best_adapter_has_the_lowest_fid_or_loss_unless_few_images_choose_and_fake_shows_it(
+        few, best, samples, owner, name, small, tmp_path, monkeypatch):
+    values, shown, original = iter([2.0, 1.0, 3.0]), [], getattr(owner, name)
+
+    def measured(*args):
+        original(*args)
+        shown.append({p.name: p.read_bytes() for p in (tmp_path / "runs/x/.fake").rglob("*.png")})
+        value = next(values)
+        return {"val_loss": value} if owner is Trainer else value
+    monkeypatch.setattr(owner, name, measured)
+    monkeypatch.setattr(train, "FEW", few)
+    program("train.py", *small, "--epochs", 3, "--val-samples", samples, "--val-steps", 2, "--run", "runs/x",
+            cwd=tmp_path)
     steps = [train.TensorFile(tmp_path / f"runs/x/{name}.safetensors").header["step"]
              for name in ("adapter", "adapter-best")]
-    assert int(steps[0]) / 3 == int(steps[1]) / 2
+    assert int(steps[0]) / 3 == int(steps[1]) / best
+    fake = {p.name: p.read_bytes() for p in (tmp_path / "runs/x/fake").rglob("*.png")}
+    assert fake == shown[best - 1] and len(fake) == samples and not list(tmp_path.glob("runs/x/.*"))
     from sample import find_adapter
     assert find_adapter(tmp_path / "runs/x", None).path.name == "adapter-best.safetensors"
 
@@ -408,7 +429,6 @@ def test_a_run_with_other_settings_is_not_overwritten(other, trained, small, mon
     run_of = [] if "--resume" in other else [*map(str, small), "--epochs", "2", "--val-samples", "2", "--run",
                                              "runs/x"]
     monkeypatch.setattr(sys, "argv", ["train.py", *run_of, *other])
-    monkeypatch.setattr(train, "Signals", lambda: None)
     with pytest.raises(train.Fail, match=other[-2][2:]):
         train.main()
     assert (trained / "config.json").read_bytes() == before
@@ -423,11 +443,39 @@ def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(
     with pytest.raises(train.Fail, match="rank 8, not 16"):
         check_or_create(tmp_path, settings, {"vae": "1"})
     (tmp_path / "config.json").write_text('{"architecture": "vit"}')
-    with pytest.raises(train.Fail, match="not of a run"):
+    with pytest.raises(train.Fail, match="no run of train.py"):
         check_or_create(tmp_path, settings, {"vae": "1"})
     (tmp_path / "config.json").write_text(json.dumps({"args": asdict(settings), "sha256": None}))
     with pytest.raises(train.Fail, match="damaged"):
         check_or_create(tmp_path, settings, {"vae": "1"})
+
+def test_a_finished_run_is_not_extended_but_a_new_one_starts_from_its_adapter(trained, small, tmp_path):
+    cwd, adapter = trained.parent.parent, trained / "adapter.safetensors"
+    refused = program("train.py", "--resume", "runs/x", "--epochs", 20, cwd=cwd, check=False)
+    assert refused.returncode == 2 and "--init runs/x/adapter.safetensors" in refused.stderr
+    more = [*small, "--val-samples", 0, "--max-steps", 1, "--lr", 0, "--init", adapter, "--run", "runs/y"]
+    refused = program("train.py", *more, "--rank", 4, cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "trained with rank 2, not 4" in refused.stderr
+    program("train.py", *more, cwd=tmp_path)
+    a, b = (load_file(path) for path in (adapter, tmp_path / "runs/y/adapter.safetensors"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    header = train.TensorFile(tmp_path / "runs/y/adapter.safetensors").header
+    assert (header["init"], header["step"]) == ("adapter.safetensors", "1")
+    program("train.py", "--resume", "runs/y", cwd=tmp_path)         # for which the adapter is not needed
+
+def test_other_data_under_the_name_of_a_run_is_called_so(trained, small, dataset, tmp_path):
+    import shutil
+    copy = shutil.copytree(trained, tmp_path / "runs/x")
+    arguments = [*small, "--epochs", 2, "--val-samples", 2, "--run", "runs/x"]
+    other = shutil.copytree(dataset, tmp_path / "other")
+    for image in other.rglob("*.JPG"):
+        image.write_bytes(image.read_bytes() + b"0")                # the same names, other files
+    refused = program("train.py", *arguments, "--data", other, cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and f"is a run on other images (of {dataset})" in refused.stderr
+    split = json.loads((copy / "split.json").read_text())
+    (copy / "split.json").write_text(json.dumps(split | {"test": ["elsewhere.png"]}))
+    refused = program("train.py", *arguments, cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "is not of these images (elsewhere.png" in refused.stderr
 
 def test_a_folder_of_someone_elses_is_not_made_a_run(small, tmp_path):
     """A run keeps only its own pictures in real/ and fake/: so it takes no folder in which others may be."""
@@ -510,6 +558,19 @@ def test_the_network_is_compiled_once_for_training_and_once_for_validation(monke
     t.train_step()
     t.validation_loss([f"h{i}" for i in range(5)])
     assert len(graphs) == first <= 2
+
+def test_the_newest_run_is_a_finished_one_and_what_is_passed_over_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for age, name, epoch in ((20, "old", 2), (10, "new", 1)):
+        folder = tmp_path / "runs" / name
+        check_or_create(folder, Settings(data="d", epochs=2, alpha=8.0), {})
+        train.save_csv(folder / "log.csv", [{"epoch": epoch, "step": 10 * epoch}])
+        (folder / "adapter.safetensors").touch()
+        os.utime(folder / "adapter.safetensors", (1e9 - age, 1e9 - age))
+    assert newest_run() == Path("runs/old")
+    assert capsys.readouterr().err == "runs/new is not finished (epoch 1 of 2); using runs/old\n"
+    train.save_csv(tmp_path / "runs/new/log.csv", [{"epoch": 2, "step": 20}])
+    assert newest_run() == Path("runs/new") and not capsys.readouterr().err
 
 def test_paths_that_are_not_there_are_looked_for_in_the_newest_run_all_or_none(tmp_path, monkeypatch):
     import os
