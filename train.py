@@ -56,13 +56,9 @@ def learning_rate_factor(step, warm_up, total):
 
 STEP, ORDER, VALIDATION, INITIAL = range(4)
 
-def seed_of(*key):
-    """A 32-bit seed from integers, such as (seed, STEP, step); every other key gives an unrelated stream."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[4:8])
-
 def generator(*key):
-    """A CPU generator with `seed_of(*key)`."""
-    return torch.Generator().manual_seed(seed_of(*key))
+    """A CPU generator for integers such as (seed, STEP, step); every other key gives an unrelated stream."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[4:8]))
 
 @dataclass
 class Draws:
@@ -230,9 +226,6 @@ class Trainer:
         save_tensors(folder / "state.safetensors", {**self.named, **moments}, {
             "step": str(self.step), "best": repr(self.best), "losses": json.dumps(self.losses),
             "history": json.dumps(self.history), "minutes": repr(self.minutes_spent())})
-        self.save_log(folder)
-
-    def save_log(self, folder):
         if self.history:
             save_csv(folder / "log.csv", self.history)
 
@@ -284,23 +277,7 @@ class Validation:
         fake = self.samples.make(model, e, epoch)
         return frechet_distance_of_features(self.real, self.extract(fake)) if self.real is not None else None
 
-# ---- the program: prepare, build, train --------------------------------------------------------------
-
-@dataclass
-class Inputs:
-    """A run's folder and the files that it reads, opened and checked; nothing is computed yet."""
-    folder: Path
-    data: Path                  # the dataset
-    patches: list
-    names: dict                 # part -> [names of the patches that are used]
-    unet_file: TensorFile
-    vae_file: TensorFile
-    encoder: object
-    space: object               # whose features the validation FID compares
-    z_shape: tuple              # (4, h, w) of a latent
-    sha256: dict
-    started: bool               # a state is there to resume from
-    lock: Lock | None           # held as long as this object lives
+# ---- the program: open, build, train -----------------------------------------------------------------
 
 def main():
     settings, resumed, parameters_only = parse_settings(__doc__)
@@ -311,14 +288,15 @@ def main():
     device = pick_device(settings.device)
     join_processes(device)
     settings = replace(settings, features=broadcast(settings.features or pick_features(settings)))
-    inputs = prepare(settings, resumed)
+    inputs = Inputs(settings, resumed)
     trainer, validation, header = build(settings, inputs, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)      # without that of caching
     if stop := train(trainer, validation, inputs.folder, header):
         return stop
-    if RANK0:
-        save_text(inputs.folder / "README.md", model_card(inputs.folder))   # again: a killed run may lack it
+    if RANK0:           # again, as a run that was killed while it saved may lack them
+        save_csv(inputs.folder / "log.csv", trainer.history)
+        save_text(inputs.folder / "README.md", model_card(inputs.folder))
     peak = max(row.get("peak_memory_gb", 0) for row in trainer.history)
     ref = "patch.png" if validation.sampled else "PATCH.png"
     print(f"{inputs.folder}: complete after {trainer.step} steps; {'last' if validation.few else 'best'} "
@@ -331,40 +309,43 @@ def pick_features(settings):
     default = "inception" if inception_available(settings.inception) else "encoder"
     return saved.features if saved and saved.features else default
 
-def prepare(settings, resumed):
-    """Open and check everything that a run reads, and create or find its folder -> Inputs."""
-    folder = Path(settings.run)
-    if WORLD > settings.batch:
-        raise Fail(f"--batch {settings.batch} gives {WORLD} processes less than an image each; start fewer")
-    with rank0_first():
-        # a wrong folder is found before gigabytes are downloaded
-        patches = None if settings.data == TOY_DATA else read_dataset(settings.data)
-        unet_file, vae_file = open_sd15(settings.sd15)
-        encoder = open_encoder(settings.uni2h)
-        # on the meta device: arguments that do not fit are found before anything is computed or written
-        z_shape = latent_shape(load_unet(unet_file, "meta"), load_vae(vae_file, "meta"), settings.size)
-        data = open_data(settings, folder, announce=not resumed)
-        patches = patches or read_dataset(data)
-        lock = Lock(folder) if RANK0 and folder.is_dir() else None
-        started = (folder / "state.safetensors").exists()
-        if not started and (folder / "log.csv").exists():       # it is written after a state
-            raise Fail(f"{folder}/state.safetensors is missing; restore it, or pass another --run")
-        split = split_of_run(folder, patches, settings.split, started)
-        names = {part: subsample(split[part], settings.limit) for part in ("train", "val")}
-        space = Inception(settings.inception) if settings.features == "inception" else encoder
-        sha256 = dict(vae=vae_file.fingerprint(), encoder=encoder.fingerprint(), base=unet_file.fingerprint(),
-                      features=space.short_hash)
-        if settings.init and not started:
-            sha256["init"] = check_init(settings, sha256)
-        check_or_create(folder, settings, sha256)
-        lock = lock or (Lock(folder) if RANK0 else None)
-        if RANK0:
-            save_text(folder / "split.json", describe_split(split, patches))
-    check_same("weights", sha256)
-    print(describe(patches, split))
-    return Inputs(folder=folder, data=data, patches=patches, names=names, unet_file=unet_file,
-                  vae_file=vae_file, encoder=encoder, space=space, z_shape=z_shape, sha256=sha256,
-                  started=started, lock=lock)
+class Inputs:
+    """A run's folder, made or found, and what it reads, opened and checked; nothing is computed yet."""
+
+    def __init__(self, settings, resumed):
+        self.folder = folder = Path(settings.run)
+        if WORLD > settings.batch:
+            raise Fail(f"--batch {settings.batch} has less than an image for each of {WORLD} processes; "
+                       "start fewer")
+        with rank0_first():
+            # a wrong folder is found before gigabytes are downloaded
+            patches = None if settings.data == TOY_DATA else read_dataset(settings.data)
+            self.unet_file, self.vae_file = open_sd15(settings.sd15)
+            self.encoder = open_encoder(settings.uni2h)
+            # on the meta device: arguments that do not fit are found before anything is computed or written
+            unet, vae = load_unet(self.unet_file, "meta"), load_vae(self.vae_file, "meta")
+            self.z_shape = latent_shape(unet, vae, settings.size)
+            self.data = open_data(settings, folder, announce=not resumed)
+            self.patches = patches or read_dataset(self.data)
+            self.lock = Lock(folder) if RANK0 and folder.is_dir() else None
+            self.started = (folder / "state.safetensors").exists()      # there is something to resume from
+            if not self.started and (folder / "log.csv").exists():      # it is written after a state
+                raise Fail(f"{folder}/state.safetensors is missing; restore it, or pass another --run")
+            split = split_of_run(folder, self.patches, settings.split, self.started)
+            self.names = {part: subsample(split[part], settings.limit) for part in ("train", "val")}
+            # whose features the validation FID compares
+            self.space = Inception(settings.inception) if settings.features == "inception" else self.encoder
+            files = dict(vae=self.vae_file, encoder=self.encoder, base=self.unet_file)
+            self.sha256 = {name: file.fingerprint() for name, file in files.items()}
+            self.sha256["features"] = self.space.short_hash
+            if settings.init and not self.started:
+                self.sha256["init"] = check_init(settings, self.sha256)
+            check_or_create(folder, settings, self.sha256)
+            self.lock = self.lock or (Lock(folder) if RANK0 else None)
+            if RANK0:
+                save_text(folder / "split.json", describe_split(split, self.patches))
+        check_same("weights", self.sha256)
+        print(describe(self.patches, split))
 
 def check_init(settings, sha256):
     """The hash of the adapter of --init. Fails unless it has the settings' shapes and is of these weights."""
@@ -414,15 +395,13 @@ def build(settings, inputs, device):
         projector = load_adapter(open_adapter(settings.init), unet)
     else:
         inject(unet, settings.rank, settings.alpha, cpu_generator(settings.seed))
-        torch.manual_seed(seed_of(settings.seed, INITIAL))      # for the projector; LoRA has its own
+        torch.manual_seed(generator(settings.seed, INITIAL).initial_seed())     # for the projector
         projector = build_projector(settings, inputs.encoder.width, unet.context).to(device)
     print(parameter_table(unet, projector))
     images = list(zip(inputs.names["train"], hashes["train"]))
     trainer = Trainer(settings, unet, projector, cache, images, inputs.z_shape, device)
     if inputs.started:
         trainer.restore(folder / "state.safetensors")
-        if RANK0:
-            trainer.save_log(folder)        # a crash between the two leaves an older one
         print(f"{folder}: found, resumes after step {trainer.step} of {trainer.total}")
     title, hash_of = {p.name: p.title for p in inputs.patches}, dict(zip(inputs.names["val"], hashes["val"]))
     chosen = subsample(sorted(inputs.names["val"], key=title.get), settings.val_samples)

@@ -27,8 +27,7 @@ class Settings:
     data: str | None = option(DATA, None, "train.json and test.json as in Chaoyang, a folder per class, or "
                               "images (default: toy tissue)", kind=str, metavar="DIR", on_resume="free",
                               toy=TOY_DATA)
-    split: str = option(DATA, "paper", "paper (pooled, by case, 5398:387:375), official, or a file",
-                        metavar="HOW")
+    split: str = option(DATA, "paper", "paper (pooled, by case, 5398:387:375), official, or a file")
     sd15: str = option(DATA, SD15, "Diffusers folder, CompVis file, hub repository, or toy", metavar="PATH",
                        on_resume="free", toy="toy")
     uni2h: str = option(DATA, "MahmoodLab/UNI2-h", "folder or file of the weights, hub repository, or toy",
@@ -46,13 +45,10 @@ class Settings:
     cfg_drop: float = option(TRAINING, 0.1, "p of the null embedding, per image", high=1)
     epochs: int = option(TRAINING, 12, "passes over the training images", low=1, toy=24)
     batch: int = option(TRAINING, 16, "images per step", low=1)
-    max_steps: int | None = option(TRAINING, None, "stop after N steps, the schedule shortened to them",
-                                   kind=int, low=1, high=10 ** 9, metavar="N")
+    max_steps: int | None = option(TRAINING, None, "stop then, on a schedule of this length", kind=int, low=1)
     seed: int = option(TRAINING, 0, "of everything random except the split", high=2 ** 63)
-    init: str | None = option(TRAINING, None, "start from the parameters of this adapter, on a new schedule",
-                              kind=str, metavar="FILE")
-    val_samples: int | None = option(VALIDATION, None, "validation images to sample for FID and grid "
-                                     "(default: all)", kind=int, metavar="N")
+    init: str | None = option(TRAINING, None, "adapter to start from, on a new schedule", kind=str)
+    val_samples: int | None = option(VALIDATION, None, "images to sample for FID (default: all)", kind=int)
     # Of the toy's few validation images a FID every epoch is noise: sampled in the middle and at the end.
     val_every: int = option(VALIDATION, 1, "sample every Kth epoch, and the last", low=1, metavar="K", toy=12)
     val_cfg: float = option(VALIDATION, 1.5, "their guidance", metavar="W")
@@ -61,12 +57,10 @@ class Settings:
                                   "Inception's weights are not available)", kind=str,
                                   choices=("inception", "encoder"))
     inception: str | None = option(VALIDATION, None, "pytorch-fid's weights (default: torch.hub's cache)",
-                                   kind=str, metavar="FILE", on_resume="free")
-    run: str | None = option(RUN, None, "folder of the run (default: under runs/, named by its settings)",
-                             kind=str, metavar="DIR", on_resume="free")
+                                   kind=str, on_resume="free")
+    run: str | None = option(RUN, None, "its folder (default: under runs/)", kind=str, on_resume="free")
     device: str = option(RUN, "auto", "cuda, mps or cpu", on_resume="this call")
-    no_compile: bool = option(RUN, False, "do not torch.compile the U-Net (it is compiled on CUDA only)",
-                              on_resume="this call")
+    no_compile: bool = option(RUN, False, "do not torch.compile (done on CUDA only)", on_resume="this call")
     quiet: bool = option(RUN, False, "print failures only", on_resume="this call")
 
     def differing(self, other):
@@ -210,23 +204,23 @@ def _unfinished(folder):
     """"epoch 3 of 12" for a run that is training or was interrupted, else ""."""
     try:
         settings, log = read_settings(folder), read_csv(folder / "log.csv")
-        done = {key: int(log[-1][key]) if log else 0 for key in ("epoch", "step")}
-    except (Fail, KeyError, ValueError):        # it is damaged, and said to be where it is used
-        return ""
-    if settings is None or done["epoch"] >= settings.epochs or done["step"] == settings.max_steps:
-        return ""
-    return f"epoch {done['epoch']} of {settings.epochs}"
+        last = {"epoch": 0, "step": 0} | (log[-1] if log else {})
+        if settings and int(last["epoch"]) < settings.epochs and int(last["step"]) != settings.max_steps:
+            return f"epoch {last['epoch']} of {settings.epochs}"
+    except (Fail, ValueError):          # it is damaged: said where it is used
+        pass
+    return ""
 
 def newest_run():
     """The folder under runs/ whose adapter was written last, of the finished ones if there are any, or None.
 
     Where the newest of all is not finished a line says so.
     """
-    found = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
-    folders = [path.parent for path in found]
-    run = next((folder for folder in reversed(folders) if not _unfinished(folder)), (folders or [None])[-1])
-    if folders and (left := _unfinished(folders[-1])) and RANK0:
-        print(f"{folders[-1]} is not finished ({left}); using {run}", file=sys.stderr)
+    found = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: -path.stat().st_mtime)
+    folders = [path.parent for path in found] or [None]
+    run = next((folder for folder in folders if folder and not _unfinished(folder)), folders[0])
+    if run and (left := _unfinished(folders[0])) and RANK0:
+        print(f"{folders[0]} is not finished ({left}); using {run}", file=sys.stderr)
     return run
 
 def find(paths, run=None):
@@ -308,24 +302,21 @@ text condition of `{base}`, through a projector and LoRA (Kuzmin and Berezsky 20
 https://doi.org/10.15587/2706-5448.2026.355663).
 
 - `adapter.safetensors`: LoRA of rank {rank} (α {alpha:g}) on Q, K, V and O, projector to {tokens} tokens,
-  null embedding{best}.
+  null embedding; the last.
+- `adapter-best.safetensors`: {best}
 
-## Use
-
-    python sample.py --run THIS_FOLDER --ref patch.png --cfg 1.3        # in the program's folder
+Use, in the program's folder: `python sample.py --run THIS_FOLDER --ref patch.png --cfg 1.3`
 
 Research only: synthetic images must not be used for diagnosis. An adapter can reproduce its training patches;
 check `python -m ldm.report` (memorisation) before you share it.
 
-## Data
+## Data and training
 
 `{data}`, {size} px; {how}; {shared}.{limit}
 
 | part | cases | patches | classes |
 |---|---|---|---|
 {counts}
-
-## Training
 
 {step} steps, to epoch {epoch} of {epochs}, batch {batch}, seed {seed},
 learning rates {lr:g} (LoRA) and {lr_projector:g} (projector); {minutes} minutes.
@@ -337,13 +328,10 @@ Hashes (sha256) of the weights' tensors and of all image files: {sha256}
 
 {licence}
 """
-BEST = """; the last.
-- `adapter-best.safetensors`: the same with the lowest {what}
-  on {n} validation patches: **{value:.4g}**, epoch {epoch} of {epochs} ({tried} were measured)"""
-
-LAST = """; the last.
-- `adapter-best.safetensors`: that of the last measured epoch, {epoch} of {epochs}, since {n} validation
-  patches are too few to choose by ({what}: **{value:.4g}**)"""
+BEST = """the same with the lowest {what}
+  on {n} validation patches: **{value:.4g}**, epoch {epoch} of {epochs} ({tried} were measured)."""
+LAST = """the same after the last measured epoch, {epoch} of {epochs}, as {n} validation
+  patches are too few to choose by ({what}: **{value:.4g}**)."""
 
 def model_card(folder):
     """The text of README.md for a run that has finished an epoch."""
@@ -373,8 +361,8 @@ def best_epoch(log):
     return column, min((row for row in log if row[column]), key=lambda row: float(row[column]))
 
 def _describe_best(folder, settings, split, log):
-    if not (folder / "adapter-best.safetensors").exists():      # before the first samples
-        return ""
+    if not (folder / "adapter-best.safetensors").exists():
+        return "not yet; it follows the first samples."
     column, best = best_epoch(log)
     limits = [len(split["val"]), settings.limit, settings.val_samples if column != "val_loss" else None]
     n, tried = min(n for n in limits if n is not None), [row for row in log if row[column]]

@@ -257,8 +257,8 @@ def test_a_model_card_says_no_more_than_is_known(trained, tmp_path):
         (copy / "config.json").write_text(json.dumps(config))
         (copy / "split.json").write_text(described)
         card = model_card(copy)
-        assert how in card and "the dataset's own test part" in card and "adapter-best" not in card
-        assert "/gone" not in card
+        assert how in card and "the dataset's own test part" in card and "/gone" not in card
+        assert "adapter-best.safetensors`: not yet" in card
 
 def test_the_cache_is_used_again_and_repeating_the_command_goes_on(trained, small):
     cwd = trained.parent.parent
