@@ -84,13 +84,32 @@ def contact_sheet(groups, columns=8, texts=()):
         sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y + head))
     return sheet
 
-def save_image(path, image, **text):
-    """Write a PNG atomically, with the text chunks {key: value}."""
+# IPTC's term for what a model made, in XMP with the sha256 of our adapter
+GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+ Iptc4xmpExt:DigitalSourceType="{}" xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmp:CreatorTool="adapter {}"/>
+</rdf:RDF></x:xmpmeta>"""
+
+def save_image(path, image, made_by=None, **text):
+    """Write a PNG atomically, with the text chunks {key: value}; made_by: of a generated one, its adapter."""
     info = PngInfo()
-    for key, value in text.items():
+    for key, value in (text | ({"adapter": made_by} if made_by else {})).items():
         info.add_text(key, str(value))
+    if made_by:
+        info.add_itxt("XML:com.adobe.xmp", XMP.format(GENERATED, made_by))
     with atomic_write(path) as temporary:
         image.save(temporary, pnginfo=info)
+
+def is_generated(path):
+    """Whether an image file is marked as made by a model: by our text chunks, or by any program's XMP."""
+    try:
+        with Image.open(path if os.path.isfile(path) else os.devnull) as image:     # a pipe would block
+            marks = image.info
+    except Exception:       # of decoders; load_rgb gives the reason
+        return False
+    return {"reference", "seed", "cfg"} <= marks.keys() or "rainedAlgorithmicMedia" in str(
+        marks.get("xmp", marks.get("XML:com.adobe.xmp")))
 
 def list_images(folder):
     """The image files under a folder, at any depth, sorted; hidden ones are omitted.
