@@ -4,30 +4,38 @@
     python sample.py --ref patch.png --cfg 1.3
     python sample.py --split val --cfg 1.0 1.3 1.5       # one sample per validation patch, three guidances
     python sample.py --split train --label adenoma --n 8  # eight per training patch of a rare class
+    python sample.py --split train --balance              # each class filled up to the size of the largest
+    python sample.py --embedding features.npy             # from stored embeddings: no encoder, no image
 
 Writes OUT/real/*.png (the references at the model's size), OUT/cfg1.3/*.png (the samples, named by reference,
-seed and guidance) and OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.
+seed and guidance, and marked as generated in their XMP), OUT/labels.csv (a row for each sample) and
+OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.
 """
+import hashlib
 import itertools
 import os
+import os
+import re
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from ldm.app import (RANK0, Fail, Parser, add_options, barrier, check_same, file_sha256, frozen_dtype,
-                     join_processes, number, option, pick_device, progress, rank0_first, read_json,
-                     run_program, save_json, shard)
+from ldm.app import (RANK0, Fail, Parser, add_options, barrier, check_same, command_line, file_sha256,
+                     foreign_file, frozen_dtype, join_processes, number, option, pick_device, progress,
+                     rank0_first, read_json, run_program, safe_name, save_csv, save_json, shard)
 from ldm.data import contact_sheet, list_images, load_rgb, resize_crop, save_image, subsample, to_images
 from ldm.encoder import open_encoder
 from ldm.runs import find, name_references, newest_run, patches_of, read_settings
 from ldm.schedule import ddpm_step, timesteps
-from ldm.weights import load_unet, load_vae, open_sd15
-from lora import fold, load_adapter, open_adapter
+from ldm.weights import TensorFile, load_unet, load_vae, open_sd15
+from lora import fold, load_adapter, load_projector, open_adapter
 
 COMPILE_FROM = 100          # images; compiling for fewer takes longer than it saves
 
@@ -45,7 +53,7 @@ class Sampling:
         """The name of a folder of such samples: the guidance. An --out has one value of all else."""
         return f"cfg{repr(self.cfg).removesuffix('.0')}"
 
-    def others(self):
+    def shared_options(self):
         """{name: value} of what is not in the name."""
         return {name: value for name, value in asdict(self).items() if name != "cfg"}
 
@@ -56,46 +64,44 @@ def guide(eps_null, eps_c, w):
     return eps_null + w * (eps_c - eps_null)
 
 @torch.no_grad()
-def sample(e, projector, unet, how, seeds, latent):
-    """Algorithm 2: embeddings e (B, d_e), Sampling, a seed per image, latent (4, h, w) -> z_0 (B, 4, h, w).
+def sample(e, projector, unet, sampling, seeds, z_shape):
+    """Algorithm 2: embeddings e (B, d_e), Sampling, a seed per image, z_shape (4, h, w) -> z_0.
 
-    Each image has its own generator, on the CPU, for z_T and then the noise of every step: an image's noise
-    does not depend on its batch (its rounding may). The state z is float32, whatever the U-Net is.
+    e is the encoder's output for the references (line 1). An image's noise does not depend on its batch (its
+    rounding may). The state z is float32, whatever the U-Net is.
     """
     device = projector.null.device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def noise():
-        return torch.stack([torch.randn(latent, generator=g) for g in generators]).to(device)
-
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]        # on the CPU
+    noise = torch.stack([torch.stack([torch.randn(z_shape, generator=g) for g in generators])
+                         for _ in range(sampling.steps + 1)])
+    noise = noise.pin_memory() if device.type == "cuda" else noise
     c = projector(e.to(device))                                                 # 2: project both, once
     c_null = projector(projector.null).expand_as(c)
     both = torch.cat([c_null, c])
-    z = noise()                                                                 # 3: z_T
-    ts = timesteps(how.steps)
-    for t, previous in zip(ts, ts[1:] + [None]):                                # 4
+    z = noise[0].to(device)                                                     # 3: z_T
+    ts = timesteps(sampling.steps)
+    for t, previous, noise_t in zip(ts, ts[1:] + [None], noise[1:]):            # 4
         t_batch = torch.full((len(z),), t, device=device)
-        if how.cfg == 1:                                                        # 5, without its null branch
+        if sampling.cfg == 1:                                                   # 5, without its null branch
             eps = unet(z, t_batch, c)
         else:
             eps_null, eps_c = unet(z.repeat(2, 1, 1, 1), t_batch.repeat(2), both).chunk(2)
-            eps = guide(eps_null, eps_c, how.cfg)                               # 5
-        z = ddpm_step(z, eps, noise(), t, previous)                             # 6
+            eps = guide(eps_null, eps_c, sampling.cfg)                          # 5
+        z = ddpm_step(z, eps, noise_t.to(device, non_blocking=True), t, previous)       # 6
     return z                                                                    # 7: see `decode`
 
 @torch.no_grad()
 def decode(vae, z0):
-    """z_0 (B, 4, h, w) -> PIL images; four at a time, to limit memory at 512 px."""
+    """z_0 (B, 4, h, w) -> x (B, 3, H, W); four at a time, to limit memory at 512 px."""
     device = next(vae.parameters()).device
-    return [image for part in z0.split(4) for image in to_images(vae.decode(part.to(device)))]
+    return torch.cat([vae.decode(part.to(device)) for part in z0.split(4)])
 
 def latent_shape(unet, vae, size):
     """(4, h, w) of images with this side in pixels."""
     multiple = vae.factor * 2 ** (len(unet.down_blocks) - 1)
-    if size < multiple or size % multiple:
-        nearest = max(1, round(size / multiple)) * multiple
-        raise Fail(f"a size of {size} px must be a multiple of {multiple} for this base; the nearest is "
-                   f"{nearest}")
+    if size % multiple:
+        near = max(1, round(size / multiple)) * multiple
+        raise Fail(f"a size of {size} px must be a multiple of {multiple} for this base; nearest is {near}")
     return unet.latent, size // vae.factor, size // vae.factor
 
 # ---- images ------------------------------------------------------------------------------------------
@@ -105,41 +111,52 @@ class Model(NamedTuple):
     unet: nn.Module
     projector: nn.Module
     vae: nn.Module
-    latent: tuple
+    z_shape: tuple
     batch: int
     full_batches: bool
+    adapter: str = "in training"        # its sha256, for the images' provenance
+    files: str = "the weights"          # for a message
 
 class Job(NamedTuple):
     """An image to make: its file, the name of its reference, its seed and how to sample it."""
     path: Path
     reference: str
     seed: int
-    how: Sampling
+    sampling: Sampling
 
 def make_images(model, jobs, e):
     """Sample and write an image for each of the jobs; e[reference]: embedding (d_e,) of a reference.
 
     A batch has one Sampling. Several processes share whole batches: in another batch an image may round
-    differently. PNGs are written while the next batch is computed.
+    differently. PNGs are written while the next batch is computed. Fails where an image is not finite.
     """
-    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.how)]
+    def write(job, image):
+        save_image(job.path, image, model.adapter, reference=job.reference, seed=job.seed,
+                   **asdict(job.sampling))
+
+    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.sampling)]
     parts = shard([group[i:i + model.batch] for group in groups for i in range(0, len(group), model.batch)])
-    written, total = [], sum(map(len, parts))
+    written, total = (), sum(map(len, parts))
     with (progress(total=total, desc="sampling", unit="image", leave=False) as bar,
           ThreadPoolExecutor(1) as writer):
         for part in parts:
             batch = (part * model.batch)[:model.batch] if model.full_batches else part
             z0 = sample(torch.stack([e[job.reference] for job in batch]), model.projector, model.unet,
-                        part[0].how, [job.seed for job in batch], model.latent)
-            images = decode(model.vae, z0[:len(part)])
-            for future in written:
-                future.result()         # raises what went wrong
-            written = [writer.submit(save_image, job.path, image, reference=job.reference, seed=job.seed,
-                                     **asdict(job.how)) for job, image in zip(part, images)]
+                        part[0].sampling, [job.seed for job in batch], model.z_shape)
+            x = decode(model.vae, z0[:len(part)])
+            list(written)               # raises what went wrong
+            if not x.isfinite().all():
+                raise Fail(f"{part[0].path} or another of its batch is not finite; check {model.files}")
+            written = writer.map(write, part, to_images(x))
             bar.update(len(part))
-        for future in written:
-            future.result()
+        list(written)
     barrier()
+
+def write_real(files, sources, size, rewrite=False):
+    """Write the references that are missing, {name: file} from {name: source}, at the model's size."""
+    for name, path in files.items():
+        if rewrite or not path.exists():
+            save_image(path, resize_crop(load_rgb(sources[name]), size), reference=name)
 
 class ValidationSamples:
     """One sample of each validation image, image i with seed i: real/, fake/ and grids/ of a run of train.py.
@@ -149,22 +166,20 @@ class ValidationSamples:
     """
     GRID = 8            # pairs of reference and sample in the picture of an epoch
 
-    def __init__(self, folder, references, size, how, rewrite):
+    def __init__(self, folder, references, size, sampling, rewrite):
         """references: {title: path}. rewrite: write the images of real/ although they exist."""
-        self.folder, self.how = folder, how
+        self.folder, self.sampling = folder, sampling
         self.real, self.fake, self.made = ({title: folder / part / f"{title}.png" for title in references}
                                            for part in ("real", "fake", ".fake"))
         if RANK0:
-            for title, path in references.items():
-                if rewrite or not self.real[title].exists():
-                    save_image(self.real[title], resize_crop(load_rgb(path), size), reference=title)
+            write_real(self.real, references, size, rewrite)
             if references:
                 save_image(folder / "patch.png", load_rgb(next(iter(self.real.values()))))
         barrier()
 
     def make(self, model, embeddings, epoch):
         """Sample all from embeddings (n, d_e) of the images, write the epoch's grid -> their files."""
-        jobs = [Job(path, title, i, self.how) for i, (title, path) in enumerate(self.made.items())]
+        jobs = [Job(path, title, i, self.sampling) for i, (title, path) in enumerate(self.made.items())]
         make_images(model, jobs, dict(zip(self.made, embeddings)))
         if RANK0:
             pairs = subsample(list(zip(self.real.values(), self.made.values())), self.GRID)
@@ -185,75 +200,90 @@ class ValidationSamples:
 def parse_args():
     """-> (arguments, a Sampling for each guidance)."""
     parser = Parser(__doc__)
-    what = parser.add_argument_group("what to sample")
-    what.add_argument("--ref", nargs="+", metavar="PATH",
-                      help="reference patches: images, or folders of images; also searched for in the run")
-    what.add_argument("--split", choices=("train", "val", "test"), help="or every patch of this part")
-    what.add_argument("--label", nargs="+", metavar="CLASS", help="of --split, only patches of these classes")
-    what.add_argument("--limit", type=number(int, 1), metavar="N", help="of --split, N patches at most")
-    what.add_argument("--n", type=number(int, 1), default=1, help="samples per reference")
-    what.add_argument("--seed", type=number(int, 0, 2 ** 62), default=0,
-                      help="image i uses seed + i, in the order of references; of --split, of the whole part")
+    add = parser.add_argument_group("what to sample")
+    source, add = add.add_mutually_exclusive_group(required=True).add_argument, add.add_argument
+    source("--ref", nargs="+", metavar="PATH", help="images or folders of them; also looked for in the run")
+    source("--split", choices=("train", "val", "test"), help="or every patch of this part of the run's split")
+    source("--embedding", type=Path, metavar="FILE",
+           help="or embeddings (n, d) of its encoder: .npy, .npz, .csv, .pt or .safetensors")
+    add("--label", nargs="+", metavar="CLASS", help="of --split, only patches of these classes")
+    add("--limit", type=number(int, 1), metavar="N", help="of --split, N patches at most")
+    add("--n", type=number(int, 1), default=1, help="samples per reference")
+    add("--mean", action="store_true", help="condition on the mean embedding of all references")
+    add("--balance", action="store_true", help="of --split train: fill each class up to the largest")
+    add("--seed", type=number(int, 0, 2 ** 62), default=0,
+        help="image i uses seed + i, in the order of references; of --split, of the whole part")
     add_options(parser, Sampling)
-    model = parser.add_argument_group("with which model")
-    model.add_argument("--run", metavar="DIR", help="a run, its best adapter (default: the newest in runs/)")
-    model.add_argument("--adapter", metavar="FILE", help="or an adapter file")
-    model.add_argument("--sd15", metavar="PATH", help="Stable Diffusion 1.5 (default: the one trained with)")
-    model.add_argument("--uni2h", metavar="PATH", help="UNI2-h (default: the one trained with)")
-    model.add_argument("--other-base", action="store_true", help="accept another base than the adapter's")
-    run = parser.add_argument_group("run")
-    run.add_argument("--batch", type=number(int, 1), default=16, help="images at a time (changes rounding)")
-    run.add_argument("--out", metavar="DIR",
-                     help="default: samples/stepN[-SPLIT] beside the adapter, which was trained for N steps")
-    run.add_argument("--no-compile", action="store_true",
-                     help=f"do not torch.compile the U-Net (compiled on CUDA, from {COMPILE_FROM} images on)")
-    run.add_argument("--device", default="auto", help="cuda, mps or cpu")
+    add = parser.add_argument_group("with which model").add_argument
+    add("--run", metavar="DIR", help="a run, its best adapter (default: the newest in runs/)")
+    add("--adapter", metavar="FILE", help="or an adapter file")
+    add("--sd15", metavar="PATH", help="Stable Diffusion 1.5 (default: the one trained with)")
+    add("--uni2h", metavar="PATH", help="UNI2-h (default: the one trained with)")
+    add("--other-base", action="store_true", help="accept another base than the adapter's")
+    add = parser.add_argument_group("run").add_argument
+    add("--batch", type=number(int, 1), default=16, help="images at a time (changes rounding)")
+    add("--out", type=Path, metavar="DIR", help="default: samples/stepN[-SPLIT] beside the adapter")
+    add("--no-compile", action="store_true", help="do not torch.compile the U-Net (compiled on CUDA, from "
+        f"{COMPILE_FROM} images on)")
+    add("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
-    if bool(args.ref) == bool(args.split):
-        raise Fail("pass either --ref with images or folders, or --split with a part of the run's split")
-    if args.ref and (args.label or args.limit):
+    if not args.split and (args.label or args.limit):
         raise Fail("--label and --limit choose among the patches of --split; with --ref, name the images")
+    if args.balance and (args.split != "train" or args.n > 1 or args.limit or args.mean):
+        raise Fail("--balance fills up the classes of --split train, without --n, --limit or --mean")
     given = {f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)}
     return args, [Sampling(**given | {"cfg": w}) for w in dict.fromkeys(given.get("cfg", [Sampling.cfg]))]
 
 def main():
-    args, hows = parse_args()
+    args, samplings = parse_args()
     device = pick_device(args.device)
     join_processes(device)
     adapter = find_adapter(args.run, args.adapter)
-    folder = adapter.path.parent
-    settings, size = read_settings(folder), int(adapter.header["resolution"])
-    found, chosen = find_references(args, settings, folder)
+    settings, size = read_settings(adapter.path.parent), int(adapter.header["resolution"])
+    found = find_references(args, settings, adapter)
     unet_file, vae_file, encoder = open_files(args, settings, adapter)
-    part = f"-{args.split}" if args.split else ""
-    out = Path(args.out) if args.out else folder / "samples" / f"step{int(adapter.header['step']):06d}{part}"
-    guard = dict(adapter_sha256=file_sha256(adapter.path), base_sha256=unet_file.fingerprint(),
-                 vae_sha256=vae_file.fingerprint(), resolution=size, **hows[0].others())
-    saved = read_json(out / "samples.json")
-    before = Sampling().others() | saved                    # an option that it lacks had its default
-    if saved and (other := [key for key, value in guard.items() if before.get(key) != value]):
-        raise Fail(f"{out} holds samples with another {other[0].removesuffix('_sha256')}; pass another --out")
-    names, known = name_references(found, saved.get("references", {}))
+    kind = [args.split, args.embedding and "embedding", args.mean and "mean", args.balance and "balance"]
+    name = "-".join([f"step{int(adapter.header['step']):06d}", *filter(None, kind)])
+    out = args.out or adapter.path.parent / "samples" / name
+    adapter_sha256 = file_sha256(adapter.path)
+    guard = dict(adapter_sha256=adapter_sha256, base_sha256=unet_file.fingerprint(),
+                 vae_sha256=vae_file.fingerprint(), resolution=size, **samplings[0].shared_options())
+    known = read_samples(out, guard, [*(args.ref or ()), settings and settings.data])
+    digest = file_sha256 if encoder else lambda row: hashlib.sha256(row.numpy()).hexdigest()
+    names, known = name_references([(name, source) for name, _, source in found], known, digest)
     check_same("weights or references", [guard, known])
-    references = {name: path for i, (name, path) in enumerate(names.items()) if i in chosen}
-    jobs = [Job(out / how.name / f"{name}_seed{seed}_{how.name}.png", name, seed, how)
-            for how in hows for i, name in enumerate(names) if i in chosen
-            for seed in range(args.seed + i * args.n, args.seed + (i + 1) * args.n)]
+    chosen = choose(args, dict(zip(names, (label for _, label, _ in found))))
+    references = {name: names[name] for name in chosen}
+    if args.mean:
+        digest = hashlib.sha256("".join(known[name] for name in chosen).encode()).hexdigest()[:8]
+        name = Path(os.path.commonpath(chosen), f"mean-of-{len(chosen)}-{digest}").as_posix()
+        chosen = {name: range(args.seed, args.seed + args.n)}
+    jobs = [Job(out / s.name / f"{name}_seed{seed}_{s.name}.png", name, seed, s)
+            for s in samplings for name, seeds in chosen.items() for seed in seeds]
     todo = [job for job in jobs if not job.path.exists()]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images exist already")
     if todo:
         # all references are read before anything is written, so that an unreadable one is found first
-        paths = {job.reference: references[job.reference] for job in todo}
-        e = torch.from_numpy(encoder.extract(list(paths.values()), device, args.batch)).float()
+        needed = references if args.mean else {job.reference: references[job.reference] for job in todo}
+        e = list(needed.values())
+        e = torch.from_numpy(encoder.extract(e, device, args.batch)).float() if encoder else torch.stack(e)
+        e = {todo[0].reference: e.mean(0)} if args.mean else dict(zip(needed, e))
         compiled = device.type == "cuda" and len(todo) >= COMPILE_FROM and not args.no_compile
         model = load_model(unet_file, vae_file, adapter, device, args.batch, compiled)
         if RANK0:
             save_json(out / "samples.json", guard | {"references": known})
-        make_images(model, todo, dict(zip(paths, e)))
+        make_images(model, todo, e)
     if RANK0:
-        write_sheets(out, references, jobs, hows, size)
-        print(summary(out, references, jobs, hows))
+        real = {name: out / "real" / f"{name}.png" for name in references if encoder}
+        write_real(real, references, size)
+        write_labels(out, {safe_name(label): label for _, label, _ in found if label}, adapter_sha256)
+        for s in samplings:
+            write_sheet(out / f"sheet-{s.name}.png", real, [job for job in jobs if job.sampling == s])
+        name = samplings[0].name
+        print(f"{len(jobs)} image{'s' * (len(jobs) > 1)} in {out}; contact sheet {out}/sheet-{name}.png.")
+        if len(real) > 1:
+            print("To compare:", command_line("fid.py", out / "real", out / name, "--per-class"))
 
 def find_adapter(run, path):
     """--run and --adapter -> the open adapter: the one named, or the best (else the last) of the run."""
@@ -267,40 +297,93 @@ def find_adapter(run, path):
             raise Fail(f"--run {run} contains no adapter.safetensors; pass a folder that train.py made")
     return open_adapter(path)
 
-def find_references(args, settings, folder):
-    """--ref or --split -> [(name of the reference, path)], and the indices of those to sample."""
+def find_references(args, settings, adapter):
+    """--ref, --split or --embedding -> [(name, label, source)]: a file or an embedding (d_e,)."""
+    if args.embedding:
+        rows = read_embeddings(args.embedding, load_projector(adapter).shape["embedding"])
+        return [(f"{args.embedding.stem}-{i:04d}", "", row) for i, row in enumerate(rows)]
     if args.split:
-        found = patches_of(args.split, settings, folder)
-        labels = {patch.label for patch, _ in found}
-        if unknown := set(args.label or ()) - labels:
-            classes = ", ".join(sorted(labels)) or "none"
-            raise Fail(f"--label {min(unknown)}: the classes of this part are {classes}")
-        wanted = [i for i, (patch, _) in enumerate(found) if patch.label in (args.label or labels)]
-        if not wanted:
-            raise Fail(f"--split {args.split}: that part of {folder / 'split.json'} is empty")
-        return [(patch.title, path) for patch, path in found], set(subsample(wanted, args.limit))
+        found = patches_of(args.split, settings, adapter.path.parent)
+        if not found:
+            raise Fail(f"--split {args.split}: that part of the run's split.json is empty; pass another")
+        return [(patch.title, patch.label, path) for patch, path in found]
     found = []
-    for path in find(args.ref, folder):
-        if not path.exists():
+    for path in find(args.ref, adapter.path.parent):
+        if not (path.is_file() or path.is_dir()):
             raise Fail(f"--ref {path}: no such file or folder")
         below = list_images(path) if path.is_dir() else [path]
         if not below:
             raise Fail(f"--ref {path}: the folder contains no images")
         base = path if path.is_dir() else path.parent
-        found += [(p.relative_to(base).with_suffix("").as_posix(), p) for p in below]
-    return found, set(range(len(found)))
+        found += [(p.relative_to(base).with_suffix("").as_posix(), "", p) for p in below]
+    return found
+
+def read_embeddings(path, width):
+    """The one array (n, width) or (width,) of finite floating-point numbers in a file -> (n, width)."""
+    with foreign_file(path, "holds no embeddings", "pass .npy, .npz, .csv, .pt or .safetensors"):
+        if path.suffix.lower() in (".npy", ".npz"):
+            found = np.load(path)
+        elif path.suffix.lower() == ".csv":
+            found = np.loadtxt(path, delimiter=",", ndmin=2)
+        else:
+            file = TensorFile(path)
+            tensors = {name: file.get(name) for name in file.names}
+            found = {name: t.float().numpy() for name, t in tensors.items() if t.is_floating_point()}
+        arrays = dict(found) if hasattr(found, "keys") else {"array": found}
+        fit = [a for a in arrays.values() if a.dtype.kind == "f" and a.shape[-1:] == (width,) and a.ndim < 3]
+        if len(fit) != 1 or not fit[0].size:
+            shapes = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in arrays.items())
+            raise Fail(f"{path} holds {shapes[:200]}; the adapter needs one array (n, {width}) of floats")
+        rows = torch.from_numpy(fit[0].reshape(-1, width).astype(np.float64)).float()
+        if not (finite := rows.isfinite().all(1)).all():
+            raise Fail(f"{path}: embedding {finite.long().argmin()} is not finite; omit it")
+        return rows
+
+def choose(args, labels):
+    """{reference: label} -> {reference: seeds of its samples}, for those to sample."""
+    size, nth, first, chosen = Counter(labels.values()), Counter(), args.seed, {}
+    if unknown := set(args.label or ()) - size.keys():
+        raise Fail(f"--label {min(unknown)}: the classes of this part are {', '.join(sorted(size))}")
+    for name, label in labels.items():
+        n, i, lacks = args.n, nth[label], max(size.values()) - size[label]
+        if args.balance:        # the reference's share of what its class lacks
+            n = (i + 1) * lacks // size[label] - i * lacks // size[label]
+        if n and label in (args.label or size):
+            chosen[name] = range(first, first + n)
+        first, nth[label] = first + n, i + 1
+    if not chosen:
+        raise Fail("these classes are as large as the largest; omit --balance, or pass another --label")
+    return dict(subsample(list(chosen.items()), args.limit))
+
+def read_samples(out, guard, folders):
+    """The references of the samples in --out {name: sha256}; {} where it is new or empty.
+
+    Fails where it holds other files or samples of another kind, or is inside one of the folders of patches.
+    """
+    saved = read_json(out / "samples.json")
+    before = Sampling().shared_options() | saved            # an option that it lacks had its default
+    other = [key.removesuffix("_sha256") for key, value in guard.items() if before.get(key) != value]
+    inside = [folder for folder in folders if folder and os.path.isdir(folder)
+              and out.resolve().is_relative_to(Path(folder).resolve())]
+    problem = (f"is inside {inside[0]}, where its images would be taken for patches" if inside else
+               "holds other files and no samples.json" if not saved and any(out.glob("[!.]*")) else
+               f"holds samples with another {other[0]}" if saved and other else "")
+    if problem:
+        raise Fail(f"--out {out} {problem}; pass another --out")
+    return saved.get("references", {})
 
 def open_files(args, settings, adapter):
-    """-> U-Net and VAE (TensorFiles) and the Encoder. Fails if the adapter was trained with others."""
+    """-> U-Net and VAE (TensorFiles), Encoder (None with --embedding). Fails if trained with others."""
     header = adapter.header
     with rank0_first():             # it downloads what is missing
         unet_file, vae_file = open_sd15(args.sd15 or (settings.sd15 if settings else header["base"]))
-        encoder = open_encoder(args.uni2h or (settings.uni2h if settings else header["encoder"]))
+        source = args.uni2h or (settings.uni2h if settings else header["encoder"])
+        encoder = None if args.embedding else open_encoder(source)
     for file, key in ((unet_file, "base_sha256"), (vae_file, "vae_sha256")):
         if not args.other_base and file.fingerprint() != header[key]:
             raise Fail(f"{file.path} is of another base than the one {adapter.path} was trained on "
                        f"({header['base']}); pass that one with --sd15, or --other-base to use this one")
-    if encoder.fingerprint() != header["encoder_sha256"]:
+    if encoder and encoder.fingerprint() != header["encoder_sha256"]:
         raise Fail(f"{encoder.file.path} is not the encoder that the adapter was trained with "
                    f"({header['encoder']}); pass that one with --uni2h")
     return unet_file, vae_file, encoder
@@ -308,36 +391,36 @@ def open_files(args, settings, adapter):
 def load_model(unet_file, vae_file, adapter, device, batch, compiled):
     """-> Model. The LoRA is merged in float32, then the U-Net is cast; the projector is float32."""
     unet, vae = load_unet(unet_file, device), load_vae(vae_file, device)
-    latent = latent_shape(unet, vae, int(adapter.header["resolution"]))
+    z_shape = latent_shape(unet, vae, int(adapter.header["resolution"]))
     projector = load_adapter(adapter, unet)
     unet = fold(unet).to(frozen_dtype(device))
     if compiled:
         unet = torch.compile(unet, dynamic=False)
-    return Model(unet, projector, vae, latent, batch, full_batches=compiled)
+    return Model(unet, projector, vae, z_shape, batch, full_batches=compiled,
+                 adapter=file_sha256(adapter.path), files=f"{adapter.path} and {unet_file.path}")
 
-def write_sheets(out, references, jobs, hows, size):
-    """Write real/, and a contact sheet per guidance: up to 32 references, each with up to seven samples."""
-    real = {name: out / "real" / f"{name}.png" for name in references}
-    for name, path in real.items():
-        if not path.exists():
-            save_image(path, resize_crop(load_rgb(references[name]), size))
-    for how in hows:
-        rows = [(real[name], *[job.path for job in jobs if (job.reference, job.how) == (name, how)][:7])
-                for name in list(references)[::max(1, len(references) // 32)][:32]]
-        sheet = contact_sheet([[load_rgb(path) for path in row] for row in rows])
-        save_image(out / f"sheet-{how.name}.png", sheet)
+def write_labels(out, labels, adapter_sha256):
+    """labels.csv: a row for each sample in OUT, of any call, by its path. labels: {folder: class}."""
+    rows = []
+    for path in sorted(out.glob("cfg*/**/[!.]*.png")):
+        file = path.relative_to(out).as_posix()
+        if m := re.fullmatch(r"cfg[^/]+/((?:([^/]+)/)?.+)_seed(\d+)_cfg(.+)\.png", file):
+            rows.append(dict(file=file, label=labels.get(m[2], m[2]), reference=m[1], seed=m[3],
+                             guidance=m[4], adapter=adapter_sha256))
+    save_csv(out / "labels.csv", rows)
 
-def summary(out, references, jobs, hows):
-    """What was made and the command that compares it; a note for each folder that holds other images too."""
-    lines = []
-    for name, n in [("real", len(references))] + [(how.name, len(jobs) // len(hows)) for how in hows]:
-        if others := len(list_images(out / name)) - n:
-            lines.append(f"note: {out / name} holds {others} more images, of earlier calls")
-    images, name = "image" if len(jobs) == 1 else "images", hows[0].name
-    lines.append(f"{len(jobs)} {images} in {out}; contact sheet {out}/sheet-{name}.png.")
-    if len(references) > 1:
-        lines[-1] += f" To compare: python fid.py {out}/real {out}/{name} --per-class"
-    return "\n".join(lines)
+def write_sheet(path, real, jobs):
+    """A contact sheet of 32 references, equally many of each class, and up to eight samples of each."""
+    rows, classes = {}, {}
+    for job in jobs:
+        rows.setdefault(job.reference, []).append(job.path)
+    for name in rows:
+        classes.setdefault(name.rpartition("/")[0], []).append(name)
+    shown = [name for names in classes.values() for name in subsample(names, max(1, 32 // len(classes)))]
+    n = min(8, *(len(rows[name]) for name in shown))
+    groups = [[*([real[name]] if name in real else []), *rows[name][:n]] for name in shown]
+    texts = [p.stem[-40:] for group in groups for p in group]
+    save_image(path, contact_sheet([[load_rgb(p) for p in group] for group in groups], texts=texts))
 
 if __name__ == "__main__":
     run_program(main)

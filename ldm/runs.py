@@ -248,17 +248,17 @@ def patches_of(part, settings, folder):
     names = names if part == "test" else subsample(names, settings.limit)
     return sorted(((patches[n], data / n) for n in names), key=lambda pair: pair[0].title)
 
-def name_references(found, known):
-    """[(name, path)] -> {unique name: path}, and `known` extended by them: {name: sha256 of the file}.
+def name_references(found, known, digest=file_sha256):
+    """[(name, path)] -> {unique name: path}, and `known` extended by them: {name: digest(path)}.
 
     Two images never share a name, here or with an earlier call that left `known`: the second one gets "-2".
     """
     references, known = {}, dict(known)
     for name, path in found:
-        digest = file_sha256(path)
+        sha256 = digest(path)
         name = unique = "/".join(map(safe_name, name.split("/")))
         n = 2
-        while unique in references or known.setdefault(unique, digest) != digest:
+        while unique in references or known.setdefault(unique, sha256) != sha256:
             unique, n = f"{name}-{n}", n + 1
         references[unique] = path
     return references, known

@@ -87,6 +87,7 @@ class TensorFile:
 def _unpickle(path):
     mapped = zipfile.is_zipfile(path)           # torch cannot map its format before version 1.6
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    state = {"tensor": state} if isinstance(state, torch.Tensor) else state
     if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
         raise ValueError("it is no state dict, or holds more than that")
     return state

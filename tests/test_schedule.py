@@ -1,10 +1,12 @@
 """Noise schedule, sampler and guidance equal the numbers of the reference implementation."""
+import itertools
 from decimal import Decimal
 
 import pytest
 import torch
 
 from ldm import schedule
+from ldm.schedule import ddpm_step, timesteps
 from ldm.unet import UNet
 from projector import Projector
 from sample import Sampling, guide, sample
@@ -84,6 +86,14 @@ def test_the_guided_trajectory_equals_diffusers_fed_the_same_noise(model, schedu
         eps_null, eps_c = unet(z, t[None], c_null), unet(z, t[None], c)
         z = scheduler.step(eps_null + w * (eps_c - eps_null), t, z, generator=g).prev_sample
     assert (ours - z).abs().max() < 1e-5 * z.abs().max()
+
+def test_noise_drawn_before_the_loop_is_bit_for_bit_that_drawn_at_each_step(model):
+    g, shape = torch.Generator().manual_seed(3), (4, 1, 3)          # of 12 numbers: torch fills by 16
+    ours = sample(torch.randn(1, 16), model[1], lambda z, t, c: 0 * z, Sampling(1, 5), [3], shape)
+    z = torch.randn(shape, generator=g)[None]
+    for t, previous in itertools.pairwise([*timesteps(5), None]):
+        z = ddpm_step(z, 0 * z, torch.randn(shape, generator=g)[None], t, previous)
+    assert torch.equal(ours, z)
 
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(model):
     unet, projector = model
