@@ -14,18 +14,15 @@ OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.
 import hashlib
 import itertools
 import os
-import os
 import re
 import shutil
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from ldm.app import (RANK0, Fail, Parser, add_options, barrier, check_same, command_line, file_sha256,
                      foreign_file, frozen_dtype, join_processes, number, option, pick_device, progress,
@@ -52,10 +49,6 @@ class Sampling:
     def name(self):
         """The name of a folder of such samples: the guidance. An --out has one value of all else."""
         return f"cfg{repr(self.cfg).removesuffix('.0')}"
-
-    def shared_options(self):
-        """{name: value} of what is not in the name."""
-        return {name: value for name, value in asdict(self).items() if name != "cfg"}
 
 # ---- Algorithm 2 -------------------------------------------------------------------------------------
 
@@ -106,23 +99,12 @@ def latent_shape(unet, vae, size):
 
 # ---- images ------------------------------------------------------------------------------------------
 
-class Model(NamedTuple):
-    """What images are made with. full_batches: fill up the last batch, for a compiled U-Net."""
-    unet: nn.Module
-    projector: nn.Module
-    vae: nn.Module
-    z_shape: tuple
-    batch: int
-    full_batches: bool
-    adapter: str = "in training"        # its sha256, for the images' provenance
-    files: str = "the weights"          # for a message
-
-class Job(NamedTuple):
-    """An image to make: its file, the name of its reference, its seed and how to sample it."""
-    path: Path
-    reference: str
-    seed: int
-    sampling: Sampling
+# What images are made with, `batch` at a time. full_batches: fill up the last one, for a compiled U-Net.
+# adapter: its sha256, for provenance; files: of the weights, for a message.
+Model = namedtuple("Model", "unet projector vae z_shape batch full_batches adapter files",
+                   defaults=("in training", "the weights"))
+# An image to make: its file, the name of its reference, its seed and its Sampling.
+Job = namedtuple("Job", "path reference seed sampling")
 
 def make_images(model, jobs, e):
     """Sample and write an image for each of the jobs; e[reference]: embedding (d_e,) of a reference.
@@ -247,7 +229,8 @@ def main():
     out = args.out or adapter.path.parent / "samples" / name
     adapter_sha256 = file_sha256(adapter.path)
     guard = dict(adapter_sha256=adapter_sha256, base_sha256=unet_file.fingerprint(),
-                 vae_sha256=vae_file.fingerprint(), resolution=size, **samplings[0].shared_options())
+                 vae_sha256=vae_file.fingerprint(), resolution=size, **asdict(samplings[0]))
+    del guard["cfg"]                                        # which is in the names
     known = read_samples(out, guard, [*(args.ref or ()), settings and settings.data])
     digest = file_sha256 if encoder else lambda row: hashlib.sha256(row.numpy()).hexdigest()
     names, known = name_references([(name, source) for name, _, source in found], known, digest)
@@ -291,10 +274,8 @@ def find_adapter(run, path):
         run = run or newest_run()
         if run is None:
             raise Fail("there is no run under runs/; train one with `python train.py`, or pass --adapter")
-        names = [Path(run) / name for name in ("adapter-best.safetensors", "adapter.safetensors")]
-        path = next((p for p in names if p.is_file()), None)
-        if path is None:
-            raise Fail(f"--run {run} contains no adapter.safetensors; pass a folder that train.py made")
+        best = Path(run) / "adapter-best.safetensors"
+        path = best if best.is_file() else best.with_name("adapter.safetensors")
     return open_adapter(path)
 
 def find_references(args, settings, adapter):
@@ -309,12 +290,10 @@ def find_references(args, settings, adapter):
         return [(patch.title, patch.label, path) for patch, path in found]
     found = []
     for path in find(args.ref, adapter.path.parent):
-        if not (path.is_file() or path.is_dir()):
-            raise Fail(f"--ref {path}: no such file or folder")
-        below = list_images(path) if path.is_dir() else [path]
-        if not below:
-            raise Fail(f"--ref {path}: the folder contains no images")
         base = path if path.is_dir() else path.parent
+        below = list_images(path) if path.is_dir() else [path] * path.is_file()
+        if not below:
+            raise Fail(f"--ref {path}: no such file, or a folder without images")
         found += [(p.relative_to(base).with_suffix("").as_posix(), "", p) for p in below]
     return found
 
@@ -361,7 +340,7 @@ def read_samples(out, guard, folders):
     Fails where it holds other files or samples of another kind, or is inside one of the folders of patches.
     """
     saved = read_json(out / "samples.json")
-    before = Sampling().shared_options() | saved            # an option that it lacks had its default
+    before = asdict(Sampling()) | saved                     # an option that it lacks had its default
     other = [key.removesuffix("_sha256") for key, value in guard.items() if before.get(key) != value]
     inside = [folder for folder in folders if folder and os.path.isdir(folder)
               and out.resolve().is_relative_to(Path(folder).resolve())]
