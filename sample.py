@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm.app import (RANK0, Fail, Parser, add_options, barrier, check_same, command_line, file_sha256,
-                     foreign_file, frozen_dtype, join_processes, number, option, pick_device, progress,
-                     rank0_first, read_json, run_program, safe_name, save_csv, save_json, shard)
+from ldm.app import (RANK0, SIGNALS, Fail, Parser, add_options, barrier, check_same, command_line,
+                     cpu_generator, file_sha256, foreign_file, frozen_dtype, join_processes, number, option,
+                     pick_device, progress, rank0_first, read_json, run_program, safe_name, save_csv,
+                     save_json, shard)
 from ldm.data import contact_sheet, list_images, load_rgb, resize_crop, save_image, subsample, to_images
 from ldm.encoder import open_encoder
 from ldm.runs import find, name_references, newest_run, patches_of, read_settings
@@ -64,7 +65,7 @@ def sample(e, projector, unet, sampling, seeds, z_shape):
     rounding may). The state z is float32, whatever the U-Net is.
     """
     device = projector.null.device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]        # on the CPU
+    generators = [cpu_generator(seed) for seed in seeds]
     noise = torch.stack([torch.stack([torch.randn(z_shape, generator=g) for g in generators])
                          for _ in range(sampling.steps + 1)])
     noise = noise.pin_memory() if device.type == "cuda" else noise
@@ -256,6 +257,7 @@ def main():
         model = load_model(unet_file, vae_file, adapter, device, args.batch, compiled)
         if RANK0:
             save_json(out / "samples.json", guard | {"references": known})
+        SIGNALS.kept = f"; the finished images are in {out}; repeat the command for the rest"
         make_images(model, todo, e)
     if RANK0:
         real = {name: out / "real" / f"{name}.png" for name in references if encoder}
