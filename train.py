@@ -28,7 +28,8 @@ from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast
                      command_line, cpu_generator, file_sha256, foreign_file, frozen_dtype, join_processes,
                      peak_memory, pick_device, progress, rank0_first, run_program, save_csv, save_tensors,
                      save_text, shard, silence)
-from ldm.data import Cache, describe_split, read_dataset, subsample, write_toy_tissue
+from ldm.data import (Cache, describe_split, hash_files, note_equal_images, read_dataset, subsample,
+                      write_toy_tissue)
 from ldm.encoder import UNI2H, Inception, inception_available, open_encoder
 from ldm.runs import (FEW, TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
                       parse_settings, public_name, read_settings, split_of_run)
@@ -319,20 +320,24 @@ class Inputs:
                        "start fewer")
         with rank0_first():
             # a wrong folder is found before gigabytes are downloaded
-            patches = None if settings.data == TOY_DATA else read_dataset(settings.data)
+            self.started = (folder / "state.safetensors").exists()      # there is something to resume from
+            read = partial(read_dataset, case=settings.case, say=None if self.started else print)
+            patches = None if settings.data == TOY_DATA else read(settings.data)
+            inside = patches and folder.resolve().is_relative_to(Path(settings.data).resolve())
+            if inside and not self.started:
+                raise Fail(f"--run {folder} is inside the dataset {settings.data}; pass another --run")
             self.unet_file, self.vae_file = open_sd15(settings.sd15)
             self.encoder = open_encoder(settings.uni2h)
             # on the meta device: arguments that do not fit are found before anything is computed or written
             unet, vae = load_unet(self.unet_file, "meta"), load_vae(self.vae_file, "meta")
             self.z_shape = latent_shape(unet, vae, settings.size)
             self.data = open_data(settings, folder, announce=not resumed)
-            self.patches = patches or read_dataset(self.data)
+            self.patches = patches or read(self.data)
             self.lock = Lock(folder) if RANK0 and folder.is_dir() else None
-            self.started = (folder / "state.safetensors").exists()      # there is something to resume from
             if not self.started and (folder / "log.csv").exists():      # it is written after a state
                 raise Fail(f"{folder}/state.safetensors is missing; restore it, or pass another --run")
             split = split_of_run(folder, self.patches, settings.split, self.started)
-            self.names = {part: subsample(split[part], settings.limit) for part in ("train", "val")}
+            self.names = {part: subsample(found, settings.limit) for part, found in split.items()}
             # whose features the validation FID compares
             self.space = Inception(settings.inception) if settings.features == "inception" else self.encoder
             files = dict(vae=self.vae_file, encoder=self.encoder, base=self.unet_file)
@@ -371,13 +376,14 @@ def open_data(settings, folder, announce):
     return write_toy_tissue(folder.parent / TOY_DATA)
 
 def describe(patches, split):
-    """One line on the dataset and its split."""
-    cases, classes = len({p.case for p in patches}), len({p.label for p in patches})
+    """The dataset and its split, with an example of each class and its case."""
+    cases, classes = len({p.case for p in patches}), sorted({p.label for p in patches})
     parts = ", ".join(f"{part} {len(names)}" for part, names in split.items())
-    text = f"{len(patches)} patches of {cases} cases in {classes} classes: {parts}"
-    if cases == len(patches):
-        text += "; which patches share a case is unknown, so a case may be in two parts"
-    return text
+    lines = [f"{len(patches)} patches of {cases} cases in {len(classes)} classes: {parts}"]
+    for label in classes:
+        own = [p for p in patches if p.label == label]
+        lines.append(f"    {label}: {len(own)}, such as {own[0].name} of case {own[0].case}")
+    return "\n".join(lines)
 
 def build(settings, inputs, device):
     """Cache the encoders' outputs; build or restore the rest -> Trainer, Validation, adapter header."""
@@ -385,9 +391,12 @@ def build(settings, inputs, device):
     SIGNALS.kept = "; the cache keeps what it has; repeat the command to resume"
     cache = Cache(folder.parent / "cache", sha256["vae"], sha256["encoder"], settings.size)
     encoders = partial(load_encoders, inputs.vae_file, inputs.encoder, device)
-    hashes = {part: cache.fill([inputs.data / name for name in names], encoders)
-              for part, names in inputs.names.items()}
+    paths = {part: [inputs.data / name for name in names] for part, names in inputs.names.items()}
+    hashes = {part: cache.fill(paths[part], encoders) for part in ("train", "val")}
     sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    if RANK0 and not inputs.started:
+        hashes["test"] = hash_files(paths["test"])
+        note_equal_images(inputs.names, hashes, inputs.patches)
     with rank0_first():
         check_or_create(folder, settings, sha256)
     unet = load_unet(inputs.unet_file, device, frozen_dtype(device))

@@ -317,6 +317,8 @@ def read_csv(path):
 
 def file_sha256(path):
     """The SHA-256 of a file, in hexadecimal."""
+    if os.path.exists(path) and not os.path.isfile(path):       # reading a pipe would wait for ever
+        raise Fail(f"{path} is no regular file; remove it")
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

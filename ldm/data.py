@@ -1,18 +1,23 @@
 """Images, datasets, the split by case, and the cache of the frozen encoders' outputs."""
+import csv
 import hashlib
+import io
 import json
+import math
 import os
 import re
-from collections import Counter
+import unicodedata
+import warnings
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import product, zip_longest
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from itertools import chain, product, zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .app import (Fail, atomic_write, barrier, broadcast, file_sha256, foreign_file, progress, safe_name,
                   save_tensors, shard)
@@ -22,6 +27,15 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 TOY_SIDE = 64           # pixels of a patch of toy tissue
 MAX_PIXELS, MIN_SIDE, MAX_ASPECT = 8192 * 8192, 16, 16
 Image.MAX_IMAGE_PIXELS = None           # load_rgb checks the size itself, before it reads the pixels
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28     # scanners' profiles exceed 1 MB
+warnings.filterwarnings("ignore", module="PIL")         # they name no file
+ENDS = b"\xff\xd9", b"IEND\xaeB`\x82"         # of JPEG and PNG; zeros may follow
+# First bytes (regular expressions) of what Pillow cannot open -> what it is.
+FOREIGN = {
+    rb"$": "it is empty", rb"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
+    rb"\s*<": "it is a web page or XML, not an image", rb".{4}ftyp(hei|mif|msf|hev)": "HEIC is not supported",
+    rb"II\*\0|MM\0\*|II\+\0|MM\0\+": "a TIFF of a kind that Pillow cannot read, such as JPEG 2000, alpha "
+    "beside CMYK, floating point or 32 bits; save it as 8-bit RGB"}
 
 # ---- images ------------------------------------------------------------------------------------------------
 
@@ -29,25 +43,63 @@ def load_rgb(path):
     """An image file -> PIL image in RGB: upright by its EXIF tag, transparency on white, 16 bits scaled to 8.
 
     The one reader of train.py, sample.py and fid.py. Fails with the file's name unless it is a single
-    readable image from 16 pixels a side to 8192 x 8192.
+    readable image from 16 pixels a side to 8192 x 8192. Smaller previews beside it in the file are ignored,
+    and so is an alpha channel that is 0 everywhere.
     """
-    with foreign_file(path, "cannot be read"), Image.open(path) as image:
+    with foreign_file(path, "cannot be read"), _open_image(path) as image:
         short, long = sorted(image.size)
         if short * long > MAX_PIXELS or short < MIN_SIDE or long > MAX_ASPECT * short:
             raise Fail(f"{path} has {image.width} x {image.height} pixels; remove it, or cut patches of it: "
                        f"from {MIN_SIDE} a side to {MAX_PIXELS // 10 ** 6} megapixels, no strips")
-        if getattr(image, "n_frames", 1) > 1:
-            raise Fail(f"{path} has {image.n_frames} frames; save the one you mean as a single image")
+        tags, raw = getattr(image, "tag_v2", {}), str([tile[3] for tile in image.tile])
+        deep = image.mode[0] in "IF" or (";16" in raw and image.format in ("PNG", "TIFF"))
+        if tags.get(284) == 2 and max(tags.get(258, [8])) > 8 and not deep:     # Pillow would read noise
+            raise Fail(f"{path} is a 16-bit TIFF with separate planes; save it as 8 bits, or interleaved")
         image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":       # 16 bits; Pillow's own conversion would clip all above 255 to white
+        if image.mode[0] in "IF":       # Pillow's own conversion would clip all above 255 to white
             pixels = np.asarray(image).astype(np.float64)
             if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
                 raise Fail(f"{path} has floating-point pixels or more than 16 bits; save it as 8 or 16 bits")
             image = Image.fromarray((pixels / 257).round().astype(np.uint8))
-        elif image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
+        if deep and max(image.getchannel(band).getextrema()[1] for band in {*image.getbands()} - {"A"}) < 64:
+            raise Fail(f"{path} has 16 bits a channel, all below a quarter of their range: its 8, 12 or 14 "
+                       "bits would come out black; save it as 8 bits")
+        if deep and tags.get(262) == 0:         # white is 0, which Pillow inverts of 8 bits and less
+            image = ImageOps.invert(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            unused = image.getchannel("A").getextrema() == (0, 0)
+            if unused and "RGBa" in raw:
+                raise Fail(f"{path} has an alpha channel that is 0 everywhere; save it without")
+            if not unused or all(low == high for low, high in image.getextrema()):  # an empty one is white
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+def _open_image(path):
+    """Open an image at its full page. Raises what the file is instead, where Pillow does not recognise it."""
+    if os.path.exists(path) and not os.path.isfile(path):       # opening a pipe would wait for ever
+        raise ValueError("it is no regular file")
+    with open(path, "rb") as f:
+        data = f.read(2 ** 30)          # MAX_PIXELS of 16 bits take half of that
+    body, plain = data.rstrip(b"\0"), data[:2] in (b"II", b"MM", b"BM")
+    if len(data) - len(body) > (0.45 * len(data) if plain else 128) and not body.endswith(ENDS):
+        raise ValueError("it ends in zeros, as an interrupted copy does")       # decoded as black or grey
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        found = [what for start, what in FOREIGN.items() if re.match(start, data[:64], re.I | re.S)]
+        raise ValueError(*found or ["cannot identify image format"]) from None
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1 and image.format == "TIFF":
+        sizes = []
+        for page in range(pages):
+            image.seek(page)
+            sizes.append(math.prod(image.size))
+        image.seek(sizes.index(max(sizes)))
+        pages = sum(2 * size > max(sizes) for size in sizes)        # the others are previews
+    if pages > 1 and image.format != "MPO":                         # a phone's further frames
+        raise Fail(f"{path} has {pages} frames; save the one you mean as a single image")
+    return image
 
 def resize_crop(image, size, filter=Image.Resampling.LANCZOS):
     """Resize the shorter side to `size`, antialiased, then center-crop, as torchvision does."""
@@ -93,42 +145,45 @@ XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.o
 
 def save_image(path, image, made_by=None, **text):
     """Write a PNG atomically, with the text chunks {key: value}; made_by: of a generated one, its adapter."""
-    info = PngInfo()
+    info = PngImagePlugin.PngInfo()
     for key, value in (text | ({"adapter": made_by} if made_by else {})).items():
         info.add_text(key, str(value))
     if made_by:
         info.add_itxt("XML:com.adobe.xmp", XMP.format(GENERATED, made_by))
-    with atomic_write(path, sync=False) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, pnginfo=info)
 
-def is_generated(path):
-    """Whether an image file is marked as made by a model: by our text chunks, or by any program's XMP."""
-    try:
-        with Image.open(path if os.path.isfile(path) else os.devnull) as image:     # a pipe would block
-            marks = image.info
-    except Exception:       # of decoders; load_rgb gives the reason
-        return False
-    return {"reference", "seed", "cfg"} <= marks.keys() or "rainedAlgorithmicMedia" in str(
-        marks.get("xmp", marks.get("XML:com.adobe.xmp")))
-
-def list_images(folder):
+def list_images(folder, left=None):
     """The image files under a folder, at any depth, sorted; hidden ones are omitted.
 
-    Links to folders are followed, each folder once. Fails (OSError) on a folder that cannot be read.
+    left: a defaultdict(list) that receives the other files by their kind. Links to folders are followed, each
+    folder once. Fails (OSError) on a folder that cannot be read.
     """
     def stop(problem):
         raise problem
 
-    found, seen = [], set()
+    found, seen, left = defaultdict(list), set(), defaultdict(list) if left is None else left
     for base, folders, names in os.walk(folder, followlinks=True, onerror=stop):
         if (real := os.path.realpath(base)) in seen:
             folders.clear()
             continue
         seen.add(real)
+        left["hidden files"] += [Path(base, name) for name in folders + names if name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [Path(base, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
-    return sorted(found, key=Path.as_posix)
+        for path in (Path(base, name) for name in names if not name.startswith(".")):
+            suffix = path.suffix.lower()
+            (found["images"] if suffix in SUFFIXES else left[f"{suffix or 'other'} files"]).append(path)
+    return sorted(found["images"], key=Path.as_posix)
+
+def is_generated(path):
+    """Whether an image file is marked as made by a model: by our text chunks, or by any program's XMP."""
+    with open(path if os.path.isfile(path) else os.devnull, "rb") as f:         # a pipe would block
+        return bool(re.search(rb"tEXtseed\0|rainedAlgorithmicMedia", f.read(2 ** 14)))
+
+def is_output(folder):
+    """Whether a folder is a run of train.py, or an --out of sample.py."""
+    marks = {Path(folder, "config.json"): b'"args"', Path(folder, "samples.json"): b'"adapter_sha256"'}
+    return any(path.is_file() and mark in path.read_bytes() for path, mark in marks.items())
 
 def prefetch(pool, work, batches):
     """[work(item) of each item], batch by batch; the pool prepares the next batch while one is in use."""
@@ -146,8 +201,16 @@ def subsample(items, n):
 # ---- datasets ----------------------------------------------------------------------------------------------
 
 CLASSES = ("normal", "serrated", "adenocarcinoma", "adenoma")       # labels 0 to 3 of the Chaoyang format
-PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
-CASE = re.compile(r"(?P<case>\d+)\S*?-IMG\d+x\d+")         # <case>-<slide>-IMG<row>x<col>-<label>.JPG
+PARTS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test",
+             testing="test")
+# What names a case in a path (group 1): TCGA, Chaoyang (<case>-<slide>-IMG<row>x<col>-<label>), BreakHis, IDC
+CASES = (r"(TCGA-\w\w-\w{4})", r"(?:^|/)(\d+)[^/\s]*?-IMG\d+x\d+[^/]*$", r"SOB_[^/]*?[-_](\d+-\w+)",
+         r"^(\d+)/\d/\1_idx")
+MAGNIFICATION = re.compile(r"\d+ ?x", re.I)
+CONTAINER = re.compile(r"images?|imgs?|patch(es)?|tiles?|originals?|raw", re.I)      # neither class nor case
+NO_PATCH = re.compile(      # folders Tumor_masks/, files x-mask.png
+    r"(.*/)?((.*[_ .-])?({0})([_ -][^/]*)?|labels?|gt)/.*|(.*/)?(.*[_ .-])?({0}|labels?|gt)\.\w+".format(
+        "masks?|annotations?|segmentations?|overlays?|thumb(?:nail)?s?|previews?|ground.?truth"), re.I)
 
 @dataclass(frozen=True)
 class Patch:
@@ -175,79 +238,162 @@ class Patch:
         rest = Path(self.name.removeprefix(self.label + "/")).with_suffix("")
         return f"{self.label}/{safe_name(str(rest))}"
 
-def read_dataset(root):
-    """A folder in one of the LAYOUTS -> [Patch], sorted by name.
+def read_dataset(root, case=None, say=print):
+    """A folder of patches -> [Patch], sorted by name.
 
-    The case is the leading number of a name such as 353042_4-IMG005x014-1.JPG, else the folder below the
-    class (class/case/patch.png; one name below two classes is one case), else every patch is its own case.
+    It has patches.csv (file,label[,case][,part]), or train.json, val.json and test.json as Chaoyang has them,
+    or a folder per class, or only images (class "all"). The case is what the regular expression `case` finds
+    in a name (group 1, or all of it), or one of CASES, or the folder below the class (one name below two
+    classes is one case); else every patch is its own. Images that this program made are left out.
+    say: takes a line on what is left out or doubtful; None: a run exists, so the layout is not doubted.
     """
-    root = Path(os.path.expanduser(root))
+    root, names, left, made = Path(os.path.expanduser(root)), [], defaultdict(list), set()
     if not root.is_dir():
         raise Fail(f"{root}: no such folder of patches")
-    patches = next(found for read in LAYOUTS if (found := read(root)) is not None)
+    if above := next(filter(is_output, (root.resolve(), *root.resolve().parents)), None):
+        raise Fail(f"{root} is in {above}, which train.py or sample.py made; pass a folder of real patches")
+
+    with foreign_file(f"--case {case}", "is no regular expression", "see Python's module re"):
+        re.compile(case or "")
+
+    @cache
+    def ours(folder):
+        return folder != root and (is_output(folder) or any(folder.glob("adapter*.safetensors"))
+                                   or ours(folder.parent))
+
+    for path in list_images(root, left):
+        generated = ours(path.parent) or (path.suffix.lower() == ".png" and is_generated(path))
+        (made.add if generated else names.append)(path.relative_to(root).as_posix())
+    left["images that this program made"] = sorted(made)
+    lists = {root / f"{stem}.json": part for stem, part in PARTS.items() if (root / f"{stem}.json").is_file()}
+    if (table := root / "patches.csv").is_file():
+        rows, lists = _table_rows(table), [table]
+    elif lists:
+        rows = [row for path, part in lists.items() for row in _list_rows(path, part)]
+    else:
+        rows = _folder_rows(root, names, case, left, say)
+    patches = _find_files(root, rows, names, case, left)
+    if lists:
+        listed = {patch.name for patch in patches}.union(*left.values())
+        left["images that are not listed"] = [name for name in names if name not in listed]
+    patches = sorted((patch for patch in patches if patch.name not in made), key=lambda p: p.name)
+    for kind, found in left.items():
+        if (found := [str(file) for file in found if file not in lists]) and say:
+            say(f"{root}: {len(found)} {kind} are left out, such as {found[0]}")
     if not patches:
         raise Fail(f"{root} contains no images; pass train.json and test.json, a folder per class, or images")
-    repeated = [name for name, n in Counter(p.name for p in patches).items() if n > 1]
-    if repeated:
+    if repeated := [name for name, n in Counter(p.name for p in patches).items() if n > 1]:
         raise Fail(f"{root}: {len(repeated)} images are listed twice, such as {repeated[0]}")
-    return sorted(patches, key=lambda p: p.name)
-
-def _read_lists(root):
-    """train.json and test.json as Chaoyang has them; None where there is neither."""
-    lists = [root / f"{part}.json" for part in ("train", "test") if (root / f"{part}.json").is_file()]
-    return [patch for path in lists for patch in _read_list(path)] if lists else None
-
-def _read_folders(root):
-    """One subfolder per class, with folders of cases in it or not; or a flat folder (one class, "all")."""
-    names = [path.relative_to(root).as_posix() for path in list_images(root)]
-    if names and all("/" in n and n.split("/")[0].lower() in PART_NAMES for n in names):
-        part = names[0].split("/")[0]
-        raise Fail(f"{root} has a folder per part ({part}/...), not one per class: pass one of them, or "
-                   "put the classes on top; --split FILE keeps a split of yours")
-    return [Patch(name, name.split("/")[0] if "/" in name else "all", _case_of(name)) for name in names]
-
-LAYOUTS = (_read_lists, _read_folders)      # root -> [Patch], or None where the folder has another layout
-
-def _case_of(name):
-    *folders, base = name.split("/")
-    if m := CASE.match(base):
-        return m["case"]
-    return folders[1] if len(folders) > 1 else name
-
-def _read_list(path):
-    with foreign_file(path, "is not valid JSON", "write it again"):
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(rows, list):
-        raise Fail(f'{path} must contain a list of {{"name": ..., "label": ...}}')
-    patches = []
-    for i, row in enumerate(rows):
-        try:
-            if (label := _label_of(row)) is None:
-                continue
-            patch = Patch(Path(row["name"]).as_posix(), CLASSES[label], _case_of(row["name"]), path.stem)
-            real = Path(os.path.realpath(path.parent / patch.name))     # resolve() fails on a link to itself
-            if not (real.is_relative_to(path.parent.resolve()) and real.is_file()):
-                raise Fail(f"{patch.name!r} is not there, or outside the folder; restore it, or omit it")
-        except Fail as problem:
-            raise Fail(f"{path}: entry {i}: {problem}") from None
-        patches.append(patch)
-    if undecided := len(rows) - len(patches):
-        print(f"{path}: {undecided} patches without a majority among the annotators are omitted")
     return patches
 
-def _label_of(row):
-    """A row's label, or that of two of three annotators; None where they disagree."""
-    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
-        raise Fail('it has no "name"')
-    votes = [row[f"label_{x}"] for x in "ABC" if f"label_{x}" in row]
-    if "label" not in row and not votes:
-        raise Fail('it has neither "label" nor "label_A", "label_B" and "label_C"')
-    label = row["label"] if "label" in row else max(votes, key=votes.count)
-    if "label" not in row and votes.count(label) < 2:
-        return None
-    if type(label) is not int or not 0 <= label < len(CLASSES):
-        raise Fail(f"it has the label {label!r}; it must be 0 to {len(CLASSES) - 1} ({', '.join(CLASSES)})")
-    return label
+def _find_files(root, rows, names, case, left):
+    """[(where, name, label, case, part)] -> [Patch]. names: of files on disk, one of which may be meant where
+    backslashes, Unicode's normal form or the case of letters differ.
+    """
+    def folded(name):
+        return unicodedata.normalize("NFC", name).casefold()
+
+    patches, on_disk = [], defaultdict(set)
+    for name in names:
+        on_disk[folded(name)].add(name)
+    for where, name, label, own, part in rows:
+        try:
+            name = Path(name.replace("\\", "/")).as_posix()
+            patch = Patch(name, unicodedata.normalize("NFC", label or "?"),
+                          own or _find_case(name, case)[0] or name, part)
+            near = on_disk[folded(name)]
+            if name not in near and not (root / name).is_file():
+                if len(near) != 1:
+                    raise Fail(f"{name!r} is not there; restore it, or omit it")
+                patch = replace(patch, name=min(near))
+        except Fail as problem:
+            raise Fail(f"{where}: {problem}") from None
+        if label is None:
+            left["patches without a majority among the annotators"].append(name)
+        else:
+            patches.append(patch)
+    return patches
+
+def _find_case(name, case):
+    """-> the case in a patch's name and which part of the path holds it, or (None, None)."""
+    for pattern in [case] if case else CASES:
+        if (m := re.search(pattern, name)) and (found := m[group := min(1, m.re.groups)]):
+            return found, name[:m.start(group)].count("/")
+    if case:
+        raise Fail(f"--case {case} finds nothing in {name}")
+    return None, None
+
+def _folder_rows(root, names, case, left, say):
+    """One subfolder per class, with folders of cases in it or not; or a flat folder (one class, "all")."""
+    rows, guessed = [], defaultdict(set)            # class -> names of folders that are taken for cases
+    for name in names:
+        found, depth = _find_case(name, case)
+        levels = [n for i, n in enumerate(name.split("/")[:-1]) if i != depth and not CONTAINER.fullmatch(n)]
+        if NO_PATCH.fullmatch(name):
+            left["masks, annotations or thumbnails"].append(name)
+            continue
+        if levels and (levels[0].lower() in PARTS or MAGNIFICATION.fullmatch(levels[0])):
+            raise Fail(f"{root} has a folder per part or magnification ({levels[0]}/...), not one per class: "
+                       "pass one of them, or put the classes on top; --split FILE keeps a split of yours")
+        label = levels[0] if levels else "all"
+        if levels[1:] and not found:
+            guessed[label].add(found := levels[1])
+        rows.append((root, name, label, found or name, None))
+    if nested := [row for row in rows if "/" in row[1]]:
+        left["images beside the folders of classes"] = [row[1] for row in rows if "/" not in row[1]]
+    rows = nested or rows
+    if say and guessed:
+        _doubt_cases(root, guessed, len({row[2] for row in rows}), say)
+    elif say and rows and all(name == found for _, name, _, found, _ in rows):
+        say(f"{root}: which patches share a case is unknown, so one may be in two parts; see --case")
+    return rows
+
+def _doubt_cases(root, cases, classes, say):
+    """Fail where the folders below the classes, {class: {name}}, look like anything but cases."""
+    few, names = min(cases, key=lambda label: len(cases[label])), Counter(chain(*cases.values()))
+    n, same = len(cases[few]), 2 * sum(k > 1 for k in names.values()) > len(names)
+    why = (f"{few} is the only class" if classes == 1 else f"{few} has {n}" if n < len(PROPORTIONS) else
+           "none has a number" if not re.search(r"\d", "".join(names)) else
+           "they are magnifications" if any(map(MAGNIFICATION.fullmatch, names)) else
+           "most are in several classes" if same and len(names) < 10 else "")
+    text = f"{root}: folders such as {few}/{min(cases[few])} are taken for cases"
+    if why:
+        raise Fail(f"{text}, but {why}. If they are cases, pass --case '/([^/]+)/'; if classes below cases, "
+                   "--case '^([^/]+)/'; else another folder, another --case, or patches.csv")
+    if same or n < 10:
+        say(f"{text}, {n} in {few}{', most of them in several classes' if same else ''}; see --case")
+
+def _table_rows(path):
+    """patches.csv, with , ; or tabs -> [(where, file, label, case, part or None)]."""
+    with foreign_file(path, "is no table in UTF-8", "write it again"):
+        data, rows = path.read_bytes(), []
+        lines = data.decode(json.detect_encoding(data)).splitlines()
+        table = csv.DictReader(lines, delimiter=max(",;\t", key=lines[0].count))
+        table.fieldnames = [name.strip().lower() for name in table.fieldnames]
+        for row in table:
+            file, label, case, part = ((row.get(k) or "").strip() for k in ("file", "label", "case", "part"))
+            if not (file and label) or (part and part.lower() not in PARTS):
+                raise Fail(f"{path}: line {table.line_num} needs file and label; part is train, val or test")
+            rows.append((f"{path}: line {table.line_num}", file, label, case, PARTS.get(part.lower())))
+    return rows
+
+def _list_rows(path, part):
+    """A list as Chaoyang's -> [(where, name, label (None: annotators disagree), None, part)]."""
+    with foreign_file(path, "is not valid JSON", "write it again"):
+        rows, found = json.loads(path.read_bytes()), []
+    if not isinstance(rows, list):
+        raise Fail(f'{path} must contain a list of {{"name": ..., "label": ...}}')
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+            raise Fail(f'{path}: entry {i} has no "name"')
+        votes = [row["label"]] * 2 if "label" in row else [row.get(f"label_{x}") for x in "ABC"]
+        label = max(votes, key=votes.count)
+        if (decided := votes.count(label) > 1) and not re.fullmatch(r"[0-3](\.0*)?", str(label).strip()):
+            raise Fail(f"{path}: entry {i} has the label {label!r}; it must be 0 to {len(CLASSES) - 1} "
+                       f"({', '.join(CLASSES)}), or be decided by label_A, label_B and label_C")
+        label = CLASSES[int(float(label))] if decided else None
+        found.append((f"{path}: entry {i}", row["name"], label, None, part))
+    return found
 
 # ---- the split ---------------------------------------------------------------------------------------------
 
@@ -285,27 +431,34 @@ def split_patches(patches, parts=PROPORTIONS):
 def make_split(patches, how):
     """-> {"train": [names], "val": [...], "test": [...]}.
 
-    how: "paper" (pooled, the paper's proportions), "official" (test.json kept, validation taken from
-    train.json) or the path of a split file.
+    how: "paper" (pooled, the paper's proportions), "official" (test.json and val.json kept; validation taken
+    from train.json where there is none) or the path of a split file. Prints which class a part lacks.
     """
     if how == "paper":
-        return split_patches(patches)
+        split, label = split_patches(patches), {p.name: p.label for p in patches}
+        for name in sorted(set(label.values())):
+            cases = {p.case for p in patches if p.label == name}
+            if lacks := [part for part, names in split.items() if name not in map(label.get, names)]:
+                print(f"note: class {name} has no patch in {', '.join(lacks)}; it has {len(cases)} cases")
+        return split
     if how != "official":
         return read_split(how, patches)
-    test, rest = ([p for p in patches if p.part == part] for part in ("test", "train"))
-    if not test or not rest:
-        raise Fail("--split official needs a dataset with train.json and test.json")
-    if shared := {p.case for p in test} & {p.case for p in rest}:
+    own = {part: [p for p in patches if p.part == part] for part in PROPORTIONS}
+    if not own["test"] or not own["train"] or sum(map(len, own.values())) < len(patches):
+        raise Fail("--split official needs a dataset whose patches all have a part: train.json and test.json")
+    if shared := {p.case for p in own["test"]} & {p.case for p in own["train"] + own["val"]}:
         print(f"note: {len(shared)} cases are in both train.json and test.json: test scores will be too good")
-    split = split_patches(rest, {part: PROPORTIONS[part] for part in ("train", "val")})
-    return split | {"test": [p.name for p in test]}
+    split = {part: sorted(p.name for p in found) for part, found in own.items()}
+    if not own["val"]:
+        split |= split_patches(own["train"], {part: PROPORTIONS[part] for part in ("train", "val")})
+    return split
 
 def read_split(path, patches):
     """Read and check a split file against the dataset."""
     if not Path(path).exists():
         raise Fail(f"--split {path}: no such file; pass paper, official, or a split.json")
     with foreign_file(path, "is no split of these patches", "list names under train, val and test"):
-        split = json.loads(Path(path).read_text(encoding="utf-8"))
+        split = json.loads(Path(path).read_bytes())
         split = {part: split[part] for part in PROPORTIONS}
         names = [name for part in split.values() for name in part]
         if not all(isinstance(part, list) for part in split.values()):
@@ -329,6 +482,17 @@ def describe_split(split, patches):
     text = {"patches": counts, "cases": numbers, "cases_in_several_parts": shared, **split}
     return json.dumps(text, indent=1, ensure_ascii=False) + "\n"
 
+def note_equal_images(names, hashes, patches):
+    """Print how many files of equal content are in several parts or classes. names, hashes: {part: [...]}."""
+    label, places = {p.name: p.label for p in patches}, defaultdict(list)
+    for part, found in hashes.items():
+        for name, digest in zip(names[part], found):
+            places[digest].append((part, label[name], name))
+    for k, what in enumerate(("parts", "classes")):
+        if several := [rows for rows in places.values() if len({row[k] for row in rows}) > 1]:
+            print(f"note: {len(several)} images are in several {what} with equal content, such as "
+                  f"{several[0][0][2]} and {several[0][-1][2]}")
+
 def write_toy_tissue(folder):
     """Cut the sheets ldm/toy/CLASS.jpg, a slide in each row, into folder/CLASS/SLIDE/PATCH.png -> the folder.
 
@@ -346,6 +510,11 @@ def write_toy_tissue(folder):
 
 # ---- the cache of the frozen networks' outputs -------------------------------------------------------------
 
+def hash_files(paths):
+    """The SHA-256 of each file."""
+    with ThreadPoolExecutor() as pool:
+        return list(progress(pool.map(file_sha256, paths), "reading images", len(paths), leave=False))
+
 class Cache:
     """Outputs of the frozen encoders: posterior mean and log-variance of each image and of its mirror image,
     and the embedding of the image itself.
@@ -354,20 +523,27 @@ class Cache:
     images, each image under the hash of its file. So nothing in it can be stale. Shards are written
     atomically: an interrupted run resumes, and two runs may share a folder.
     """
-    SHARD, COLUMNS = 32, ("mean", "logvar", "embedding")
+    SHARD, OPEN, COLUMNS = 32, 512, ("mean", "logvar", "embedding")     # OPEN: shards mapped at a time
 
     def __init__(self, folder, vae_sha256, encoder_sha256, size):
         key = f"1 {vae_sha256} {encoder_sha256} {size}"
         self.folder, self.size = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16], size
-        self.rows = {}          # image hash -> (mean, logvar (2, 4, h, w), embedding (d_e,)), mapped
+        self.rows = {}          # image hash -> (its shard, its index there)
+        self._tensors = lru_cache(self.OPEN)(self._open)
         self._read()
+
+    def _open(self, path):
+        """mean, logvar (n, 2, 4, h, w) and embedding (n, d_e) of a shard, mapped."""
+        return [TensorFile(path).get(name) for name in self.COLUMNS]
 
     def _read(self):
         for path in sorted(self.folder.glob("[!.]*.safetensors")):      # hidden ones are still being written
             try:
                 file = TensorFile(path)
-                images, tensors = json.loads(file.header["images"]), [file.get(name) for name in self.COLUMNS]
-                self.rows |= {image: [tensor[i] for tensor in tensors] for i, image in enumerate(images)}
+                images = json.loads(file.header["images"])
+                if {file.shapes[name][0] for name in self.COLUMNS} != {len(images)}:
+                    raise ValueError
+                self.rows |= {image: (path, i) for i, image in enumerate(images)}
             except Exception:       # Fail among them: restoring or downloading is not the remedy here
                 raise Fail(f"{path} is no complete shard of the cache; remove it") from None
 
@@ -377,16 +553,15 @@ class Cache:
         encoders() -> (encode, embed), called only where images are missing. encode: x (B, 3, size, size) ->
         mean, logvar; embed: PIL images -> e. Several processes share the work, and read each other's shards.
         """
+        hashes = hash_files(paths)
         with ThreadPoolExecutor() as pool:
-            hashes = list(progress(pool.map(file_sha256, paths), "reading images", len(paths), leave=False))
             missing = {h: path for h, path in zip(hashes, paths) if h not in self.rows}
             todo = broadcast(list(missing.items()))
             shards = shard([todo[i:i + self.SHARD] for i in range(0, len(todo), self.SHARD)])
             if shards:
                 encode, embed = encoders()
                 batches = prefetch(pool, load_rgb, [[path for _, path in part] for part in shards])
-                bar = progress(batches, "caching", len(shards), unit="image", unit_scale=self.SHARD)
-                for part, images in zip(shards, bar):
+                for part, images in zip(shards, progress(batches, "caching", len(shards))):
                     self._write([h for h, _ in part], images, encode, embed)
         if todo:
             barrier()
@@ -410,6 +585,7 @@ class Cache:
 
     def batch(self, hashes, mirrored):
         """Image hashes and a flag for each -> mean, logvar (B, 4, h, w) and embeddings (B, d_e)."""
-        rows = [self.rows[h] for h in hashes]
-        mean, logvar = (torch.stack([row[k][int(m)] for row, m in zip(rows, mirrored)]) for k in (0, 1))
-        return mean, logvar, torch.stack([row[2] for row in rows])
+        found = [(self._tensors(path), i) for path, i in (self.rows[h] for h in hashes)]
+        mean, logvar = (torch.stack([tensors[k][i, int(m)] for (tensors, i), m in zip(found, mirrored)])
+                        for k in (0, 1))
+        return mean, logvar, torch.stack([tensors[2][i] for tensors, i in found])

@@ -24,9 +24,11 @@ class Settings:
     on_resume: whether a resumed run may have another value: "same" (the default), "free", or "this call" (not
     taken from the run). A setting that an older config.json lacks has its default.
     """
-    data: str | None = option(DATA, None, "train.json and test.json as in Chaoyang, a folder per class, or "
-                              "images (default: toy tissue)", kind=str, metavar="DIR", on_resume="free",
-                              toy=TOY_DATA)
+    data: str | None = option(DATA, None, "patches.csv, or train.json and test.json as in Chaoyang, or a "
+                              "folder per class, or images (default: toy tissue)", kind=str, metavar="DIR",
+                              on_resume="free", toy=TOY_DATA)
+    case: str | None = option(DATA, None, "what finds the case in a patch's name, in group 1 (default: see "
+                              "README)", kind=str, metavar="REGEX")
     split: str = option(DATA, "paper", "paper (pooled, by case, 5398:387:375), official, or a file")
     sd15: str = option(DATA, SD15, "Diffusers folder, CompVis file, hub repository, or toy", metavar="PATH",
                        on_resume="free", toy="toy")
@@ -243,7 +245,7 @@ def patches_of(part, settings, folder):
     if settings is None or not settings.data or not (folder / "split.json").is_file():
         raise Fail(f"{folder} contains no split.json; pass --ref")
     data = folder.parent / TOY_DATA if settings.data == TOY_DATA else Path(settings.data)
-    patches = {p.name: p for p in read_dataset(data)}
+    patches = {p.name: p for p in read_dataset(data, settings.case, say=None)}
     names = read_split(folder / "split.json", list(patches.values()))[part]
     names = names if part == "test" else subsample(names, settings.limit)
     return sorted(((patches[n], data / n) for n in names), key=lambda pair: pair[0].title)

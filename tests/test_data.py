@@ -1,19 +1,22 @@
 """Images are read as they are meant, no case is in two parts, and the cache cannot be stale."""
 import json
+import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import texture
+from conftest import program, texture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.app import Fail, safe_name
-from ldm.data import (PROPORTIONS, Cache, Patch, describe_split, list_images, load_rgb, make_split,
-                      read_dataset, read_split, resize_crop, split_patches, to_images, to_tensor)
+from ldm.data import (PROPORTIONS, Cache, Patch, describe_split, list_images, load_rgb,
+                      make_split, note_equal_images, read_dataset, read_split, resize_crop, save_image,
+                      split_patches, to_images, to_tensor)
 
 GREY = np.add.outer(np.arange(20), np.arange(30)).astype(np.uint16)
 
@@ -60,21 +63,78 @@ def test_cmyk_is_converted(tmp_path):
     Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "x.tif")
     assert (pixels(tmp_path / "x.tif") == [255, 0, 0]).all()
 
+def write_tiff(path, x, photometric, planar=1, extra=None, compression=1):
+    """x (h, w, n), little-endian -> an uncompressed TIFF, whatever `compression` it claims."""
+    h, w, n = x.shape
+    data, strips = (x.transpose(2, 0, 1) if planar == 2 else x).tobytes(), n if planar == 2 else 1
+    tags = {256: w, 257: h, 258: [8 * x.itemsize] * n, 259: compression, 262: photometric, 273: [0] * strips,
+            277: n, 278: h, 279: [len(data) // strips] * strips, 284: planar}
+    tags |= {} if extra is None else {338: extra}
+    values = {tag: v if isinstance(v, list) else [v] for tag, v in tags.items()}
+    start = 8 + 2 + 12 * len(tags) + 4
+    at = start + sum(4 * len(v) for v in values.values() if len(v) > 1)
+    values[273] = [at + i * len(data) // strips for i in range(strips)]
+    rows, more = b"", b""
+    for tag, v in values.items():
+        packed = struct.pack(f"<{len(v)}I", *v)
+        rows += struct.pack("<HHI", tag, 4, len(v)) + (packed if len(v) == 1
+                                                       else struct.pack("<I", start + len(more)))
+        more += packed if len(v) > 1 else b""
+    path.write_bytes(b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + rows + bytes(4) + more + data)
+
+def write_png(path, x):
+    """x (h, w, n) big-endian, 16 bits -> a PNG; n: 2 LA, 3 RGB, 4 RGBA."""
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in x)
+    header = struct.pack(">IIBBBBB", x.shape[1], x.shape[0], 16, {2: 4, 3: 2, 4: 6}[x.shape[2]], 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in (
+        (b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))))
+
+TISSUE = np.asarray(texture(3, 24))
+DEEP, GREYS = TISSUE.astype("<u2") * 257, TISSUE[..., :1]
+CLEAR = np.zeros((24, 24, 1), np.uint8)
+
+@pytest.mark.parametrize("write, expected", [
+    (lambda p: write_tiff(p, DEEP, 2), TISSUE), (lambda p: write_tiff(p, TISSUE, 2, planar=2), TISSUE),
+    (lambda p: write_tiff(p, 255 - GREYS, 0), GREYS),
+    (lambda p: write_tiff(p, 65535 - GREYS.astype("<u2") * 257, 0), GREYS),        # white is zero
+    (lambda p: write_tiff(p, np.dstack([TISSUE, CLEAR]), 2, extra=2), TISSUE),     # alpha is 0 everywhere
+    (lambda p: write_png(p, np.dstack([DEEP, CLEAR])), TISSUE),
+    (lambda p: Image.fromarray(np.dstack([TISSUE, CLEAR])).save(p, "PNG"), TISSUE),
+    (lambda p: Image.fromarray(np.dstack([CLEAR] * 4)).save(p, "PNG"), [255]),     # nothing is below it
+    (lambda p: write_png(p, np.dstack([GREYS.astype(int) * 257, CLEAR + np.uint16(65535)])), GREYS),
+    (lambda p: Image.fromarray(TISSUE).save(p, "PNG", icc_profile=np.random.bytes(2 ** 21)), TISSUE),
+    (lambda p: Image.fromarray(TISSUE).save(p, "TIFF", save_all=True, append_images=[
+        Image.fromarray(TISSUE[::2, ::2])]), TISSUE),                              # a page and its thumbnail
+    (lambda p: Image.fromarray(TISSUE[::2, ::2]).save(p, "TIFF", save_all=True, append_images=[
+        Image.fromarray(TISSUE)]), TISSUE),
+    (lambda p: Image.fromarray(TISSUE).save(p, "MPO", save_all=True, quality=100, subsampling=0,
+                                            append_images=[texture(4, 24)]), TISSUE)])
+def test_pixels_are_what_the_file_means(write, expected, tmp_path):
+    write(tmp_path / "x.tif")
+    assert abs(pixels(tmp_path / "x.tif").astype(int) - expected).mean() < 1
+
 def test_a_name_in_another_alphabet_is_read(tmp_path):
     texture(0).save(tmp_path / "препарат 切片.png")
     assert load_rgb(tmp_path / "препарат 切片.png").size == (72, 72)
 
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
 def bomb(path):
     """A PNG of some 60 bytes whose header claims 100,000 x 100,000 pixels."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR",
-                                                  struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
-                     + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)),
+              (b"IDAT", zlib.compress(b"\0")), (b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks))
 
 def truncated(path):
     texture(1).save(path)
     path.write_bytes(path.read_bytes()[:-500])
+
+def half(path):
+    """What an interrupted copy leaves in a file of the full size."""
+    texture(1).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data) // 2] + bytes(len(data) - len(data) // 2))
 
 def animated(path):
     texture(1).save(path, format="GIF" if path.suffix == ".png" else "TIFF", save_all=True,
@@ -86,8 +146,22 @@ def animated(path):
     ("x.png", animated, "2 frames"), ("x.tif", animated, "2 frames"),
     ("x.png", lambda p: p.write_text("no image"), "cannot identify image"),
     ("x.png", lambda p: Image.new("RGB", (1, 1)).save(p), "1 x 1"),
-    ("x.png", lambda p: p.write_bytes(b""), "cannot identify image"),
-    ("x.tif", lambda p: Image.fromarray(np.zeros((20, 20), np.float32)).save(p), "floating-point"),
+    ("x.png", lambda p: p.write_bytes(b""), "is empty"), ("x.png", os.mkfifo, "no regular file"),
+    ("x.png", os.mkdir, "no regular file"), ("x.png", lambda p: p.symlink_to(p), "symbolic links"),
+    ("x.jpg", lambda p: p.write_text("\n<!DOCTYPE html><title>404</title>"), "web page"),
+    ("x.jpg", lambda p: p.write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
+    ("x.png", half, "ends in zeros"), ("x.jpg", half, "ends in zeros"), ("x.bmp", half, "ends in zeros"),
+    ("x.tif", half, "ends in zeros"), ("x.webp", half, "ends in zeros"),
+    ("x.tif", lambda p: write_tiff(p, DEEP, 2, planar=2), "separate planes"),
+    ("x.tif", lambda p: write_tiff(p, DEEP // 16, 2), "12 or 14 bits"),
+    ("x.tif", lambda p: write_tiff(p, DEEP[..., :1] // 257, 1), "12 or 14 bits"),
+    ("x.png", lambda p: write_png(p, DEEP // 257), "12 or 14 bits"),
+    ("x.png", lambda p: write_png(p, np.dstack([DEEP[..., 0] // 16, CLEAR + np.uint16(65535)])),
+     "12 or 14 bits"),
+    ("x.tif", lambda p: write_tiff(p, np.dstack([TISSUE, CLEAR]), 2, extra=1), "alpha channel"),
+    ("x.tif", lambda p: write_tiff(p, TISSUE, 2, compression=33003), "JPEG 2000"),
+    ("x.tif", lambda p: write_tiff(p, np.dstack([TISSUE] * 2)[..., :5], 5, extra=2), "beside CMYK"),
+    ("x.tif", lambda p: Image.fromarray(np.ones((20, 20), np.float32)).save(p), "floating-point"),
     ("x.png", lambda p: None, "not exist")])
 def test_what_is_no_single_readable_patch_is_refused_by_name(name, write, words, tmp_path):
     write(tmp_path / name)
@@ -141,23 +215,84 @@ def test_annotators_decide_by_majority_where_there_is_no_label(tmp_path, capsys)
                                                                  "9": "adenoma"}
     assert "1 patches" in capsys.readouterr().out
 
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
 @pytest.mark.parametrize("names, expected", [
     (["x.png", "y.png"], [("all", "x.png"), ("all", "y.png")]),
     (["k/x.png", "l/y.png"], [("k", "k/x.png"), ("l", "l/y.png")]),
-    (["k/c1/x.png", "l/c1/y.png"], [("k", "c1"), ("l", "c1")]),
-    (["k/353042_4-IMG005x014-1.JPG", "l/353042-7-IMG001x001-0.JPG"], [("k", "353042"), ("l", "353042")])])
+    (["k/c1/x.png", "k/c2/x.png", "k/c3/x.png", "l/c3/a/x.png", "l/c4/b/x.png", "l/c5/x.png"],
+     [("k", "c1"), ("k", "c2"), ("k", "c3"), ("l", "c3"), ("l", "c4"), ("l", "c5")]),
+    (["k/353042_4-IMG005x014-1.JPG", "l/353042-7-IMG001x001-0.JPG"], [("k", "353042"), ("l", "353042")]),
+    # TCGA; BreakHis as unpacked; IDC (patient/class); EBHI-Seg (class/image and class/label)
+    (["MSI/blk-A-TCGA-AA-3877-01Z-00-DX1.png", "TCGA-AA-3812-01/MSS/x.png"],
+     [("MSI", "TCGA-AA-3877"), ("MSS", "TCGA-AA-3812")]),
+    (["benign/SOB/adenosis/SOB_B_A_14-22549AB/40X/SOB_B_A-14-22549AB-40-001.png",
+      "malignant/SOB_M_DC-14-2523-40-001.png"], [("benign", "14-22549AB"), ("malignant", "14-2523")]),
+    (["8863/0/8863_idx5_x1_y2_class0.png", "8863/1/8863_idx5_x3_y2_class1.png"],
+     [("0", "8863"), ("1", "8863")]),
+    (["Normal/image/1.png", "Normal/label/1.png", "Polyp/image/1.png", "Polyp/2_mask.png", "masks/3.png",
+      "Polyp/thumbnails/4.png", "preview.jpg", "Polyp/image/.5.png"],
+     [("Normal", "Normal/image/1.png"), ("Polyp", "Polyp/image/1.png")]),
+    (["Gru\u0308n/x.png", "Gr\u00fcn/y.png"], [("Gr\u00fcn", "Gru\u0308n/x.png"),
+                                            ("Gr\u00fcn", "Gr\u00fcn/y.png")])])      # one class
 def test_folders_give_class_and_case(names, expected, tmp_path):
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+    touch(tmp_path, *names)
     assert [(p.label, p.case) for p in read_dataset(tmp_path)] == expected
 
-def test_folders_of_parts_are_not_taken_for_classes(tmp_path):
-    for name in ("train/normal/x.png", "Test/normal/y.png"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).touch()
-    with pytest.raises(Fail, match="a folder per part"):
+@pytest.mark.parametrize("names, words", [
+    (["train/normal/x.png", "Test/normal/y.png"], "a folder per part"),
+    (["train/a/x.png", "val/a/x.png", "preview.jpg"], "a folder per part"),
+    (["40X/benign/x.png", "100X/benign/x.png"], "part or magnification"),       # BreakHis, LC25000, NCT
+    ([f"{c}/{m}X/{i}.png" for c in "ab" for m in (40, 100, 200) for i in "12"], "they are magnifications"),
+    ([f"{o}_image_sets/{o}_{t}/1.png" for o in ("colon", "lung") for t in ("aca", "n")], "has 2"),
+    ([f"{r}/{c}/x.tif" for r in ("NCT-CRC-HE-100K", "CRC-VAL-HE-7K") for c in ("ADI", "TUM", "NORM")],
+     "none has a number"),
+    ([f"set/{c}{i}/x.png" for c in "abcd" for i in "12"], "set is the only class"),
+    ([f"{p}/{c}/x.png" for p in range(8) for c in ("0", "1", "2")], "most are in several classes")])
+def test_folders_whose_levels_are_no_class_and_case_are_refused(names, words, tmp_path):
+    touch(tmp_path, *names)
+    with pytest.raises(Fail, match=words):
         read_dataset(tmp_path)
+    if "magnification" not in words and "part" not in words:        # the remedies that the message names
+        assert {p.case for p in read_dataset(tmp_path, "/([^/]+)/")} == {n.split("/")[1] for n in names}
+        assert {p.label for p in read_dataset(tmp_path, "^([^/]+)/")} == {n.split("/")[1] for n in names}
+        assert {p.case for p in read_dataset(tmp_path, say=None)} == {n.split("/")[1] for n in names}
+
+def test_a_pattern_finds_the_case_or_names_what_it_misses(tmp_path):
+    touch(tmp_path, "a/p01-1.png", "a/p01-2.png", "b/p02-1.png")
+    assert [p.case for p in read_dataset(tmp_path, r"p(\d+)-")] == ["01", "01", "02"]
+    for pattern, words in ((r"p(0[1])-", "finds nothing in b/p02-1.png"), ("(", "no regular expression")):
+        with pytest.raises(Fail, match=words):
+            read_dataset(tmp_path, pattern)
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    touch(tmp_path, "a/x.png", "a/x_mask.png", "b/y.png", "b/notes.csv", "b/.z.png", "thumb.jpg", "c.jpg",
+          "Thumbs.db")
+    assert len(read_dataset(tmp_path)) == 2
+    out = capsys.readouterr().out
+    for words in ("which patches share a case is unknown", "2 masks", "1 images beside", "1 .csv files",
+                  "1 .db files", "1 hidden files"):
+        assert words in out
+    read_dataset(tmp_path, say=None)
+    assert capsys.readouterr().out == ""
+
+def test_what_this_program_made_is_no_data(tmp_path, capsys):
+    """Runs, samples and adapters below a dataset are left out; a dataset in a run or around it is refused."""
+    touch(tmp_path, "a/x.png", "b/y.png", "runs/x/real/a/x.png", "out/cfg1.3/x.png", "c/z.png",
+          "c/adapter-best.safetensors")
+    (tmp_path / "runs/x/config.json").write_text('{"args": {}}')
+    (tmp_path / "out/samples.json").write_text('{"adapter_sha256": "x"}')
+    save_image(tmp_path / "a/copied.png", texture(1), reference="x", seed=1, cfg=1.3)
+    assert [p.name for p in read_dataset(tmp_path)] == ["a/x.png", "b/y.png"]
+    assert "4 images that this program made" in capsys.readouterr().out
+    for name in ("runs/x", "runs/x/real", "out/cfg1.3"):
+        with pytest.raises(Fail, match="train.py or sample.py made"):
+            read_dataset(tmp_path / name)
+    refused = program("train.py", "--data", ".", "--run", "runs/y", "--sd15", "no", cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "--run runs/y is inside the dataset" in refused.stderr
 
 def test_linked_folders_are_followed_and_circles_end(tmp_path):
     for name in ("a/x.png", "elsewhere/y.png"):
@@ -183,7 +318,6 @@ def test_a_safe_name_fits_every_file_system():
 
 @pytest.mark.parametrize("text, words", [
     ('[{"name": "../x.JPG", "label": 0}]', "outside"), ('[{"name": "/etc/passwd", "label": 0}]', "outside"),
-    ('[{"name": "link/x.JPG", "label": 0}]', "outside"),
     ('[{"name": "train/no.JPG", "label": 0}]', "not there"),
     ('[{"name": "train/a.JPG", "label": 7}]', "label 7"),
     ('[{"name": "train/a.JPG", "label": NaN}]', "label nan"),
@@ -197,10 +331,69 @@ def test_a_wrong_list_is_refused_by_entry(text, words, tmp_path):
     (root / "train").mkdir(parents=True)
     (root / "train/a.JPG").touch()
     (tmp_path / "x.JPG").touch()
-    (root / "link").symlink_to(tmp_path)
     (root / "train.json").write_text(text)
     with pytest.raises(Fail, match=words):
         read_dataset(root)
+
+def write_list(root, change=lambda row: row, encoding="utf-8", part="train"):
+    names = [f"{part}/{i}-IMG001x001-3.JPG" for i in range(3)]
+    touch(root, *names)
+    rows = [change({"name": name, "label": 3}) for name in names]
+    (root / f"{part}.json").write_text(json.dumps(rows), encoding=encoding)
+
+@pytest.mark.parametrize("change", [
+    dict(encoding="utf-8-sig"), dict(encoding="utf-16"),
+    *(dict(change=lambda row, f=f: row | f(row)) for f in (
+        lambda row: {"name": row["name"].replace("/", "\\")}, lambda row: {"label": "3"},
+        lambda row: {"label": 3.0}, lambda row: {"label": "3.0 "},
+        lambda row: {"name": "./" + row["name"].replace("JPG", "jpg")}))])
+def test_lists_from_windows_and_spreadsheets_are_read(change, tmp_path):
+    write_list(tmp_path, **change)
+    assert read_dataset(tmp_path) == [Patch(f"train/{i}-IMG001x001-3.JPG", "adenoma", str(i), "train")
+                                      for i in range(3)]
+
+def test_linked_lists_and_the_other_normal_form_are_read_and_val_is_a_part(tmp_path):
+    root, other = tmp_path / "data", tmp_path / "disk"
+    for part in ("train", "val", "test"):
+        write_list(other, part=part)
+    root.mkdir()
+    for path in other.iterdir():
+        (root / path.name).symlink_to(path)
+    patches = read_dataset(root)
+    assert make_split(patches, "official") == {part: [p.name for p in patches if p.part == part]
+                                               for part in ("train", "val", "test")}
+    touch(root, "train/Pra\u0308.JPG")
+    (root / "train.json").unlink()
+    (root / "train.json").write_text(json.dumps([{"name": "train/Pr\u00e4.JPG", "label": 0}]))
+    assert "train/Pra\u0308.JPG" in [p.name for p in read_dataset(root)]
+    touch(root, "train/x.jpg", "train/X.jpg")                       # both would fit
+    (root / "train.json").write_text('[{"name": "train/x.JPG", "label": 0}]')
+    with pytest.raises(Fail, match="entry 0: 'train/x.JPG' is not there"):
+        read_dataset(root)
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_table_of_patches_gives_class_case_and_part(delimiter, encoding, tmp_path):
+    touch(tmp_path, "a/1.png", "a/2.png", "b/3.tif", "TCGA-AA-0001.png", "a/unlisted.png")
+    rows = [("File", "label", "case", "PART"), ("a/1.png", "low grade", "p1", "Train"),
+            ("a\\2.png", "low grade", "", "test"), ("b/3.tif", "Gru\u0308n", "p1", ""),
+            ("TCGA-AA-0001.png", "0", "", "valid")]
+    (tmp_path / "patches.csv").write_text("\r\n".join(map(delimiter.join, rows)), encoding=encoding)
+    assert read_dataset(tmp_path) == [
+        Patch("TCGA-AA-0001.png", "0", "TCGA-AA-0001", "val"), Patch("a/1.png", "low grade", "p1", "train"),
+        Patch("a/2.png", "low grade", "a/2.png", "test"), Patch("b/3.tif", "Gr\u00fcn", "p1", None)]
+
+@pytest.mark.parametrize("text, words", [
+    ("", "no table"), ("name,label\nx.png,a", "line 2 needs file and label"),
+    ("file,label\nx.png,", "line 2 needs"), ("file,label,part\nx.png,a,fold1", "part is train, val or test"),
+    ("file,label\n../x.png,a", "line 2: .*outside"), ("file,label\nno.png,a", "not there"),
+    ("file,label\nx.png,a/b", "label 'a/b'"), ("file,label\nx.png,a\nx.png,b", "listed twice"),
+    ("file,label\nx,y.png,a", "not there")])
+def test_a_wrong_table_is_refused_by_line(text, words, tmp_path):
+    touch(tmp_path, "x.png")
+    (tmp_path / "patches.csv").write_text(text)
+    with pytest.raises(Fail, match=words):
+        read_dataset(tmp_path)
 
 # ---- the split ---------------------------------------------------------------------------------------------
 
@@ -241,6 +434,20 @@ def test_the_official_test_part_can_be_kept(dataset):
     assert split["test"] == [p.name for p in patches if p.part == "test"]
     assert sorted(split["train"] + split["val"]) == [p.name for p in patches
                                                      if p.part == "train"] and split["val"]
+
+def test_what_a_split_lacks_and_what_is_in_it_twice_is_said(capsys):
+    patches = [Patch(f"{label}/{i}.png", label, f"{label}{i}") for label, n in (("a", 9), ("b", 2))
+               for i in range(n)]
+    make_split(patches, "paper")
+    out = capsys.readouterr().out
+    assert "note: class b has no patch in" in out and "class a" not in out
+    names = {"train": ["a/0.png", "a/1.png"], "val": ["a/2.png"], "test": ["b/0.png"]}
+    note_equal_images(names, {"train": "xy", "val": "z", "test": "z"}, patches)
+    out = capsys.readouterr().out
+    assert "1 images are in several parts" in out and "1 images are in several classes" in out
+    assert "such as a/2.png and b/0.png" in out
+    note_equal_images(names, {"train": "xx", "val": "z", "test": "v"}, patches)
+    assert capsys.readouterr().out == ""
 
 def test_a_split_file_can_be_read_again_and_refuses_strangers_and_repeats(dataset, tmp_path):
     patches, path = read_dataset(dataset), tmp_path / "split.json"
@@ -315,3 +522,14 @@ def test_an_interrupted_cache_keeps_what_it_has_and_goes_on(forty, tmp_path):
     rest = Encoders()
     Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, rest)
     assert rest.images == 8
+
+def test_a_cache_of_many_shards_maps_few_of_them(forty, tmp_path, monkeypatch):
+    monkeypatch.setattr(Cache, "SHARD", 4)
+    monkeypatch.setattr(Cache, "OPEN", 2)
+    cache, texts = Cache(tmp_path / "cache", "vae", "encoder", 16), []
+    hashes = cache.fill(forty, Encoders())
+    for h, path in zip(hashes, forty):
+        assert cache.batch([h], [False])[2].tolist() == [np.asarray(load_rgb(path))[0, 0].tolist()]
+        texts.append(Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else "")
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 10
+    assert max(text.count(str(tmp_path / "cache")) for text in texts) <= 3 * 3
