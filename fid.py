@@ -252,19 +252,19 @@ def choose_space(args):
     """The feature space of --features (by default, that of the run that REAL lies in), and --resize."""
     inside = (p for p in args.real.resolve().parents if (p / "adapter.safetensors").is_file())
     settings = next(map(read_settings, inside), None)
-    encoder = settings.uni2h if settings else None
-    default = "encoder" if encoder == "toy" and not inception_available(args.inception) else "inception"
+    toy = settings is not None and settings.uni2h == "toy"
+    default = "encoder" if toy and not inception_available(args.inception) else "inception"
     with rank0_first():            # rank 0 downloads what is missing
         if (args.features or default) == "inception":
             return Inception(args.inception, args.resize)
-        if encoder is None:
+        if settings is None:
             raise Fail(f"--features encoder: {args.real} is in no run of train.py; pass --features inception")
-        return open_encoder(encoder)
+        return open_encoder(settings.uni2h, settings.encoder)
 
-def available_spaces(inception, encoder):
+def available_spaces(inception, settings):
     """The feature spaces for a run: Inception, where its weights are available, and the run's encoder."""
     spaces = [Inception(inception)] if inception_available(inception) else []
-    return [*spaces, open_encoder(encoder)]
+    return [*spaces, open_encoder(settings.uni2h, settings.encoder)]
 
 def result_lines(result):
     """A result of `compare` as lines of text."""

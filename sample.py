@@ -201,7 +201,8 @@ def parse_args():
     add("--run", metavar="DIR", help="a run, its best adapter (default: the newest in runs/)")
     add("--adapter", metavar="FILE", help="or an adapter file")
     add("--sd15", metavar="PATH", help="Stable Diffusion 1.5 (default: the one trained with)")
-    add("--uni2h", metavar="PATH", help="UNI2-h (default: the one trained with)")
+    add("--vae", metavar="PATH", help="another VAE (default: the one trained with)")
+    add("--uni2h", metavar="PATH", help="the encoder's weights (default: those trained with)")
     add("--other-base", action="store_true", help="accept another base than the adapter's")
     add = parser.add_argument_group("run").add_argument
     add("--batch", type=number(int, 1), default=16, help="images at a time (changes rounding)")
@@ -357,9 +358,11 @@ def open_files(args, settings, adapter):
     """-> U-Net and VAE (TensorFiles), Encoder (None with --embedding). Fails if trained with others."""
     header = adapter.header
     with rank0_first():             # it downloads what is missing
-        unet_file, vae_file = open_sd15(args.sd15 or (settings.sd15 if settings else header["base"]))
+        unet_file, vae_file = open_sd15(args.sd15 or (settings.sd15 if settings else header["base"]),
+                                        args.vae or (settings.vae if settings else header.get("vae") or None))
         source = args.uni2h or (settings.uni2h if settings else header["encoder"])
-        encoder = None if args.embedding else open_encoder(source)
+        recipe = settings.encoder if settings else header.get("encoder_recipe")
+        encoder = None if args.embedding else open_encoder(source, recipe)
     for file, key in ((unet_file, "base_sha256"), (vae_file, "vae_sha256")):
         if not args.other_base and file.fingerprint() != header[key]:
             raise Fail(f"{file.path} is of another base than the one {adapter.path} was trained on "

@@ -30,7 +30,7 @@ from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast
                      save_text, shard, silence)
 from ldm.data import (Cache, describe_split, hash_files, note_equal_images, read_dataset, subsample,
                       write_toy_tissue)
-from ldm.encoder import UNI2H, Inception, inception_available, open_encoder
+from ldm.encoder import RECIPES, UNI2H, Inception, inception_available, open_encoder
 from ldm.runs import (FEW, TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
                       parse_settings, public_name, read_settings, split_of_run)
 from ldm.schedule import T, add_noise
@@ -326,8 +326,8 @@ class Inputs:
             inside = patches and folder.resolve().is_relative_to(Path(settings.data).resolve())
             if inside and not self.started:
                 raise Fail(f"--run {folder} is inside the dataset {settings.data}; pass another --run")
-            self.unet_file, self.vae_file = open_sd15(settings.sd15)
-            self.encoder = open_encoder(settings.uni2h)
+            self.unet_file, self.vae_file = open_sd15(settings.sd15, settings.vae)
+            self.encoder = open_encoder(settings.uni2h, settings.encoder)
             # on the meta device: arguments that do not fit are found before anything is computed or written
             unet, vae = load_unet(self.unet_file, "meta"), load_vae(self.vae_file, "meta")
             self.z_shape = latent_shape(unet, vae, settings.size)
@@ -423,7 +423,8 @@ def build(settings, inputs, device):
         print(f"note: a {validation.score} of fewer than {FEW} validation images chooses by chance: "
               "adapter-best.safetensors and fake/ are those of the last epoch")
     header = dict(base=public_name(settings.sd15), base_sha256=sha256["base"], vae_sha256=sha256["vae"],
-                  encoder=public_name(settings.uni2h), encoder_sha256=sha256["encoder"],
+                  vae=public_name(settings.vae or ""), encoder=public_name(inputs.encoder.source),
+                  encoder_recipe=inputs.encoder.recipe.name, encoder_sha256=sha256["encoder"],
                   resolution=settings.size, seed=settings.seed, init=public_name(settings.init or ""),
                   encoder_licence=inputs.encoder.recipe.licence,
                   licence=licence(settings.sd15, inputs.encoder.recipe.terms))
@@ -503,7 +504,9 @@ def end_epoch(trainer, validation, images_per_second):
 def count_parameters(settings):
     """Table 2 for these settings; for Stable Diffusion 1.5 and UNI2-h themselves no file is needed."""
     unet = unet_on_meta(settings.sd15)
-    width = 1536 if settings.uni2h == UNI2H.repository else open_encoder(settings.uni2h).width
+    recipe = RECIPES.get((settings.encoder or UNI2H.name).lower())
+    known = recipe and settings.uni2h in (None, recipe.repository)
+    width = recipe.shape[0] if known else open_encoder(settings.uni2h, settings.encoder).width
     unet = inject(unet, settings.rank, settings.alpha)
     return parameter_table(unet, build_projector(settings, width, unet.context))
 

@@ -1,9 +1,8 @@
 """Frozen networks that turn images into features: the pathology encoder, and FID's Inception."""
 import hashlib
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .app import Fail, all_gather, first_line, foreign_file, progress, shard
 from .data import load_rgb, prefetch, resize_crop
-from .weights import BUILT_IN, TensorFile, hub_file, is_hub_name, load
+from .weights import BUILT_IN, TensorFile, check_declared, find_file, load, read_config
 
 class FeatureSpace:
     """A network with its preprocessing. Subclasses define kind, resize, `file`, `preprocess` and `load`."""
@@ -31,6 +30,12 @@ class FeatureSpace:
         return self.fingerprint()[:8]
 
     @torch.no_grad()
+    def run(self, network, x):
+        """Preprocessed images x (B, 3, size, size) -> features (B, d) in float32, on the CPU."""
+        # convolutions in full float32 on a GPU too
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return network(x.to(next(network.parameters()).device)).float().cpu()
+
     def extract(self, images, device, batch=32):
         """Image files or PIL images of any size -> features (n, d), float64.
 
@@ -42,11 +47,9 @@ class FeatureSpace:
 
         network, features = self.load(device), []
         batches = shard([images[i:i + batch] for i in range(0, len(images), batch)])
-        # convolutions in full float32, as on the CPU
-        with ThreadPoolExecutor() as pool, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with ThreadPoolExecutor() as pool:
             for batch in progress(prefetch(pool, read, batches), "features", len(batches), leave=False):
-                x = network(torch.stack(batch).to(device))
-                features.append(x.cpu().double().numpy())       # in this order: Apple's GPUs have no float64
+                features.append(self.run(network, torch.stack(batch)).double().numpy())
         return np.concatenate(all_gather(features))
 
 # ---- the pathology encoder ---------------------------------------------------------------------------------
@@ -58,98 +61,173 @@ class Recipe:
     terms: str                      # a phrase for the adapter's header and the model card
     licence: str                    # its name on the Hugging Face hub
     model: str                      # timm's name of the architecture
-    arguments: dict                 # of timm.create_model; width and depth are those of the tensors
-    head_width: int = 64
+    arguments: dict                 # of timm.create_model; width and depth of a ViT are those of the tensors
+    shape: tuple = ()               # (d_e, width, depth) of the published weights
+    head_width: int = 64            # 0: width and depth are timm's
     size: int = 224
     interpolation: str = "BILINEAR"     # Pillow's, antialiased
     mean: tuple = (0.485, 0.456, 0.406)
     std: tuple = (0.229, 0.224, 0.225)
-    files: tuple = field(default=("pytorch_model.bin", "model.safetensors"), repr=False)
-    access: str = field(default="", repr=False)     # advice where a download is refused
+    resize: int = 0                 # of the shorter side, before the crop to `size`; 0: to `size`
+    joined: bool = False            # e is the class token joined with the mean of the patch tokens
+
+    @property
+    def name(self):
+        """What --encoder calls it."""
+        return self.repository.rpartition("/")[2].lower() if self.head_width else "timm"
 
     def digest(self):
         """Eight digits that change with architecture or preprocessing."""
         how = (self.model, self.arguments, self.head_width, self.size, self.interpolation, self.mean,
-               self.std)
+               self.std, *filter(None, (self.resize, self.joined)))
         return hashlib.sha256(repr(how).encode()).hexdigest()[:8]
 
 # Source: https://huggingface.co/MahmoodLab/UNI2-h. For a model built locally timm's own
 # `resolve_data_config` gives mean 0.5 and bicubic.
 UNI2H = Recipe(
-    repository="MahmoodLab/UNI2-h", licence="cc-by-nc-nd-4.0",
+    repository="MahmoodLab/UNI2-h", licence="cc-by-nc-nd-4.0", shape=(1536, 1536, 24),
     terms="UNI2-h (CC BY-NC-ND 4.0, gated: non-commercial research only)",
     model="vit_giant_patch14_224",
     arguments=dict(img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0,
                    no_embed_class=True, mlp_layer="SwiGLUPacked", act_layer="silu", reg_tokens=8,
-                   dynamic_img_size=True, global_pool="token"),
-    access="UNI2-h is gated: request access on https://huggingface.co/MahmoodLab/UNI2-h with an "
-           "institutional e-mail address, then run `hf auth login` or set HF_TOKEN; or pass --uni2h")
+                   dynamic_img_size=True, global_pool="token"))
 UNI2H_DIGEST = "7e045138"       # pinned: an edited recipe must not read embeddings of the old one
-TOY = replace(UNI2H, repository="toy", terms="the toy encoder (MIT)", licence="mit", access="")
-RECIPES = {recipe.repository: recipe for recipe in (UNI2H, TOY)}
+TOY = replace(UNI2H, repository="toy", terms="the toy encoder (MIT)", licence="mit", shape=())
+# Sources: the repositories' pages, with which mahmoodlab/TRIDENT and rendeirolab/LazySlide agree. Bioptimus's
+# take tiles of 224 px as they are; the bicubic filter for others is LazySlide's.
+H_OPTIMUS_0 = Recipe(
+    repository="bioptimus/H-optimus-0", licence="apache-2.0", shape=(1536, 1536, 40),
+    terms="H-optimus-0 (Apache 2.0)", model="vit_giant_patch14_reg4_dinov2",
+    arguments=dict(img_size=224, init_values=1e-5, num_classes=0, global_pool="token"),
+    interpolation="BICUBIC", mean=(0.707223, 0.578729, 0.703617), std=(0.211883, 0.230117, 0.177517))
+H_OPTIMUS_1 = replace(H_OPTIMUS_0, repository="bioptimus/H-optimus-1", licence="cc-by-nc-nd-4.0",
+                      terms="H-optimus-1 (CC BY-NC-ND 4.0, gated: non-commercial academic research only)")
+VIRCHOW2 = Recipe(
+    repository="paige-ai/Virchow2", licence="cc-by-nc-nd-4.0", shape=(2560, 1280, 32), head_width=80,
+    terms="Virchow2 (CC BY-NC-ND 4.0, gated: non-commercial academic research only)",
+    model="vit_huge_patch14_224",
+    arguments=dict(img_size=224, init_values=1e-5, num_classes=0, reg_tokens=4, mlp_ratio=5.3375,
+                   global_pool="", dynamic_img_size=True, mlp_layer="SwiGLUPacked", act_layer="silu"),
+    interpolation="BICUBIC", joined=True)
+GIGAPATH = Recipe(
+    repository="prov-gigapath/prov-gigapath", licence="other", shape=(1536, 1536, 40),
+    terms="Prov-GigaPath (gated: see its page for the terms)", model="vit_giant_patch14_dinov2",
+    arguments=dict(img_size=224, patch_size=16, init_values=1e-5, mlp_ratio=5.33334, num_classes=0,
+                   global_pool="token"),
+    interpolation="BICUBIC", resize=256)
+RECIPES = {recipe.name: recipe for recipe in (UNI2H, H_OPTIMUS_0, H_OPTIMUS_1, VIRCHOW2, GIGAPATH)}
 
 class Encoder(FeatureSpace):
-    """A pathology encoder: PIL RGB images -> embeddings e (B, d_e). Width and depth are those of its tensors.
+    """A pathology encoder: PIL RGB images -> embeddings e (B, d_e), d_e = `width`.
 
     UNI2-h is a ViT-H/14 with SwiGLU, 8 registers and 64-wide heads: 681,394,176 parameters, d_e = 1,536.
     """
     kind = "encoder"
 
-    def __init__(self, file, recipe=UNI2H):
-        self.file, self.recipe, self.resize = file, recipe, str(recipe.size)
+    def __init__(self, file, recipe=UNI2H, source=""):
+        """source: the argument that named the file. Fails where the recipe does not fit the tensors."""
+        self.file, self.recipe, self.source, self.resize = file, recipe, source, str(recipe.size)
         self.preprocess = partial(preprocess, recipe=recipe)
-        self.hint = f"It does not fit {recipe.repository}"
-        with foreign_file(file.path, "is no vision transformer with patch_embed and blocks", self.hint):
-            self.width = file.shapes["patch_embed.proj.weight"][0]
-            self.depth = len({name.split(".")[1] for name in file.shapes if name.startswith("blocks.")})
+        self.hint = f"It does not fit {recipe.repository}; --encoder names others"
+        shape = ()
+        if recipe.head_width:
+            with foreign_file(file.path, "is no vision transformer with patch_embed and blocks", self.hint):
+                blocks = {name.split(".")[1] for name in file.shapes if name.startswith("blocks.")}
+                shape = file.shapes["patch_embed.proj.weight"][0], len(blocks)
+        self._build = partial(build_encoder, *shape, recipe=recipe)
+        with torch.device("meta"):
+            e = self.load("meta")(torch.empty(1, 3, recipe.size, recipe.size))
+        if e.ndim != 2:
+            raise Fail(f"{file.path}: by its config.json this model gives {tuple(e.shape[1:])} numbers for "
+                       "an image, no embedding; set global_pool there")
+        self.width = e.shape[1]
+        if recipe.shape and recipe.shape[1:] != shape:      # another network of the same architecture
+            self.recipe = replace(recipe, terms=f"{file.path.name}, an encoder of your own", licence="other")
 
     def fingerprint(self):
         """sha256 of weights and recipe; for UNI2-h and the toy of the weights alone, as in old adapters."""
-        weights = self.file.fingerprint()
-        if self.recipe in (UNI2H, TOY) and self.recipe.digest() == UNI2H_DIGEST:
+        weights, digest = self.file.fingerprint(), self.recipe.digest()
+        if digest == UNI2H_DIGEST:
             return weights
-        return hashlib.sha256(f"{weights} {self.recipe}".encode()).hexdigest()
+        return hashlib.sha256(f"{weights} {digest}".encode()).hexdigest()
 
     def load(self, device="cpu"):
         """The frozen network in float32: (B, 3, size, size) -> (B, d_e)."""
-        build = partial(build_encoder, self.width, self.depth, self.recipe)
-        return load(build, self.file, device, hint=self.hint)
+        return load(self._build, self.file, device, hint=self.hint)
 
-    @torch.no_grad()
     def embed(self, network, images):
         """PIL RGB images -> embeddings e (B, d_e), float32, on the CPU. network: from `load`."""
-        x = self.preprocess(images).to(next(network.parameters()).device)
-        return network(x).float().cpu()
+        return self.run(network, self.preprocess(images))
 
 def preprocess(images, recipe=UNI2H):
     """PIL RGB images of any size -> (B, 3, size, size), resized, cropped and normalised by the recipe."""
-    filter = Image.Resampling[recipe.interpolation]
-    x = np.stack([np.asarray(resize_crop(image, recipe.size, filter)) for image in images])
+    filter, margin = Image.Resampling[recipe.interpolation], max(0, recipe.resize - recipe.size) // 2
+    x = np.stack([np.asarray(resize_crop(image, recipe.resize or recipe.size, filter)) for image in images])
+    x = x[:, margin:margin + recipe.size, margin:margin + recipe.size]
     x = (x.astype(np.float32) / 255 - np.float32(recipe.mean)) / np.float32(recipe.std)
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
-def build_encoder(width=1536, depth=24, recipe=UNI2H):
+def build_encoder(width=None, depth=None, recipe=UNI2H):
     """The network of a recipe, untrained. The timm call is the one on the publisher's page."""
     import timm             # slow to import, and only encoders need it
     arguments = dict(recipe.arguments)
-    if "mlp_layer" in arguments:
-        arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"])
-    heads = width // recipe.head_width
-    return timm.create_model(recipe.model, embed_dim=width, depth=depth, num_heads=heads, **arguments)
+    if isinstance(arguments.get("mlp_layer"), str):
+        arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"].rpartition(".")[2])
+    if width:
+        arguments |= dict(embed_dim=width, depth=depth, num_heads=width // recipe.head_width)
+    network = timm.create_model(recipe.model, **arguments)
+    if recipe.joined:
+        network.register_forward_hook(lambda network, _, tokens: torch.cat(
+            [tokens[:, 0], tokens[:, network.num_prefix_tokens:].mean(1)], dim=-1))
+    return network
 
-def open_encoder(source=UNI2H.repository):
-    """A folder with weights, such a file, a Hugging Face repository or "toy" -> Encoder."""
-    recipe = RECIPES.get(source, UNI2H)
-    path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
-    if path.is_dir():
-        names = [name for name in recipe.files if (path / name).is_file()]
-        path = path / (names or recipe.files)[-1]       # TensorFile fails on one that does not exist
-    elif not path.is_file():
-        if not is_hub_name(source):
-            raise Fail(f"--uni2h {source}: no such folder or file; pass UNI2-h's weights, or omit it for "
-                       f"{UNI2H.repository} from the hub")
-        path = hub_file(source, recipe.files, access=recipe.access if source == recipe.repository else "")
-    return Encoder(TensorFile(path), recipe)
+def open_encoder(source=None, name=None):
+    """A folder with weights, such a file, a Hugging Face repository or "toy" -> Encoder.
+
+    name: of RECIPES (default: the one of that repository, else UNI2-h), whose repository is the default
+    source; or "timm" or a source, for a model as the config.json of timm beside its weights gives it.
+    """
+    recipe = RECIPES.get((name or "").lower())
+    if name not in (None, "timm", "toy") and not recipe:
+        source, name = source or name, "timm"
+    if source in BUILT_IN:
+        if recipe not in (None, UNI2H):
+            raise Fail(f"--uni2h {source} is no {recipe.repository}; pass its weights with --uni2h")
+        recipe = TOY
+    recipe = recipe or next((r for r in RECIPES.values() if r.repository == source), UNI2H)
+    source = str(source or recipe.repository)
+    access = f"{source} is gated: request access on https://huggingface.co/{source} with an institutional " \
+             "e-mail address, then run `hf auth login` or set HF_TOKEN"
+    file = TensorFile(find_file("--uni2h", source, FILES, access=access * (source == recipe.repository),
+                                beside=("config.json",)))
+    path = file.path.parent / "config.json"
+    config = read_config(path)
+    with foreign_file(path, "is no config of timm that can be used", "name the encoder with --encoder"):
+        if name == "timm":
+            file, recipe = from_timm(file, config, source)
+        elif "pretrained_cfg" in config:
+            check_declared(path, config | config["pretrained_cfg"], dict(
+                architecture=recipe.model, mean=list(recipe.mean), std=list(recipe.std),
+                input_size=[3, recipe.size, recipe.size]))
+    return Encoder(file, recipe, source)
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+
+def from_timm(file, config, source):
+    """A TensorFile and the config.json beside it -> the file without its classifier, and a Recipe."""
+    how = config["pretrained_cfg"]
+    arguments = {k: config[k] for k in ("global_pool",) if k in config} | config.get("model_args", {})
+    channels, height, width = how["input_size"]
+    if (channels, height) != (3, width) or how.get("crop_mode", "center") != "center":
+        raise ValueError(f"input_size is {how['input_size']}, crop_mode {how.get('crop_mode')}")
+    recipe = Recipe(
+        repository=source, terms=f"{Path(source).name} (look up its terms)", licence="other",
+        model=config["architecture"], arguments=arguments | dict(num_classes=0), head_width=0, size=height,
+        interpolation=Image.Resampling[how["interpolation"].upper()].name, mean=tuple(how["mean"]),
+        std=tuple(how["std"]), resize=int(height / how.get("crop_pct", 1)))
+    heads = how.get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    return file.renamed(lambda name: None if name.startswith(prefixes) else name), recipe
 
 # ---- Inception of 2015-12-05, the network of FID and KID ---------------------------------------------------
 
@@ -168,7 +246,7 @@ class Inception(FeatureSpace):
         def rename(name):           # the classifier and the counters are not used
             return None if name.startswith("fc.") or name.endswith("num_batches_tracked") else name
 
-        self.file, self.resize = TensorFile(path or _download_inception(), rename), resize
+        self.file, self.resize = TensorFile(path or _download_inception()).renamed(rename), resize
         load(build_inception, self.file, "meta", hint=self.hint)      # names and shapes are checked at once
 
     def preprocess(self, images):

@@ -48,7 +48,7 @@ class Evaluation:
                                   for seed, ((patch, path), name) in enumerate(zip(found, names))]
             if len(found) < 2:
                 raise Fail(f"{folder}: the {part} part of its split needs two images or more for a report")
-        self.spaces = fid.available_spaces(inception, settings.uni2h)
+        self.spaces = fid.available_spaces(inception, settings)
         self.encoder = self.spaces[-1]
         self._features = {}
 
@@ -83,7 +83,7 @@ class Evaluation:
 
     def reconstructed(self, part):
         """The images of a part through the VAE and back -> PIL images."""
-        vae, images = load_vae(open_sd15(self.settings.sd15)[1], self.device), []
+        vae, images = load_vae(open_sd15(self.settings.sd15, self.settings.vae)[1], self.device), []
         for path in self.real(part):
             x = to_tensor([load_rgb(path)], self.size).to(self.device)
             with torch.no_grad():

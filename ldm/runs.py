@@ -32,8 +32,14 @@ class Settings:
     split: str = option(DATA, "paper", "paper (pooled, by case, 5398:387:375), official, or a file")
     sd15: str = option(DATA, SD15, "Diffusers folder, CompVis file, hub repository, or toy", metavar="PATH",
                        on_resume="free", toy="toy")
-    uni2h: str = option(DATA, "MahmoodLab/UNI2-h", "folder or file of the weights, hub repository, or toy",
-                        metavar="PATH", on_resume="free", toy="toy")
+    vae: str | None = option(DATA, None, "another VAE: folder, file or hub repository (default: the base's)",
+                             kind=str, metavar="PATH", on_resume="free")
+    encoder: str | None = option(DATA, None, "uni2-h, h-optimus-0, h-optimus-1, virchow2, prov-gigapath, or "
+                                 "a folder or repository with timm's config.json (default: uni2-h)",
+                                 kind=str, metavar="NAME", on_resume="free")
+    uni2h: str | None = option(DATA, None, "the encoder's weights: folder, file, hub repository, or toy "
+                               "(default: its repository)", kind=str, metavar="PATH", on_resume="free",
+                               toy="toy")
     size: int = option(DATA, 512, "side of the images in pixels", low=8, high=8192, toy=64)
     limit: int | None = option(DATA, None, "use at most N images of each part", kind=int, low=1, metavar="N")
     rank: int = option(MODEL, 8, "r of LoRA", low=1, high=4096)
@@ -82,7 +88,7 @@ def parse_settings(description):
     call.add_argument("--parameters", action="store_true", help="print parameter counts (Table 2) and exit")
     given = vars(parser.parse_args())
     resume, parameters, values = given.pop("resume"), given.pop("parameters"), {}
-    for name in {"data", "sd15", "uni2h", "split", "init", "inception"} & given.keys():
+    for name in {"data", "sd15", "vae", "encoder", "uni2h", "split", "init", "inception"} & given.keys():
         path = os.path.abspath(os.path.expanduser(given[name]))
         built_in = name in ("sd15", "uni2h") and given[name] in BUILT_IN
         found = os.path.isfile(path) or (name != "split" and os.path.isdir(path))
@@ -343,7 +349,7 @@ def model_card(folder):
     terms = dict(sd15="openrail-m", uni2h=header.get("encoder_licence", "cc-by-nc-nd-4.0"))
     terms = "-and-".join(name for key, name in terms.items() if getattr(settings, key) not in BUILT_IN)
     text = CARD.format(**asdict(settings) | dict(
-        name=folder.name, base=public_name(settings.sd15), encoder=public_name(settings.uni2h),
+        name=folder.name, base=public_name(settings.sd15), encoder=header["encoder"],
         terms=f"license: other\nlicense_name: {terms}" if terms else "license: mit",
         best=_describe_best(folder, settings, split, log), **_describe_data(settings, split),
         lr_projector=settings.lr * settings.lr_ratio, licence=header["licence"],

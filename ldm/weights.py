@@ -1,62 +1,86 @@
-"""Weights from files: read lazily, renamed to Diffusers' names, loaded strictly, tensor by tensor.
+"""Weights from files: read lazily, renamed to Diffusers' names, checked, loaded strictly, tensor by tensor.
 
-Stable Diffusion 1.5 is found in three layouts: a Diffusers folder whose VAE attention is named `to_q`, the
-same with `query` (the official float32 file), and one CompVis file (`model.*`, `first_stage_model.*`).
+Stable Diffusion 1.5 is found as a Diffusers folder or as one CompVis file (`model.*`, `first_stage_model.*`);
+the VAE's attention has three sets of names, in either (the official float32 file: `query`).
 """
+import copy
+import errno
 import hashlib
+import json
 import math
 import os
+import pickle
 import re
 import sys
 import zipfile
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .app import Fail, file_sha256, first_line, foreign_file
+from .app import RANK0, Fail, file_sha256, first_line, foreign_file
+from .schedule import T, alpha_bar
 from .unet import UNet
-from .vae import VAE
+from .vae import SCALE, VAE
 
 BUILT_IN = {"toy": Path(__file__).parent / "toy"}       # names that stand for weights in this repository
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-FILE = "{}/diffusion_pytorch_model{}.safetensors"
 SD15_SHA256 = {     # of the files of that repository
-    FILE.format("unet", ""): "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
-    FILE.format("unet", ".fp16"): "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21",
-    FILE.format("vae", ""): "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
-    FILE.format("vae", ".fp16"): "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c",
+    "unet/diffusion_pytorch_model.safetensors":
+        "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+    "unet/diffusion_pytorch_model.fp16.safetensors":
+        "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21",
+    "vae/diffusion_pytorch_model.safetensors":
+        "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+    "vae/diffusion_pytorch_model.fp16.safetensors":
+        "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c",
 }
 HINT = f"It does not fit Stable Diffusion 1.5; the reference files are those of {SD15}"
+AGAIN = "restore it, or download it again"
 
 # ---- files of tensors --------------------------------------------------------------------------------------
 
-class TensorFile:
-    """The tensors of a safetensors file or a pickled state dict, under our names; mapped, read on demand.
+NO_WEIGHTS = {      # first bytes of files that people have in the place of weights
+    b"version https://git-lfs": "is a Git LFS pointer: run `git lfs pull` there, or download it",
+    b"<": "is a web page, not weights: download the file itself", b"GGUF": "is quantised: pass safetensors",
+    bytes(9): "begins with zeros, like a broken copy: download it again"}
+BLOCK = 2 ** 18         # numbers; so many zeros in a row are a gap in a file, not a weight matrix
 
-    rename: name in the file -> our name, or None to omit the tensor. shapes: {our name: shape}.
+class TensorFile:
+    """The tensors of a safetensors file or a pickled state dict, mapped, read on demand.
+
+    names: {our name: name in the file}; shapes: {our name: shape}. The first bytes decide the format.
     """
 
-    def __init__(self, path, rename=lambda name: name):
+    def __init__(self, path):
         self.path, self.header, self._fingerprint = Path(path), {}, None
-        with foreign_file(self.path, "is not a plain file of tensors, or is truncated",
-                          "restore it, or download it again"):
+        with foreign_file(self.path, "is not a plain file of tensors, or is truncated", AGAIN):
             with open(self.path, "rb") as f:
-                if f.read(23) == b"version https://git-lfs":
-                    raise Fail(f"{self.path} is a Git LFS pointer: run `git lfs pull` there, or download it")
-            if self.path.suffix == ".safetensors":
+                start = f.read(23)
+            for magic, problem in NO_WEIGHTS.items():
+                if start.startswith(magic):
+                    raise Fail(f"{self.path} {problem}")
+            if start[8:9] == b"{":
                 self._open = lambda: safe_open(self.path, "pt").get_tensor      # name in the file -> tensor
                 with safe_open(self.path, "pt") as f:
-                    shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+                    self.shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
                     self.header |= f.metadata() or {}
             else:
                 state = _unpickle(self.path)
                 self._open = lambda: state.__getitem__
-                shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        self.names = {ours: name for name in shapes if (ours := rename(name)) is not None}
-        self.shapes = {ours: shapes[name] for ours, name in self.names.items()}
+                self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.names = {name: name for name in self.shapes}
+
+    def renamed(self, rename):
+        """The same file under other names. rename: name -> our name, or None to omit the tensor."""
+        file = copy.copy(self)
+        file.names = {ours: name for name in self.names if (ours := rename(name)) is not None}
+        file.shapes = {ours: self.shapes[name] for ours, name in file.names.items()}
+        return file
 
     def get(self, name):
         """One tensor, mapped from the file."""
@@ -68,14 +92,19 @@ class TensorFile:
         for name in names:
             if size > 2 ** 27:
                 get, size = self._open(), 0
-            tensor = get(self.names[name])
+            tensor = get(self.names[name]).detach()
             size += tensor.nbytes
             yield name, tensor
 
     def fingerprint(self):
-        """sha256 over our names and the tensors' bytes: the same for every layout of the same network."""
+        """sha256 over our names and the tensors' bytes: the same for every layout of the same network.
+
+        Fails where a tensor does not pass `check_tensor`.
+        """
         def digest(name):
-            data = self.get(name).contiguous().flatten().view(torch.uint8).numpy()
+            tensor = self.get(name)
+            self.check_tensor(name, tensor)
+            data = tensor.contiguous().flatten().view(torch.uint8).numpy()
             return f"{name} {hashlib.sha256(data).hexdigest()}"
 
         if self._fingerprint is None:
@@ -84,12 +113,49 @@ class TensorFile:
             self._fingerprint = hashlib.sha256(lines.encode()).hexdigest()
         return self._fingerprint
 
+    def check_tensor(self, name, tensor):
+        """Fail where a number is not finite in float32, or BLOCK numbers or all of a weight matrix are 0."""
+        if not (tensor.is_floating_point() and tensor.numel()):
+            return
+        x = tensor.flatten()
+        x = x if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x.float()
+        parts = x.tensor_split(max(1, len(x) // BLOCK))
+        sums = [part.sum(dtype=torch.float32).item() for part in parts]
+        name = self.names[name]
+        if not math.isfinite(sum(sums)) and not x.float().isfinite().all():
+            raise Fail(f"{self.path}: {name} contains numbers that are not finite (NaN, infinity, or beyond "
+                       "float32); download it again, or pass another file")
+        matrix = tensor.ndim > 1 and name.endswith("weight")
+        if matrix and any(total == 0 and not part.any() for part, total in zip(parts, sums)):
+            raise Fail(f"{self.path}: {name} is zero in a part where weights must be, as an interrupted copy "
+                       f"leaves it; {AGAIN}")
+
+class _Stub:
+    """Stands for a class that is not imported: its objects are dictionaries, which take any state."""
+
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
+
 def _unpickle(path):
-    mapped = zipfile.is_zipfile(path)           # torch cannot map its format before version 1.6
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    """The state dict in a file of torch.save, which may be one part of a trainer's checkpoint.
+
+    Nothing in the file is run or imported: objects of unknown classes become stubs.
+    """
+    archive = zipfile.is_zipfile(path)          # torch cannot map its format before version 1.6
+    mapped = archive and path.suffix.lower() != ".safetensors"      # nor believes that this name is a pickle's
+    unknown = get_unsafe_globals_in_checkpoint(path) if archive else []
+    try:
+        with open(path, "rb") as f, safe_globals([(type("Stub", (_Stub,), {}), name) for name in unknown]):
+            state = torch.load(path if mapped else f, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError:              # torch's message has many lines and unsafe advice
+        raise ValueError("damaged, or a pickle with code: save its state dict alone") from None
     state = {"tensor": state} if isinstance(state, torch.Tensor) else state
-    if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
-        raise ValueError("it is no state dict, or holds more than that")
+    while nested := [state[key] for key in ("state_dict", "model_state_dict", "model")
+                     if isinstance(state.get(key), dict)]:
+        state = nested[0]
+    state = {name: t for name, t in state.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}
+    if not state:
+        raise ValueError("it holds no state dict")
     return state
 
 def load(build, file, device="cpu", dtype=torch.float32, hint=""):
@@ -110,36 +176,72 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     for what, names in wrong.items():
         if names:
             raise Fail(f"{file.path}: {len(names)} tensors {what}: {', '.join(names[:3])}. {hint}")
-    state = {}
+    state, small = {}, set()
     for name, tensor in file.read(wanted):
         if not tensor.dtype.is_floating_point:
             raise Fail(f"{file.path}: {name} is {tensor.dtype}, not floating point (quantised?). {hint}")
+        if device != "meta" and file._fingerprint is None:
+            file.check_tensor(name, tensor)
+        if tensor.element_size() == 1:
+            small.add(str(tensor.dtype))
         # CompVis stores the VAE's attention as 1x1 convolutions
         state[name] = tensor.reshape(wanted[name]).to(device, dtype)
+    if small and device != "meta" and RANK0:
+        print(f"note: {file.path} is stored as {', '.join(small)}: its weights have 2 or 3 bits of precision",
+              file=sys.stderr)
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
+def find_file(argument, source, names, sha256=None, access="", beside=()):
+    """The path of a file of weights: `source` itself, or one of `names` in that folder or hub repository.
+
+    Links are kept: a path of the hub's cache has its name only there. For the rest see `hub_file`.
+    """
+    path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
+    if path.is_dir():
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise Fail(f"{argument} {path} contains no {' or '.join(names[:2])}; pass the folder or the file "
+                       "with the weights")
+        return found[0]
+    if path.exists():
+        return path
+    if is_hub_name(source):
+        return hub_file(str(source), names, sha256, access, beside)
+    raise Fail(f"{argument} {source}: no such folder or file; pass a folder, a file of weights, or a Hugging "
+               f"Face repository such as {SD15}")
+
 # ---- Stable Diffusion 1.5 ----------------------------------------------------------------------------------
 
-def open_sd15(source):
-    """A Diffusers folder, CompVis file, Hugging Face repository or "toy" -> TensorFiles (U-Net, VAE)."""
-    path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
-    pairs = [[FILE.format(part, kind) for kind in ("", ".fp16")] for part in ("unet", "vae")]
-    if path.is_file():
-        unet = TensorFile(path, partial(_rename, "model.diffusion_model.", _COMPVIS_UNET))
-        vae = TensorFile(path, partial(_rename, "first_stage_model.", _COMPVIS_VAE))
-    elif path.is_dir() or is_hub_name(source):
-        # of a repository float16 first: half as large, and finer than the bfloat16 that it is used in
-        sha256 = SD15_SHA256 if source == SD15 else {}
-        paths = [_find(path, pair) if path.is_dir() else hub_file(source, pair[::-1], sha256)
-                 for pair in pairs]
-        unet, vae = TensorFile(paths[0]), TensorFile(paths[1], partial(_rename, "", _OLD_ATTENTION))
-    else:
-        raise Fail(f"--sd15 {source}: no such folder or file; pass a Diffusers folder, a CompVis file, or a "
-                   f"Hugging Face repository such as {SD15}")
+def open_sd15(source, vae=None):
+    """A Diffusers folder, CompVis file, Hugging Face repository or "toy" -> TensorFiles (U-Net, VAE).
+
+    vae: another source for the VAE. Fails where the files, or configs beside them, declare another model than
+    is computed here.
+    """
+    find = partial(find_file, "--sd15", source, sha256=SD15_SHA256 if source == SD15 else None)
+    path = find(_names("unet/"), beside=("unet/config.json", SCHEDULER))
+    file = TensorFile(path)
+    unet = _part(file, "model.diffusion_model.", _COMPVIS_UNET)
     if other := _other_model(unet.shapes):
         raise Fail(f"{path} looks like {other}; this program needs Stable Diffusion 1.5 ({SD15})")
-    return unet, vae
+    _check_schedule(file)
+    _check_config(path, "config.json", DECLARED_UNET)
+    _check_config(path, f"../{SCHEDULER}", DECLARED_SCHEDULE)
+    if vae is not None:
+        names = [*_names("vae/"), *_names("")]
+        file = TensorFile(find_file("--vae", vae, names, beside=("vae/config.json", "config.json")))
+    elif path != Path(os.path.expanduser(source)):
+        file = TensorFile(find(_names("vae/"), beside=("vae/config.json",)))
+    elif not any(name.startswith("first_stage_model.") for name in file.names):
+        raise Fail(f"{path} contains no VAE; pass --vae with a file, a folder or a repository, such as "
+                   "stabilityai/sd-vae-ft-mse")
+    _check_config(file.path, "config.json", DECLARED_VAE)
+    return unet, _part(file, "first_stage_model.", _COMPVIS_VAE)
+
+def _names(folder):
+    return [f"{folder}diffusion_pytorch_model{kind}.{suffix}" for suffix in ("safetensors", "bin")
+            for kind in ("", ".fp16", ".non_ema")]
 
 def load_unet(file, device="cpu", dtype=torch.float32):
     """The U-Net of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
@@ -173,7 +275,7 @@ def _geometry(file, prefix):
 
 def _other_model(shapes):
     """What a U-Net's tensors are of, where it is known and not Stable Diffusion 1.5."""
-    if not shapes:
+    if not any(name.startswith("down_blocks.") for name in shapes):
         return "a part of a model, without `model.diffusion_model.*`"
     if any(name.startswith(("add_embedding", "label_emb")) for name in shapes):
         return "SDXL"
@@ -182,21 +284,87 @@ def _other_model(shapes):
     if shapes.get("conv_in.weight", ())[1:2] in ((8,), (9,)):
         return "an inpainting or image-editing variant"
 
-def _find(folder, names):
-    if found := [folder / name for name in names if (folder / name).is_file()]:
-        return found[0]
-    raise Fail(f"{folder} contains no {' or '.join(names)}; pass a folder with unet/ and vae/")
-
 def licence(base, encoder_terms):
     """The terms of an adapter, for its header and its model card. base: its --sd15."""
     base = ("the toy base (MIT)" if base in BUILT_IN else
             "Stable Diffusion 1.5 (CreativeML Open RAIL-M, whose use restrictions carry over)")
     return f"Trained from {base} on embeddings of {encoder_terms} and on your images: their terms apply."
 
-# Names in the other layouts -> Diffusers' names
+# What is computed here, {key: value, or a tuple of values of one meaning}, where files can declare otherwise.
+# Keys are Diffusers'. Those that its networks ignore, or that change rounding only, are not listed.
 
-_OLD_ATTENTION = {r"\.query\.": ".to_q.", r"\.key\.": ".to_k.", r"\.value\.": ".to_v.",
-                  r"\.proj_attn\.": ".to_out.0."}
+SCHEDULER = "scheduler/scheduler_config.json"
+DECLARED_UNET = dict(
+    _class_name="UNet2DConditionModel", act_fn=("silu", "swish"), norm_num_groups=32, norm_eps=1e-5,
+    attention_head_dim=8, num_attention_heads=(None, 8), flip_sin_to_cos=True, freq_shift=0,
+    downsample_padding=1, mid_block_scale_factor=1, resnet_out_scale_factor=1, transformer_layers_per_block=1,
+    down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], mid_block_type="UNetMidBlock2DCrossAttn",
+    up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, resnet_time_scale_shift="default",
+    time_embedding_type="positional", attention_type="default",
+    **dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention",
+                     "use_linear_projection", "mid_block_only_cross_attention", "cross_attention_norm",
+                     "class_embed_type", "num_class_embeds", "class_embeddings_concat", "addition_embed_type",
+                     "encoder_hid_dim", "encoder_hid_dim_type", "resnet_skip_time_act", "timestep_post_act",
+                     "time_embedding_act_fn", "time_cond_proj_dim")))
+DECLARED_VAE = dict(
+    _class_name="AutoencoderKL", act_fn=("silu", "swish"), norm_num_groups=32, scaling_factor=SCALE,
+    shift_factor=None, latents_mean=None, latents_std=(None, 1), use_quant_conv=True,
+    use_post_quant_conv=True, mid_block_add_attention=True,
+    down_block_types="DownEncoderBlock2D", up_block_types="UpDecoderBlock2D")
+DECLARED_SCHEDULE = dict(
+    prediction_type="epsilon", rescale_betas_zero_snr=False, num_train_timesteps=T, trained_betas=None,
+    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, shift=None, use_flow_sigmas=False)
+DECLARED_HEADER = {     # of a safetensors file: modelspec's and kohya's
+    "modelspec.prediction_type": ("epsilon", "eps"), "modelspec.predict_key": ("epsilon", "eps"),
+    "ss_v_parameterization": ("False", "false"), "ss_zero_terminal_snr": ("False", "false")}
+
+def read_config(path):
+    """The object in a config.json of another program; {} where the file does not exist."""
+    if not path.is_file():
+        return {}
+    with foreign_file(path):
+        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
+
+def check_declared(path, found, computed):
+    """Fail where a value of `found` in the file `path` contradicts that of the same key in `computed`."""
+    def same(value, ours):
+        if isinstance(value, list):
+            ours = ours if isinstance(ours, list) else [ours] * len(value)
+            return len(value) == len(ours) and all(map(same, value, ours))
+        if isinstance(value, float) and isinstance(ours, (int, float)):
+            return math.isclose(value, ours, rel_tol=1e-6)
+        return value == ours or not (value or ours)         # null, false and 0 have one meaning
+
+    for key, ours in computed.items():
+        values = ours if isinstance(ours, tuple) else (ours,)
+        if key in found and not any(same(found[key], value) for value in values):
+            raise Fail(f"{path} declares {key} {found[key]!r}, and this program computes with {values[0]!r}; "
+                       "pass a model with that")
+
+def _check_config(path, name, computed):
+    """Check the config of Diffusers at `name` from its file of weights, by one of the tables above."""
+    if path.name.startswith("diffusion_pytorch_model"):
+        config = Path(os.path.normpath(path.parent / name))
+        check_declared(config, read_config(config), computed)
+
+def _check_schedule(file):
+    """Fail where a file, or the .yaml beside it, declares that it predicts v, or another schedule."""
+    if found := {"v_pred", "ztsnr", "edm_vpred.sigma_max"} & file.names.keys():
+        raise Fail(f"{file.path} has the key {max(found)}: it does not predict ε by the schedule of Stable "
+                   f"Diffusion 1.5; pass a base that does, such as {SD15}")
+    check_declared(file.path, file.header, DECLARED_HEADER)
+    yaml = file.path.with_suffix(".yaml")
+    if yaml.is_file() and re.search(rb"parameterization\W+v\b", yaml.read_bytes()):
+        raise Fail(f"{yaml} declares that {file.path.name} predicts v, not ε; pass a base that predicts ε")
+    if "alphas_cumprod" in file.names:
+        theirs = file.get("alphas_cumprod")
+        rounding = {1: 0.3, 2: 0.01}.get(theirs.element_size(), 1e-4)
+        if theirs.shape != (T,) or not torch.allclose(theirs.double(), alpha_bar(), rounding, atol=0):
+            raise Fail(f"{file.path}: alphas_cumprod is another noise schedule than that of Stable Diffusion "
+                       f"1.5; pass a base with that one, such as {SD15}")
+
+# Names in the other layouts -> Diffusers' names; a table leaves those of Diffusers as they are
+
 _COMPVIS_UNET = {
     r"^time_embed\.0": "time_embedding.linear_1", r"^time_embed\.2": "time_embedding.linear_2",
     r"^out\.0": "conv_norm_out", r"^out\.2": "conv_out", r"^input_blocks\.0\.0": "conv_in",
@@ -207,8 +375,9 @@ _COMPVIS_UNET = {
 _COMPVIS_VAE = {
     r"mid\.block_1": "mid_block.resnets.0", r"mid\.block_2": "mid_block.resnets.1",
     r"mid\.attn_1": "mid_block.attentions.0", r"(attentions\.0)\.norm\.": r"\1.group_norm.",
-    r"(attentions\.0)\.([qkv])\.": r"\1.to_\2.", r"(attentions\.0)\.proj_out": r"\1.to_out.0",
-    r"nin_shortcut": "conv_shortcut", r"norm_out": "conv_norm_out",
+    r"(attentions\.0)\.([qkv])(uery|ey|alue)?\.": r"\1.to_\2.",
+    r"(attentions\.0)\.(proj_out|proj_attn)\.": r"\1.to_out.0.",
+    r"nin_shortcut": "conv_shortcut", r"\.norm_out": ".conv_norm_out",
     r"down\.(\d)": r"down_blocks.\1", r"up\.0": "up_blocks.3", r"up\.1": "up_blocks.2",
     r"up\.2": "up_blocks.1", r"up\.3": "up_blocks.0", r"\.block\.(\d)": r".resnets.\1",
     r"\.(down|up)sample\.": r".\1samplers.0."}
@@ -219,14 +388,21 @@ for i in range(12):         # three blocks a level, after input block 0, which i
                           rf"{block}\.0\.": f"{side}_blocks.{level}.resnets.{j}.",
                           rf"{block}\.1\.": f"{side}_blocks.{level}.attentions.{j}."}
 
-def _rename(prefix, table, name):
-    """The name without the prefix, each pattern of the table replaced; None for a name of another part."""
-    if not name.startswith(prefix):
-        return None
-    name = name.removeprefix(prefix)
-    for old, new in table.items():
-        name = re.sub(old, new, name)
-    return name
+def _part(file, prefix, table):
+    """The tensors under a prefix, or all where there is none, each pattern of the table replaced.
+
+    Omits what trainers leave in a VAE: its discriminator, `loss.*`, and the counters of `model_ema.*`.
+    """
+    single = any(name.startswith(prefix) for name in file.names)
+
+    def rename(name):
+        if single and not name.startswith(prefix):
+            return None
+        name = name.removeprefix(prefix)
+        for old, new in table.items():
+            name = re.sub(old, new, name)
+        return None if name.startswith(("loss.", "model_ema.")) else name
+    return file.renamed(rename)
 
 # ---- the Hugging Face hub ----------------------------------------------------------------------------------
 
@@ -235,30 +411,58 @@ def is_hub_name(source):
     rules = r"(?!.*(--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]{1,96}\b"
     return re.fullmatch(rules, str(source)) is not None
 
-def hub_file(repository, candidates, sha256=None, access=""):
+def hub_file(repository, candidates, sha256=None, access="", beside=()):
     """The first of the candidates in the hub's cache, or else in the repository: announced, then downloaded.
 
-    sha256: {file: hash} to check a download against. access: advice where the repository refuses.
+    sha256: {file: hash} to check a download against. access: advice where the repository refuses. beside:
+    small files to download before it, where the repository has them.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
     for name in candidates:
         if isinstance(path := try_to_load_from_cache(repository, name), str):
             return Path(path)
-    name, *others = candidates
+    for name in beside:
+        if not isinstance(try_to_load_from_cache(repository, name), str):
+            _download(repository, name, access)
+    for name in candidates:
+        if path := _download(repository, name, access):
+            expected = (sha256 or {}).get(name)
+            if expected and expected != (found := file_sha256(path)):
+                path.resolve().unlink()
+                raise Fail(f"{name} came with sha256 {found[:12]}..., not {expected[:12]}...; removed, try "
+                           "again")
+            return path
+    raise Fail(f"cannot get {candidates[0]} of {repository}: it has no such file. Check the name, or pass a "
+               "local path")
+
+def _download(repository, name, access):
+    """Announce and download a file of the hub -> its path, or None where the repository has none."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     try:
         size = (get_hf_file_metadata(hf_hub_url(repository, name)).size or 0) / 1e9
         print(f"downloading {name} of {repository} ({size:.2f} GB) to {HF_HUB_CACHE}", file=sys.stderr)
-        path = Path(hf_hub_download(repository, name))      # which resumes after a broken connection
+        return Path(hf_hub_download(repository, name))      # which resumes after a broken connection
     except Exception as problem:            # of the hub's client and the libraries beneath it
-        if others and isinstance(problem, EntryNotFoundError):
-            return hub_file(repository, others, sha256, access)
-        advice = access or "Check the name and the connection, or download it and pass the local path."
+        if isinstance(problem, EntryNotFoundError) and not isinstance(problem, LocalEntryNotFoundError):
+            return None
         raise Fail(f"cannot get {name} of {repository} ({type(problem).__name__}: {first_line(problem)}). "
-                   f"{advice}") from None
-    expected = (sha256 or {}).get(name)
-    if expected and expected != (found := file_sha256(path)):
-        path.resolve().unlink()
-        raise Fail(f"{name} came with sha256 {found[:12]}..., not {expected[:12]}...; removed, try again")
-    return path
+                   f"{_remedy(problem, access)}; or download it elsewhere and pass the local path") from None
+
+def _remedy(problem, access):
+    """What to do about a failed download, by its kind."""
+    status = getattr(getattr(problem, "response", None), "status_code", None)
+    if status in (401, 403):
+        return access or "It is gated or private, or does not exist: check the name, then run `hf auth login`"
+    if getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return "Free disk space, or set HF_HOME to a folder on another disk"
+    if isinstance(problem, PermissionError):
+        return "Set HF_HOME to a folder that you may write to"
+    if type(problem).__name__ == "OfflineModeIsEnabled":
+        return "Unset HF_HUB_OFFLINE"
+    if status == 404:
+        return "Check the name"
+    if status:
+        return "The server cannot answer now: try again later"
+    return "Check the connection and the proxy (HTTPS_PROXY)"

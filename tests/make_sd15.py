@@ -86,7 +86,8 @@ def make_sd15(path, layout="diffusers", width=320):
         one = {compvis_unet_name(name): t for name, t in tensors["unet"].items()}
         for name, t in tensors["vae"].items():          # its attention is made of 1x1 convolutions
             one[compvis_vae_name(name)] = t[:, :, None, None] if re.search(r"to_.*weight", name) else t
-        one["alphas_cumprod"] = torch.ones(1000)        # and other things that are not needed
+        betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+        one["alphas_cumprod"] = (1 - betas).cumprod(0).float()          # and other things that are not needed
         one["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
         save_file(one, path, metadata={"format": "pt"})
         return
