@@ -142,7 +142,7 @@ def _unpickle(path):
     Nothing in the file is run or imported: objects of unknown classes become stubs.
     """
     archive = zipfile.is_zipfile(path)          # torch cannot map its format before version 1.6
-    mapped = archive and path.suffix.lower() != ".safetensors"      # nor believes that this name is a pickle's
+    mapped = archive and path.suffix.lower() != ".safetensors"      # which torch takes for no pickle
     unknown = get_unsafe_globals_in_checkpoint(path) if archive else []
     try:
         with open(path, "rb") as f, safe_globals([(type("Stub", (_Stub,), {}), name) for name in unknown]):

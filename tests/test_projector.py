@@ -107,7 +107,8 @@ def test_a_folder_a_pickle_and_a_safetensors_file_hold_the_same_encoder(uni2h, t
 
 @pytest.mark.parametrize("change", [dict(mean=(0.5, 0.5, 0.5)), dict(interpolation="BICUBIC"),
                                     dict(arguments=UNI2H.arguments | {"act_layer": "gelu"}),
-                                    dict(resize=256), dict(joined=True)])
+                                    dict(resize=256),
+                                    dict(arguments=UNI2H.arguments | {"global_pool": ""}, joined=True)])
 def test_the_same_weights_under_another_recipe_are_another_encoder(change, uni2h):
     """Cache and adapter are keyed by the fingerprint. UNI2-h's is that of the weights alone, as in adapters
     of earlier versions.

@@ -703,7 +703,7 @@ def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch
     with pytest.raises(train.Fail, match="sha256.*removed"):
         hub_file("x/y", ["a32"], {"a32": "0" * 64})
     assert not (tmp_path / "a32").exists()
-    with pytest.raises(train.Fail, match="cannot get b of x/y.*ask for access"):
+    with pytest.raises(train.Fail, match="cannot get b of x/y.*no such file. Check the name"):
         hub_file("x/y", ["b"], access="ask for access")
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
