@@ -285,6 +285,7 @@ def find_references(args, settings, adapter):
     """--ref, --split or --embedding -> [(name, label, source)]: a file or an embedding (d_e,)."""
     if args.embedding:
         rows = read_embeddings(args.embedding, load_projector(adapter).shape["embedding"])
+        print(f"{args.embedding}: {len(rows)} rows, taken for embeddings of {adapter.header['encoder']}")
         return [(f"{args.embedding.stem}-{i:04d}", "", row) for i, row in enumerate(rows)]
     if args.split:
         found = patches_of(args.split, settings, adapter.path.parent)
@@ -303,6 +304,8 @@ def find_references(args, settings, adapter):
 def read_embeddings(path, width):
     """The one array (n, width) or (width,) of finite floating-point numbers in a file -> (n, width)."""
     with foreign_file(path, "holds no embeddings", "pass .npy, .npz, .csv, .pt or .safetensors"):
+        if not path.is_file():          # a pipe would block
+            raise Fail(f"--embedding {path}: no such file")
         if path.suffix.lower() in (".npy", ".npz"):
             found = np.load(path)
         elif path.suffix.lower() == ".csv":

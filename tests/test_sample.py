@@ -60,7 +60,7 @@ def test_embeddings_are_read_from_what_people_store_them_in(name, save, shape, t
     (np.zeros((2, 5)), r"\(2, 5\); the adapter needs one array \(n, 6\)"), (np.zeros((0, 6)), "needs one"),
     (np.full((2, 6), np.inf), "embedding 0 is not finite"), (np.zeros((2, 6), int), "needs one array"),
     (np.array([[0] * 6, [1e300] * 6]), "embedding 1 is not finite"), (np.float64(1), "needs one array"),
-    (np.array([{"a": 1}]), "holds no embeddings"), (b"", "holds no embeddings"), (None, "does not exist")])
+    (np.array([{"a": 1}]), "holds no embeddings"), (b"", "holds no embeddings"), (None, "no such file")])
 def test_what_is_no_embedding_is_refused_in_one_line(x, words, tmp_path):
     path = tmp_path / "e.npy"
     if isinstance(x, bytes):
