@@ -307,7 +307,7 @@ def read_embeddings(path, width):
         if not path.is_file():          # a pipe would block
             raise Fail(f"--embedding {path}: no such file")
         if path.suffix.lower() in (".npy", ".npz"):
-            found = np.load(path)
+            found = np.load(path, mmap_mode="r")        # a false shape takes no memory
         elif path.suffix.lower() == ".csv":
             found = np.loadtxt(path, delimiter=",", ndmin=2)
         else:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, features
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 import fid
 from ldm.app import Fail
@@ -26,6 +26,7 @@ from ldm.encoder import open_encoder
 from ldm.unet import UNet
 from lora import inject, load_adapter, open_adapter, save_adapter
 from projector import Projector
+from sample import read_embeddings
 
 few = settings(max_examples=max(8, int(os.environ.get("MORPH_EXAMPLES", 0)) // 30), deadline=None,
                suppress_health_check=list(HealthCheck))
@@ -320,6 +321,25 @@ def test_statistics_with_anything_in_them(tmp_path_factory, data):
         assert np.isfinite(fid.compare(good, other)["fid"])
         fid.compare_classes(good, other)
     attempt("statistics, edited", read)
+
+def stored(form):
+    """The bytes of a file of embeddings (3, 6)."""
+    out, x = io.BytesIO(), np.ones((3, 6), np.float32)
+    dict(npy=lambda: np.save(out, x), npz=lambda: np.savez(out, e=x),
+         csv=lambda: np.savetxt(out, x, delimiter=","), pt=lambda: torch.save(torch.from_numpy(x), out),
+         safetensors=lambda: out.write(save({"e": torch.from_numpy(x)})))[form]()
+    return out.getvalue()
+
+@many
+@given(form=st.sampled_from(["npy", "npz", "csv", "pt", "safetensors"]), **mutations)
+def test_embeddings_with_changed_bytes(tmp_path_factory, form, changes, cut):
+    path = tmp_path_factory.getbasetemp() / f"mutated.{form}"
+    path.write_bytes(mutate(stored(form), changes, cut % 200))
+
+    def read():
+        rows = read_embeddings(path, 6)
+        assert rows.dtype == torch.float32 and rows.isfinite().all() and rows.shape[1] == 6
+    attempt(f"embeddings, {form}", read)
 
 def test_a_name_in_another_alphabet_is_read(tmp_path):
     for name in ("образец.png", "試料.png", "naïve ☂.png"):
