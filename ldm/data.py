@@ -150,7 +150,7 @@ def save_image(path, image, made_by=None, **text):
         info.add_text(key, str(value))
     if made_by:
         info.add_itxt("XML:com.adobe.xmp", XMP.format(GENERATED, made_by))
-    with atomic_write(path) as temporary:
+    with atomic_write(path, sync=False) as temporary:
         image.save(temporary, pnginfo=info)
 
 def list_images(folder, left=None):
@@ -561,7 +561,8 @@ class Cache:
             if shards:
                 encode, embed = encoders()
                 batches = prefetch(pool, load_rgb, [[path for _, path in part] for part in shards])
-                for part, images in zip(shards, progress(batches, "caching", len(shards))):
+                bar = progress(batches, "caching", len(shards), unit="image", unit_scale=self.SHARD)
+                for part, images in zip(shards, bar):
                     self._write([h for h, _ in part], images, encode, embed)
         if todo:
             barrier()

@@ -1,8 +1,11 @@
 """What the programs share: atomic files, one line for a failure, the device, equal files everywhere."""
+import errno
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -63,6 +66,75 @@ def test_help_is_printed_on_a_console_without_greek_letters(monkeypatch):
         run_program(train.main)
     out.flush()
     assert stop.value.code == 0 and b"? of LoRA (default: the rank)" in out.buffer.getvalue()
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_may_refuse_to_sync_but_not_fail_to(code, tmp_path, monkeypatch):
+    def refuse(handle):
+        raise OSError(code, "refused")
+    monkeypatch.setattr(os, "fsync", refuse)
+    if code == errno.EIO:
+        with pytest.raises(OSError):
+            save_text(tmp_path / "a.txt", "a")
+    else:
+        save_text(tmp_path / "a.txt", "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] * (code != errno.EIO)
+
+def test_off_a_terminal_progress_is_a_line_a_minute(monkeypatch, capsys):
+    def minutes(n):
+        monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+        with app.progress(total=8, desc="training", unit="step") as bar:
+            for _ in range(n):
+                now[0] += 30
+                bar.set_postfix(loss="0.5", refresh=False)
+                bar.update()
+                bar.write("epoch")
+    now = [1000.0]
+    minutes(1)
+    assert not capsys.readouterr().err
+    minutes(5)
+    first, second, end = capsys.readouterr().err.splitlines()
+    assert first.startswith("training: 2 of 8, loss=0.5") and first.endswith("left") and "4 of 8" in second
+    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
+    minutes(8)
+    assert not capsys.readouterr().err
+
+def test_a_seed_is_more_than_its_low_32_bits():
+    seeds = [0, 1, 2 ** 32 - 1, 2 ** 32, 2 ** 32 + 1, 2 ** 62]
+    numbers = [torch.randn(3, generator=app.cpu_generator(seed)).tolist() for seed in seeds]
+    assert len(set(map(str, numbers))) == len(seeds)
+    assert numbers[1] == torch.randn(3, generator=torch.Generator().manual_seed(1)).tolist()
+
+@pytest.mark.parametrize("left, alone", [
+    (dict(WORLD_SIZE="2", RANK="1"), "True"), (dict(RANK=""), "True"), (dict(WORLD_SIZE="x"), "True"),
+    (dict(TORCHELASTIC_RUN_ID="none"), "True"),
+    (dict(TORCHELASTIC_RUN_ID="x", RANK="1", WORLD_SIZE="2"), "False")])
+def test_only_torchrun_makes_several_processes(left, alone):
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from ldm import app;"
+            "print((app.RANK, app.WORLD) == (0, 1))")
+    result = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True,
+                            env=os.environ | left)
+    assert result.stdout.strip() == alone, result.stderr
+
+def test_a_wait_for_processes_that_do_not_come_is_ended_by_a_signal():
+    """torchrun's variables as another program left them: nobody listens at that port."""
+    left = dict(TORCHELASTIC_RUN_ID="x", RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="9")
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from ldm import app; print('ready', flush=True);"
+            "app.run_program(lambda: app.join_processes(app.pick_device('cpu')))")
+    waiting = subprocess.Popen([sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE,
+                               env=os.environ | left)
+    waiting.stdout.readline()
+    time.sleep(1)
+    waiting.terminate()
+    assert waiting.wait(5) in (143, -signal.SIGTERM)
+
+def test_a_program_that_is_stopped_says_what_is_kept(capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda kind, handler: None)
+    def main():
+        app.SIGNALS.kept = "; saved at step 3; repeat the command to resume"
+        app.SIGNALS._handle(signal.SIGINT, None)
+    with pytest.raises(SystemExit) as stop:
+        run_program(main)
+    assert stop.value.code == 130 and "stopped; saved at step 3" in capsys.readouterr().err
 
 def test_several_processes_do_without_apples_gpu(monkeypatch):
     """Its tensors cannot be exchanged between processes."""
