@@ -301,10 +301,10 @@ def _find_files(root, rows, names, case, left):
             name = Path(name.replace("\\", "/")).as_posix()
             patch = Patch(name, unicodedata.normalize("NFC", label or "?"),
                           own or _find_case(name, case)[0] or name, part)
-            near = on_disk[folded(name)]
-            if name not in near and not (root / name).is_file():
+            if not (root / name).is_file():
+                near = on_disk[folded(name)] - {name}
                 if len(near) != 1:
-                    raise Fail(f"{name!r} is not there; restore it, or omit it")
+                    raise Fail(f"{name!r} is not there, or no file; restore it, or omit it")
                 patch = replace(patch, name=min(near))
         except Fail as problem:
             raise Fail(f"{where}: {problem}") from None
