@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import os
 import re
-import shutil
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -140,43 +139,6 @@ def write_real(files, sources, size, rewrite=False):
     for name, path in files.items():
         if rewrite or not path.exists():
             save_image(path, resize_crop(load_rgb(sources[name]), size), reference=name)
-
-class ValidationSamples:
-    """One sample of each validation image, image i with seed i: real/, fake/ and grids/ of a run of train.py.
-
-    real/ holds the images at the model's size, fake/ the best adapter's samples: fid.py gives their logged
-    distance.
-    """
-    GRID = 8            # pairs of reference and sample in the picture of an epoch
-
-    def __init__(self, folder, references, size, sampling, rewrite):
-        """references: {title: path}. rewrite: write the images of real/ although they exist."""
-        self.folder, self.sampling = folder, sampling
-        self.real, self.fake, self.made = ({title: folder / part / f"{title}.png" for title in references}
-                                           for part in ("real", "fake", ".fake"))
-        if RANK0:
-            write_real(self.real, references, size, rewrite)
-            if references:
-                save_image(folder / "patch.png", load_rgb(next(iter(self.real.values()))))
-        barrier()
-
-    def make(self, model, embeddings, epoch):
-        """Sample all from embeddings (n, d_e) of the images, write the epoch's grid -> their files."""
-        jobs = [Job(path, title, i, self.sampling) for i, (title, path) in enumerate(self.made.items())]
-        make_images(model, jobs, dict(zip(self.made, embeddings)))
-        if RANK0:
-            pairs = subsample(list(zip(self.real.values(), self.made.values())), self.GRID)
-            grid = contact_sheet([[load_rgb(path) for path in pair] for pair in pairs])
-            save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", grid)
-        return list(self.made.values())
-
-    def finish(self, best):
-        """Make the newest samples those of fake/ if they are the best; else remove them."""
-        if RANK0:
-            for made, path in zip(self.made.values(), self.fake.values()) if best else ():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(made, path)
-            shutil.rmtree(self.folder / ".fake", ignore_errors=True)
 
 # ---- the program -------------------------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ holds the outputs of the frozen encoders.
 import hashlib
 import json
 import math
+import os
+import shutil
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -28,8 +30,8 @@ from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast
                      command_line, cpu_generator, file_sha256, foreign_file, frozen_dtype, join_processes,
                      peak_memory, pick_device, progress, rank0_first, run_program, save_csv, save_tensors,
                      save_text, shard, silence)
-from ldm.data import (Cache, describe_split, hash_files, note_equal_images, read_dataset, subsample,
-                      write_toy_tissue)
+from ldm.data import (Cache, contact_sheet, describe_split, hash_files, load_rgb, note_equal_images,
+                      read_dataset, save_image, subsample, write_toy_tissue)
 from ldm.encoder import RECIPES, UNI2H, Inception, inception_available, open_encoder
 from ldm.runs import (FEW, TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
                       parse_settings, public_name, read_settings, split_of_run)
@@ -38,7 +40,7 @@ from ldm.vae import draw_latent
 from ldm.weights import TensorFile, licence, load_unet, load_vae, open_sd15, unet_on_meta
 from lora import inject, load_adapter, lora_parameters, open_adapter, save_adapter
 from projector import Projector
-from sample import Model, Sampling, ValidationSamples, latent_shape
+from sample import Job, Model, Sampling, latent_shape, make_images, write_real
 
 DROPOUT = 0.05                          # of the projector's hidden units
 MAX_GRAD_NORM = 1.0                     # the paper names none; the default of Diffusers' scripts
@@ -255,28 +257,58 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 class Validation:
-    """The loss and the Fréchet distance of an epoch, on the validation images (Table 4)."""
+    """The loss of all validation images; the distance of one sample of each, image i with seed i (Table 4).
 
-    def __init__(self, hashes, samples, sampled, space, vae_file, device):
-        """hashes: of all validation images; sampled: of those in `samples`. space: of the distance."""
-        self.hashes, self.samples, self.sampled = hashes, samples, sampled
-        self.vae_file, self.extract = vae_file, partial(space.extract, device=device)
-        self.column = "fid" if space.kind == "inception" else "fid_encoder"
-        several = len(sampled) > 1
+    A run's real/ holds these images at the model's size, fake/ the best adapter's samples: fid.py gives their
+    logged distance; grids/ has eight pairs of every sampled epoch.
+    """
+
+    def __init__(self, settings, inputs, hashes, device):
+        """hashes: of the files of all validation images, of which --val-samples are sampled."""
+        self.hashes, self.vae_file, self.folder = hashes, inputs.vae_file, inputs.folder
+        self.extract = partial(inputs.space.extract, device=device)
+        title = {p.name: p.title for p in inputs.patches}
+        pairs = sorted(zip(inputs.names["val"], hashes), key=lambda pair: title[pair[0]])
+        pairs = subsample(pairs, settings.val_samples)
+        self.sampled = [digest for _, digest in pairs]
+        sources, _ = name_references([(title[name], inputs.data / name) for name, _ in pairs], {})
+        self.real, self.fake, made = ([self.folder / part / f"{name}.png" for name in sources]
+                                      for part in ("real", "fake", ".fake"))
+        sampling = Sampling(cfg=settings.val_cfg, steps=settings.val_steps)
+        self.jobs = [Job(path, name, i, sampling) for i, (name, path) in enumerate(zip(sources, made))]
+        if RANK0:
+            write_real(dict(zip(sources, self.real)), sources, settings.size, rewrite=not inputs.started)
+            if self.real:
+                save_image(self.folder / "patch.png", load_rgb(self.real[0]))
+        barrier()
+        several = len(self.real) > 1
+        self.column = "fid" if inputs.space.kind == "inception" else "fid_encoder"
         self.score = self.column if several else "val_loss"     # the best adapter has its lowest value
-        self.few = len(sampled if several else hashes) < FEW    # or is the last, where chance would choose
-        self.real = self.extract(list(samples.real.values())) if several else None
+        self.few = len(self.sampled if several else hashes) < FEW       # or is the last: no chance
+        self.features = self.extract(self.real) if several else None
 
     def distance(self, trainer, epoch):
         """Sample with the weights as they are -> the distance; None for fewer than two images."""
         if not self.sampled:
             return None
         e = trainer.cache.batch(self.sampled, [False] * len(self.sampled))[2]
-        vae = load_vae(self.vae_file, trainer.device)
-        model = Model(trainer.network, trainer.projector, vae, trainer.z_shape, trainer.per_process,
-                      full_batches=trainer.compiled)
-        fake = self.samples.make(model, e, epoch)
-        return frechet_distance_of_features(self.real, self.extract(fake)) if self.real is not None else None
+        model = Model(trainer.network, trainer.projector, load_vae(self.vae_file, trainer.device),
+                      trainer.z_shape, trainer.per_process, full_batches=trainer.compiled)
+        make_images(model, self.jobs, {job.reference: row for job, row in zip(self.jobs, e)})
+        fake = [job.path for job in self.jobs]
+        if RANK0:
+            grid = [list(map(load_rgb, pair)) for pair in subsample(list(zip(self.real, fake)), 8)]
+            save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", contact_sheet(grid))
+        if self.features is not None:
+            return frechet_distance_of_features(self.features, self.extract(fake))
+
+    def finish(self, best):
+        """Make the newest samples those of fake/ if they are the best; else remove them."""
+        if RANK0:
+            for job, path in zip(self.jobs, self.fake) if best else ():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(job.path, path)
+            shutil.rmtree(self.folder / ".fake", ignore_errors=True)
 
 # ---- the program: open, build, train -----------------------------------------------------------------
 
@@ -412,13 +444,7 @@ def build(settings, inputs, device):
     if inputs.started:
         trainer.restore(folder / "state.safetensors")
         print(f"{folder}: found, resumes after step {trainer.step} of {trainer.total}")
-    title, hash_of = {p.name: p.title for p in inputs.patches}, dict(zip(inputs.names["val"], hashes["val"]))
-    chosen = subsample(sorted(inputs.names["val"], key=title.get), settings.val_samples)
-    references, _ = name_references([(title[name], inputs.data / name) for name in chosen], {})
-    how = Sampling(cfg=settings.val_cfg, steps=settings.val_steps)
-    samples = ValidationSamples(folder, references, settings.size, how, rewrite=not inputs.started)
-    validation = Validation(hashes["val"], samples, [hash_of[name] for name in chosen], inputs.space,
-                            inputs.vae_file, device)
+    validation = Validation(settings, inputs, hashes["val"], device)
     if validation.few:
         print(f"note: a {validation.score} of fewer than {FEW} validation images chooses by chance: "
               "adapter-best.safetensors and fake/ are those of the last epoch")
@@ -496,7 +522,7 @@ def end_epoch(trainer, validation, images_per_second):
     best = score is not None and (validation.few or score < trainer.best)
     if best:
         trainer.best = score
-    validation.samples.finish(best)
+    validation.finish(best)
     row["minutes"] = round(trainer.minutes_spent(), 2)
     trainer.history, trainer.losses = trainer.history + [row], []
     return row, best
