@@ -232,7 +232,7 @@ def test_a_run_leaves_what_the_readme_says(trained, tmp_path):
     adapters = {(trained / f"{name}.safetensors").read_bytes() for name in ("adapter", "adapter-best")}
     assert len(adapters) == 1
     card = (trained / "README.md").read_text()
-    assert yaml.safe_load(card.split("---")[1])["license"] == "other" and "CC BY-NC-ND" in card
+    assert yaml.safe_load(card.split("---")[1])["license"] == "other" and "an encoder of your own" in card
     assert "Open RAIL-M" in card
     assert f"**{distances[-1]:.4g}**" in card and "too few to choose by" in card
     assert f"python {' '.join(['train.py', '--data'])}" in card

@@ -388,4 +388,4 @@ def test_an_encoder_with_nan_is_refused(uni2h, tmp_path):
 
 def test_table_2_of_a_named_encoder_needs_no_file(tmp_path):
     out = program("train.py", "--parameters", "--encoder", "Virchow2", cwd=tmp_path).stdout
-    assert f"{2560 * 1024 + 1024 + 2 * 1024 + 1024 * 3072 + 3072:,}" in out 
+    assert f"{2560 * 1024 + 1024 + 2 * 1024 + 1024 * 3072 + 3072:,}" in out
