@@ -101,14 +101,14 @@ def _open_image(path):
         raise Fail(f"{path} has {pages} frames; save the one you mean as a single image")
     return image
 
-def resize_crop(image, size, filter=Image.Resampling.LANCZOS):
-    """Resize the shorter side to `size`, antialiased, then center-crop, as torchvision does."""
+def resize_crop(image, size, filter=Image.Resampling.LANCZOS, shorter=None):
+    """Resize the shorter side (to `size` if not given), antialiased; center-crop, as torchvision does."""
     short = min(image.size)
-    w, h = (int(size * side / short) for side in image.size)
+    w, h = (int((shorter or size) * side / short) for side in image.size)
     if (w, h) != image.size:
         image = image.resize((w, h), filter)
     left, top = round((w - size) / 2), round((h - size) / 2)
-    return image if w == h else image.crop((left, top, left + size, top + size))
+    return image if w == h == size else image.crop((left, top, left + size, top + size))
 
 def to_tensor(images, size):
     """PIL images -> x (B, 3, size, size) in [-1, 1]."""

@@ -161,9 +161,8 @@ class Encoder(FeatureSpace):
 
 def preprocess(images, recipe=UNI2H):
     """PIL RGB images of any size -> (B, 3, size, size), resized, cropped and normalised by the recipe."""
-    filter, margin = Image.Resampling[recipe.interpolation], max(0, recipe.resize - recipe.size) // 2
-    x = np.stack([np.asarray(resize_crop(image, recipe.resize or recipe.size, filter)) for image in images])
-    x = x[:, margin:margin + recipe.size, margin:margin + recipe.size]
+    how = recipe.size, Image.Resampling[recipe.interpolation], recipe.resize
+    x = np.stack([np.asarray(resize_crop(image, *how)) for image in images])
     x = (x.astype(np.float32) / 255 - np.float32(recipe.mean)) / np.float32(recipe.std)
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
@@ -206,9 +205,11 @@ def open_encoder(source=None, name=None):
         if name == "timm":
             file, recipe = from_timm(file, config, source)
         elif "pretrained_cfg" in config:
-            check_declared(path, config | config["pretrained_cfg"], dict(
-                architecture=recipe.model, mean=list(recipe.mean), std=list(recipe.std),
-                input_size=[3, recipe.size, recipe.size]))
+            declared = dict(architecture=recipe.model, mean=list(recipe.mean), std=list(recipe.std),
+                            input_size=[3, recipe.size, recipe.size])
+            if not recipe.repository.startswith("bioptimus/"):     # which publishes no way to resize
+                declared["interpolation"] = recipe.interpolation.lower()
+            check_declared(path, config | config["pretrained_cfg"], declared)
     return Encoder(file, recipe, source)
 
 FILES = ("model.safetensors", "pytorch_model.bin")

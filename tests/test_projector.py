@@ -1,16 +1,19 @@
 """The projector is eqs. (3)-(4); UNI2-h is timm's, with MahmoodLab's preprocessing."""
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import program
 from PIL import Image
 
+from ldm.app import Fail
 from ldm.data import load_rgb
 from ldm.encoder import TOY, UNI2H, Encoder, open_encoder, preprocess
 from ldm.runs import parameter_table
 from ldm.unet import UNet
-from lora import inject
+from lora import inject, open_adapter
 from projector import Projector
 
 TIMM_CALL = dict(img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0,
@@ -125,3 +128,169 @@ def test_an_edited_recipe_of_uni2h_is_another_encoder(uni2h, monkeypatch):
     edited = replace(UNI2H, mean=(0.5, 0.5, 0.5))
     monkeypatch.setattr("ldm.encoder.UNI2H", edited)
     assert Encoder(open_encoder(uni2h).file, edited).fingerprint() != before
+
+BIOPTIMUS = dict(
+    interpolation="bicubic", mean=(0.707223, 0.578729, 0.703617), std=(0.211883, 0.230117, 0.177517)
+)
+
+SWIGLU = dict(mlp_layer="SwiGLUPacked", act_layer="silu")
+# The publishers' calls of timm, narrow and two blocks deep, and their transforms.
+ROWS = {
+    "H-optimus-0": ("vit_giant_patch14_reg4_dinov2", dict(img_size=224, init_values=1e-5), BIOPTIMUS),
+    "h-optimus-1": ("vit_giant_patch14_reg4_dinov2", dict(img_size=224, init_values=1e-5), BIOPTIMUS),
+    "virchow2": (
+        "vit_huge_patch14_224",
+        dict(
+            img_size=224,
+            init_values=1e-5,
+            reg_tokens=4,
+            mlp_ratio=5.3375,
+            global_pool="",
+            dynamic_img_size=True,
+            **SWIGLU,
+        ),
+        {},
+    ),
+    "prov-gigapath": (
+        "vit_giant_patch14_dinov2",
+        dict(img_size=224, patch_size=16, init_values=1e-5, mlp_ratio=5.33334),
+        dict(crop_pct=0.875),
+    ),
+}
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_named_encoder_equals_timms_pipeline(name, tmp_path):
+    import timm
+    from timm.data import create_transform
+
+    model, arguments, how = ROWS[name]
+    if "mlp_layer" in arguments:
+        arguments = arguments | {"mlp_layer": timm.layers.SwiGLUPacked}
+    torch.manual_seed(0)
+    width = 160 if name == "virchow2" else 128
+    theirs = timm.create_model(
+        model, num_classes=0, embed_dim=width, depth=2, num_heads=2, **arguments
+    ).eval()
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    transform = create_transform(
+        224, **dict(interpolation="bicubic", mean=UNI2H.mean, std=UNI2H.std, crop_pct=1.0) | how
+    )
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, size, np.uint8)) for size in ((300, 301, 3), (97, 64, 3))]
+    encoder = open_encoder(tmp_path, name)
+    ours = encoder.embed(encoder.load(), images)
+    with torch.no_grad():
+        expected = theirs(torch.stack([transform(image) for image in images]))
+    if name == "virchow2":  # the class token, four registers, 256 patches
+        expected = torch.cat([expected[:, 0], expected[:, 5:].mean(1)], dim=-1)
+    assert ours.shape == (2, encoder.width) and (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert encoder.recipe.licence == "other"  # a narrow twin is not the published network
+    with pytest.raises(Fail, match="does not fit MahmoodLab/UNI2-h"):
+        open_encoder(tmp_path)
+
+def timm_folder(folder, architecture, config, **arguments):
+    """A model of timm of random weights, with its config.json -> the model."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=5, **arguments).eval()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architecture": architecture,
+                "num_classes": 5,
+                "num_features": model.num_features,
+                "model_args": arguments,
+                "pretrained_cfg": dict(
+                    classifier="head",
+                    input_size=[3, 64, 64],
+                    interpolation="bicubic",
+                    crop_pct=0.9,
+                    mean=[0.5, 0.4, 0.3],
+                    std=[0.2, 0.3, 0.4],
+                )
+                | config,
+            }
+        )
+    )
+    return model
+
+def test_any_model_with_timms_config_is_an_encoder(tmp_path):
+    from timm.data import create_transform
+
+    model = timm_folder(tmp_path, "vit_tiny_patch16_224", {}, img_size=64, depth=2)
+    encoder = open_encoder(name=str(tmp_path))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 111, 3), np.uint8))
+    x = create_transform(
+        64, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_pct=0.9
+    )(image)
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(x[None]), pre_logits=True)
+    assert (
+        torch.allclose(encoder.embed(encoder.load(), [image]), expected, atol=1e-5) and encoder.width == 192
+    )
+    assert encoder.fingerprint() == open_encoder(tmp_path, "timm").fingerprint() != encoder.file.fingerprint()
+
+@pytest.mark.parametrize(
+    "config",
+    [dict(crop_mode="squash"), dict(input_size=[3, 64, 96]), dict(interpolation="random"), dict(mean=None)],
+)
+def test_a_timm_config_that_cannot_be_followed_is_refused(config, tmp_path):
+    timm_folder(tmp_path, "vit_tiny_patch16_224", config, img_size=64, depth=1)
+    with pytest.raises(Fail, match="config.json is no config of timm that can be used"):
+        open_encoder(tmp_path, "timm")
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("mean", [0.5, 0.5, 0.5]),
+        ("std", [0.2, 0.2, 0.2]),
+        ("input_size", [3, 448, 448]),
+        ("architecture", "vit_large_patch16_224"),
+        ("interpolation", "bicubic"),
+    ],
+)
+def test_a_config_that_contradicts_the_recipe_is_refused(key, value, uni2h, tmp_path):
+    (tmp_path / "pytorch_model.bin").symlink_to(uni2h / "pytorch_model.bin")
+    same = dict(
+        architecture="vit_giant_patch14_224",
+        input_size=[3, 224, 224],
+        mean=[0.485, 0.456, 0.406],
+        std=[0.229, 0.224, 0.225],
+        interpolation="bilinear",
+    )
+    for config in (same, same | {key: value}):
+        top = {"architecture": config["architecture"]}
+        (tmp_path / "config.json").write_text(json.dumps(top | {"pretrained_cfg": config}))
+        if config is same:
+            open_encoder(tmp_path)
+    with pytest.raises(Fail, match=f"{key} .*computes with"):
+        open_encoder(tmp_path)
+
+def test_names_of_encoders_and_files_that_are_none(tmp_path):
+    with pytest.raises(Fail, match="no such folder or file"):
+        open_encoder(name="virchow3")
+    with pytest.raises(Fail, match="toy is no paige-ai/Virchow2"):
+        open_encoder("toy", "virchow2")
+
+def test_an_adapter_of_another_encoder_finds_its_recipe_again(small, tmp_path):
+    """Also apart from its run: the header names the recipe, the terms and where the weights were."""
+    import timm
+    (tmp_path / "gigapath").mkdir()
+    torch.manual_seed(0)
+    model, arguments, _ = ROWS["prov-gigapath"]
+    twin = timm.create_model(model, num_classes=0, embed_dim=128, depth=1, num_heads=2, **arguments)
+    torch.save(twin.state_dict(), tmp_path / "gigapath/pytorch_model.bin")
+    at = small.index("--uni2h")
+    args = [*small[:at], "--uni2h", "gigapath", "--encoder", "Prov-GigaPath", *small[at + 2 :]]
+    args += ["--max-steps", 1, "--val-samples", 2, "--val-steps", 2, "--run", "runs/x"]
+    args += ["--vae", small[3] / "vae"]
+    program("train.py", *args, cwd=tmp_path)
+    (tmp_path / "runs/x/adapter.safetensors").rename(tmp_path / "moved.safetensors")
+    header = open_adapter(tmp_path / "moved.safetensors").header
+    assert header["encoder_recipe"] == "prov-gigapath" and header["embedding"] == "128"
+    assert header["encoder_licence"] == "other" and "NC-ND" not in header["licence"]
+    assert (header["encoder"], header["vae"]) == ("gigapath", "vae")
+    how = ["--sd15", small[3], "--uni2h", tmp_path / "gigapath", "--vae", small[3] / "vae", "--steps", 2]
+    program("sample.py", "--adapter", "moved.safetensors", "--ref", "runs/x/patch.png", *how, cwd=tmp_path)
