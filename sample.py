@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm.app import (RANK0, SIGNALS, Fail, Parser, add_options, barrier, check_same, command_line,
-                     cpu_generator, file_sha256, foreign_file, frozen_dtype, join_processes, number, option,
-                     pick_device, progress, rank0_first, read_json, run_program, safe_name, save_csv,
+from ldm.app import (DTYPES, RANK0, SIGNALS, Fail, Parser, add_options, barrier, check_same, command_line,
+                     cpu_generator, file_sha256, foreign_file, frozen_dtype, join_processes, layout, number,
+                     option, pick_device, progress, rank0_first, read_json, run_program, safe_name, save_csv,
                      save_json, shard)
 from ldm.data import contact_sheet, list_images, load_rgb, resize_crop, save_image, subsample, to_images
 from ldm.encoder import open_encoder
@@ -85,9 +85,10 @@ def sample(e, projector, unet, sampling, seeds, z_shape):
 
 @torch.no_grad()
 def decode(vae, z0):
-    """z_0 (B, 4, h, w) -> x (B, 3, H, W); four at a time, to limit memory at 512 px."""
-    device = next(vae.parameters()).device
-    return torch.cat([vae.decode(part.to(device)) for part in z0.split(4)])
+    """z_0 (B, 4, h, w) -> x (B, 3, H, W); four at a time, of 512 px two, to limit memory."""
+    device, pixels = next(vae.parameters()).device, vae.factor ** 2 * z0[0, 0].numel()
+    parts = z0.split(min(4, max(1, vae.PIXELS // pixels)))
+    return torch.cat([vae.decode(part.to(device)) for part in parts])
 
 def latent_shape(unet, vae, size):
     """(4, h, w) of images with this side in pixels."""
@@ -169,6 +170,7 @@ def parse_args():
     add = parser.add_argument_group("run").add_argument
     add("--batch", type=number(int, 1), default=16, help="images at a time (changes rounding)")
     add("--out", type=Path, metavar="DIR", help="default: samples/stepN[-SPLIT] beside the adapter")
+    add("--dtype", choices=DTYPES, default="auto", help="of the U-Net (changes rounding)")
     add("--no-compile", action="store_true", help="do not torch.compile the U-Net (compiled on CUDA, from "
         f"{COMPILE_FROM} images on)")
     add("--device", default="auto", help="cuda, mps or cpu")
@@ -217,7 +219,7 @@ def main():
         e = torch.from_numpy(encoder.extract(e, device, args.batch)).float() if encoder else torch.stack(e)
         e = {todo[0].reference: e.mean(0)} if args.mean else dict(zip(needed, e))
         compiled = device.type == "cuda" and len(todo) >= COMPILE_FROM and not args.no_compile
-        model = load_model(unet_file, vae_file, adapter, device, args.batch, compiled)
+        model = load_model(unet_file, vae_file, adapter, device, args.batch, compiled, args.dtype)
         if RANK0:
             save_json(out / "samples.json", guard | {"references": known})
         SIGNALS.kept = f"; the finished images are in {out}; repeat the command for the rest"
@@ -337,14 +339,15 @@ def open_files(args, settings, adapter):
                    f"({header['encoder']}); pass that one with --uni2h")
     return unet_file, vae_file, encoder
 
-def load_model(unet_file, vae_file, adapter, device, batch, compiled):
+def load_model(unet_file, vae_file, adapter, device, batch, compiled, dtype="auto"):
     """-> Model. The LoRA is merged in float32, then the U-Net is cast; the projector is float32."""
     unet, vae = load_unet(unet_file, device), load_vae(vae_file, device)
     z_shape = latent_shape(unet, vae, int(adapter.header["resolution"]))
     projector = load_adapter(adapter, unet)
-    unet = fold(unet).to(frozen_dtype(device))
+    dtype = frozen_dtype(device, dtype, unet.conv_in.out_channels)
+    unet = fold(unet).to(dtype, memory_format=layout(device, dtype))
     if compiled:
-        unet = torch.compile(unet, dynamic=False)
+        unet = torch.compile(unet, dynamic=False, fullgraph=True)
     return Model(unet, projector, vae, z_shape, batch, full_batches=compiled,
                  adapter=file_sha256(adapter.path), files=f"{adapter.path} and {unet_file.path}")
 

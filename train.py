@@ -29,7 +29,7 @@ from fid import frechet_distance_of_features
 from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast, check_same,
                      command_line, cpu_generator, file_sha256, foreign_file, frozen_dtype, join_processes,
                      peak_memory, pick_device, progress, rank0_first, run_program, save_csv, save_tensors,
-                     save_text, shard, silence)
+                     save_text, shard, silence, to_device)
 from ldm.data import (Cache, contact_sheet, describe_split, hash_files, load_rgb, note_equal_images,
                       read_dataset, save_image, subsample, write_toy_tissue)
 from ldm.encoder import RECIPES, UNI2H, Inception, inception_available, open_encoder
@@ -48,6 +48,10 @@ SAVE_SECONDS = 300
 # Share of a compiled step's activations that is kept for the backward pass; the rest is recomputed. SD1.5 at
 # batch 16, 512 px: 5.3 GiB instead of 10.5, for 8.7 % more FLOPs (tests/test_speed.py).
 MEMORY_BUDGET = 0.5
+# Numbers that a step holds at its peak, per image, position of the latent and channel of the first level: 120
+# with checkpointing (counted: `python tests/bench.py memory`), more compiled.
+ACTIVATIONS = 170
+LOSS_SCALE = 2.0 ** 16                  # for float16, whose smallest number is 6e-8: the gradients' factor
 
 def learning_rate_factor(step, warm_up, total):
     """Linear up to 1 over `warm_up` steps, then a cosine down to 0 at `total` (the paper names no floor)."""
@@ -74,8 +78,9 @@ class Draws:
     dropout: torch.Tensor | None        # (B, depth-1, d_h): of the projector's units, 0 or 1/(1 - DROPOUT)
 
     def subset(self, indices, device):
-        """The numbers of some images of the batch, on the device."""
-        return Draws(*(x if x is None else x[list(indices)].to(device) for x in vars(self).values()))
+        """The numbers of some images of the batch, on the device; `mirrored` stays where it is."""
+        mirrored, *rest = (x if x is None else x[list(indices)] for x in vars(self).values())
+        return Draws(mirrored, *(x if x is None else to_device(x, device) for x in rest))
 
 def draw_batch(g, batch, z_shape, cfg_drop, layers, width):
     """The Draws of a whole batch. z_shape: (4, h, w) of a latent; layers, width: with dropout."""
@@ -126,9 +131,13 @@ class Trainer:
         self.settings, self.device, self.z_shape = settings, device, z_shape
         self.unet, self.projector, self.cache, self.images = unet, projector, cache, images
         self.compiled = device.type == "cuda" and not settings.no_compile
-        self.network = torch.compile(unet, dynamic=False) if self.compiled else unet
-        functorch_config.activation_memory_budget = MEMORY_BUDGET
-        self.per_process = math.ceil(settings.batch / WORLD)                # images at a time
+        if self.compiled:
+            functorch_config.activation_memory_budget = MEMORY_BUDGET
+        self.network = torch.compile(unet, dynamic=False, fullgraph=True) if self.compiled else unet
+        for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            level.checkpointing = device.type != "cpu" and not self.compiled
+        self.micro_batch = self.images_per_pass()
+        self.scale = self.largest_scale = LOSS_SCALE if unet.conv_in.weight.dtype == torch.float16 else 1.0
         self.steps_per_epoch = math.ceil(len(images) / settings.batch)       # see batch_of_step
         self.total = min(settings.epochs * self.steps_per_epoch, settings.max_steps or math.inf)
         self.warm_up = min(self.steps_per_epoch, max(1, self.total // 2))   # half of a run of one epoch
@@ -139,43 +148,71 @@ class Trainer:
         self.optimizer = torch.optim.AdamW([
             dict(params=list(lora.values()), base=settings.lr, weight_decay=1e-3),
             dict(params=list(rest.values()), base=settings.lr * settings.lr_ratio, weight_decay=1e-4)],
-            lr=settings.lr, betas=(0.9, 0.999))
+            lr=settings.lr, betas=(0.9, 0.999), fused=device.type == "cuda")
         self.step, self.history, self.losses, self.best = 0, [], [], math.inf
         self.stop = 0                           # not 0 where a process was asked to
         self.began = self.saved_at = time.perf_counter()    # began: earlier by minutes of earlier calls
+        self.following = None                   # the `load_step` of the next step
+
+    def images_per_pass(self):
+        """--micro-batch; or this process's share of the batch, in as few equal parts as fit the memory."""
+        share, first = math.ceil(self.settings.batch / WORLD), self.unet.conv_in.weight
+        if self.settings.micro_batch or self.device.type != "cuda":
+            return min(share, self.settings.micro_batch or share)
+        image = ACTIVATIONS * len(first) * math.prod(self.z_shape[1:]) * first.element_size()
+        fit = max(1, int(0.9 * torch.cuda.mem_get_info(self.device)[0] / image))
+        return math.ceil(share / math.ceil(share / fit))
 
     def learning_rates(self, step):
         """Those of LoRA and of the projector at a step."""
         factor = learning_rate_factor(step, self.warm_up, self.total)
         return [group["base"] * factor for group in self.optimizer.param_groups]
 
-    def load_batch(self, hashes, draws):
-        """The cached mean, logvar and e of a batch, on the device."""
-        return [x.to(self.device) for x in self.cache.batch(hashes, draws.mirrored.tolist())]
+    def load_part(self, hashes, draws, part, size):
+        """Images `part` of a batch -> (how many, cached mean, logvar, e, and Draws), all on the device.
+
+        A compiled network has one shape, of `size` images: the first ones are repeated to fill it.
+        """
+        at = (list(part) * size)[:size] if self.compiled else list(part)
+        draws = draws.subset(at, self.device)
+        cached = self.cache.batch([hashes[i] for i in at], draws.mirrored.tolist())
+        return len(part), *(to_device(x, self.device) for x in cached), draws
+
+    def load_step(self, step):
+        """-> indices and Draws of the whole batch; a `load_part` for each pass of this process's share."""
+        s, shape, size = self.settings, self.projector.shape, self.micro_batch
+        indices = batch_of_step(s.seed, step, s.batch, len(self.images))                            # 3
+        draws = draw_batch(generator(s.seed, STEP, step), s.batch, self.z_shape, s.cfg_drop,
+                           layers=shape["depth"] - 1, width=shape["hidden"])
+        hashes, own = [self.images[i][1] for i in indices], shard(range(s.batch))
+        passes = [own[i:i + size] for i in range(0, len(own), size)]
+        return indices, draws, [self.load_part(hashes, draws, part, size) for part in passes]
 
     def train_step(self):
         """One iteration of Algorithm 1 -> (loss, gradient norm). Fails, before the update, if not finite.
 
-        Every process draws for the whole batch and computes its shard; loss and gradient are summed over all.
+        Each process computes its share of the batch, in passes; loss and gradient are summed over all. A step
+        that overflowed in float16 is computed again with half the scale.
         """
-        s = self.settings
-        indices = batch_of_step(s.seed, self.step, s.batch, len(self.images))                       # 3
-        layers, width = self.projector.shape["depth"] - 1, self.projector.shape["hidden"]
-        g = generator(s.seed, STEP, self.step)
-        draws = draw_batch(g, s.batch, self.z_shape, s.cfg_drop, layers, width)
-        own = shard(range(s.batch))
-        own_draws = draws.subset(own, self.device)
-        cached = self.load_batch([self.images[indices[i]][1] for i in own], own_draws)
-        losses = noise_prediction_loss(self.network, self.projector, *cached, own_draws)            # 4 to 10
-        loss = losses.sum() / s.batch
+        indices, draws, passes = this = self.following or self.load_step(self.step)
         self.optimizer.zero_grad()
-        loss.backward()
-        loss = loss.detach()
-        stop = loss.new_tensor(SIGNALS.received)
-        all_reduce([loss, stop, *(p.grad for p in self.parameters)])
+        total = torch.zeros((), device=self.device)
+        for n, *inputs in passes:
+            losses = noise_prediction_loss(self.network, self.projector, *inputs)                   # 4 to 10
+            loss = losses[:n].sum() / self.settings.batch
+            (self.scale * loss).backward()
+            total += loss.detach()
+        stop = torch.full_like(total, SIGNALS.received)
+        all_reduce([total, stop, *(p.grad for p in self.parameters)])
+        for p in self.parameters if self.scale > 1 else ():
+            p.grad /= self.scale
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
-        loss, norm, self.stop = torch.stack([loss, norm, stop]).tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        self.following = self.load_step(self.step + 1)              # while a GPU computes
+        loss, norm, self.stop = torch.stack([total, norm, stop]).tolist()       # where Python waits for it
+        if math.isfinite(loss) and not math.isfinite(norm) and self.scale > 1:
+            self.scale, self.following = self.scale / 2, this
+            return self.train_step()
+        if not math.isfinite(loss + norm):
             names = ", ".join(self.images[i][0] for i in indices)
             raise Fail(f"step {self.step}: loss {loss}, gradient norm {norm}; nothing was updated, and the "
                        f"last good state is kept. timesteps {draws.t.tolist()}, images {names}. Try a lower "
@@ -184,22 +221,23 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()                                                                       # 11
         self.step += 1
+        if self.step % 1000 == 0:
+            self.scale = min(2 * self.scale, self.largest_scale)
         self.losses.append(loss)
         return loss, norm
 
     @torch.no_grad()
     def validation_loss(self, hashes):
         """With fixed Draws -> {"val_loss": mean over the images, "val_loss_0" to "_9": of each tenth of the
-        timesteps, None where no image is}. Batches are full; what fills the last one is cut off.
+        timesteps, None where no image is}.
         """
-        n, size = len(hashes), self.per_process
+        n = len(hashes)
+        # compiled: the batch of guided sampling, with which it then shares one graph
+        size = self.micro_batch * (2 if self.compiled else 1)
         draws, losses = draw_validation(n, self.z_shape), torch.zeros(n, device=self.device)
         for start in shard(range(0, n, size)):
-            at = [i % n for i in range(start, start + size)]
-            part = draws.subset(at, self.device)
-            cached = self.load_batch([hashes[i] for i in at], part)
-            loss = noise_prediction_loss(self.network, self.projector, *cached, part)
-            losses[start:start + size] = loss[:n - start]
+            k, *inputs = self.load_part(hashes, draws, range(start, min(start + size, n)), size)
+            losses[start:start + k] = noise_prediction_loss(self.network, self.projector, *inputs)[:k]
         all_reduce([losses])
         tenths = [losses[(draws.t * 10 // T == k).to(self.device)] for k in range(10)]
         return {"val_loss": losses.mean().item()} | {
@@ -228,7 +266,8 @@ class Trainer:
                    if p in self.optimizer.state for key in ("exp_avg", "exp_avg_sq")}
         save_tensors(folder / "state.safetensors", {**self.named, **moments}, {
             "step": str(self.step), "best": repr(self.best), "losses": json.dumps(self.losses),
-            "history": json.dumps(self.history), "minutes": repr(self.minutes_spent())})
+            "history": json.dumps(self.history), "minutes": repr(self.minutes_spent()),
+            "scale": repr(self.scale)})
         if self.history:
             save_csv(folder / "log.csv", self.history)
 
@@ -239,6 +278,7 @@ class Trainer:
         with foreign_file(path, advice="restore it, or pass another --run"):
             self.step, self.best = int(file.header["step"]), float(file.header["best"])
             minutes = float(file.header.get("minutes", 0))
+            self.scale = min(float(file.header.get("scale", self.scale)), self.largest_scale)
             self.losses, self.history = json.loads(file.header["losses"]), json.loads(file.header["history"])
             state = {}
             for i, (name, p) in enumerate(self.named.items()):
@@ -248,11 +288,11 @@ class Trainer:
                         key: file.get(f"{name}/{key}").view_as(p).clone() for key in moments}
             ends = [0, *(row["step"] for row in self.history)]      # of epochs; `losses` are those since
             rows = all(row.keys() >= {"epoch", "val_loss"} for row in self.history)
-            finite = math.isfinite(minutes + sum(self.losses))
+            finite = math.isfinite(self.scale + minutes + sum(self.losses))
             in_order = sorted([*ends, self.step, self.total]) == [*ends, self.step, self.total]
             if not (rows and finite and in_order and len(self.losses) == self.step - ends[-1]):
                 raise ValueError("its step and its log do not match")
-        self.began = time.perf_counter() - 60 * minutes
+        self.began, self.following = time.perf_counter() - 60 * minutes, None
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -293,7 +333,7 @@ class Validation:
             return None
         e = trainer.cache.batch(self.sampled, [False] * len(self.sampled))[2]
         model = Model(trainer.network, trainer.projector, load_vae(self.vae_file, trainer.device),
-                      trainer.z_shape, trainer.per_process, full_batches=trainer.compiled)
+                      trainer.z_shape, trainer.micro_batch, full_batches=trainer.compiled)
         make_images(model, self.jobs, {job.reference: row for job, row in zip(self.jobs, e)})
         fake = [job.path for job in self.jobs]
         if RANK0:
@@ -425,13 +465,16 @@ def build(settings, inputs, device):
     encoders = partial(load_encoders, inputs.vae_file, inputs.encoder, device)
     paths = {part: [inputs.data / name for name in names] for part, names in inputs.names.items()}
     hashes = {part: cache.fill(paths[part], encoders) for part in ("train", "val")}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()        # of the encoders
     sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     if RANK0 and not inputs.started:
         hashes["test"] = hash_files(paths["test"])
         note_equal_images(inputs.names, hashes, inputs.patches)
     with rank0_first():
         check_or_create(folder, settings, sha256)
-    unet = load_unet(inputs.unet_file, device, frozen_dtype(device))
+    dtype = frozen_dtype(device, settings.dtype, inputs.unet_file.shapes["conv_in.weight"][0])
+    unet = load_unet(inputs.unet_file, device, dtype)
     if settings.init and not inputs.started:
         projector = load_adapter(open_adapter(settings.init), unet)
     else:
@@ -452,6 +495,7 @@ def build(settings, inputs, device):
                   vae=public_name(settings.vae or ""), encoder=public_name(inputs.encoder.source),
                   encoder_recipe=inputs.encoder.recipe.name, encoder_sha256=sha256["encoder"],
                   resolution=settings.size, seed=settings.seed, init=public_name(settings.init or ""),
+                  dtype=str(dtype).removeprefix("torch."),
                   encoder_licence=inputs.encoder.recipe.licence,
                   licence=licence(settings.sd15, inputs.encoder.recipe.terms))
     return trainer, validation, {key: str(value) for key, value in header.items()}
@@ -462,7 +506,8 @@ def load_encoders(vae_file, encoder, device):
 
     @torch.no_grad()
     def encode(x):
-        return [part.cpu() for part in vae.encode(x.to(device))]
+        parts = [vae.encode(part.to(device)) for part in x.split(max(1, vae.PIXELS // x[0, 0].numel()))]
+        return [torch.cat(part).cpu() for part in zip(*parts)]
     return encode, partial(encoder.embed, network)
 
 def build_projector(settings, width, context):

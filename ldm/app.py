@@ -33,6 +33,7 @@ RANK, WORLD = (int(os.environ.get(name) or default) if dist.is_torchelastic_laun
                for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))      # torchrun's
 RANK0 = RANK == 0
 LINE_SECONDS = 60           # between two lines of progress where there is no terminal
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 sys.modules["ldm.files"] = sys.modules[__name__]        # its former name, for scripts of users
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def explain(problem):
         return f"{problem.strerror or problem}: {problem.filename or 'no file named'}"
     # torch's OutOfMemoryError on CUDA, its RuntimeErrors on MPS and on the CPU
     if isinstance(problem, MemoryError) or re.search("out of memory|DefaultCPUAllocator", words):
-        return f"out of memory; try a smaller --batch or --size ({line})"
+        return f"out of memory; try a smaller --micro-batch (train.py), --batch or --size ({line})"
     if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile cannot compile here; pass --no-compile ({line})"
     if isinstance(problem, dist.DistError) or (WORLD > 1 and "gloo" in words):
@@ -333,6 +334,7 @@ def pick_device(name="auto"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
     if name.partition(":")[0] not in ("cuda", "mps", "cpu") or (name == "mps" and WORLD > 1):
         raise Fail(f"--device {name}: pass cuda, cpu or, for one process, mps")
+    torch.backends.cudnn.benchmark = True       # the fastest kernel for each shape, of which there are few
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as problem:
@@ -344,10 +346,27 @@ def cpu_generator(seed):
         seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4])
     return torch.Generator().manual_seed(seed)
 
-def frozen_dtype(device):
-    """The dtype of the frozen U-Net: bfloat16 where the GPU supports it, else float32."""
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bfloat16 else torch.float32
+def frozen_dtype(device, name="auto", width=320):
+    """The dtype of the frozen U-Net: `name`, or the device's fastest. width: of its first level.
+
+    On a GPU bfloat16, or float16 where it has none; on a CPU with products in bfloat16 (AMX, AVX-512) that
+    too, for a network as wide as SD1.5's: narrow ones gain nothing. Else float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if device.type == "cpu" and fast and width >= 320 else torch.float32
+
+def layout(device, dtype):
+    """The memory format of convolutions: channels last on a GPU and in 16 bits, where they are faster so."""
+    last = torch.device(device).type == "cuda" or dtype.itemsize == 2
+    return torch.channels_last if last else torch.preserve_format
+
+def to_device(x, device):
+    """A tensor from the CPU on the device; a GPU copies it while Python and its own queue go on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 def peak_memory(device):
     """Peak in GB (1e9 bytes): allocated on the GPU, or resident on the CPU (0 where it is not reported)."""

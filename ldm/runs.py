@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from .app import (RANK0, WORLD, Fail, Parser, add_options, file_sha256, foreign_file, from_saved, option,
-                  read_csv, read_json, safe_name, save_json)
+from .app import (DTYPES, RANK0, WORLD, Fail, Parser, add_options, file_sha256, foreign_file, from_saved,
+                  option, read_csv, read_json, safe_name, save_json)
 from .data import PROPORTIONS, make_split, read_dataset, read_split, subsample
 from .weights import BUILT_IN, SD15, TensorFile
 
@@ -53,6 +53,8 @@ class Settings:
     cfg_drop: float = option(TRAINING, 0.1, "p of the null embedding, per image", high=1)
     epochs: int = option(TRAINING, 12, "passes over the training images", low=1, toy=24)
     batch: int = option(TRAINING, 16, "images per step", low=1)
+    micro_batch: int | None = option(TRAINING, None, "images per pass (default: what fits the GPU)", kind=int,
+                                     low=1, on_resume="free")
     max_steps: int | None = option(TRAINING, None, "stop then, on a schedule of this length", kind=int, low=1)
     seed: int = option(TRAINING, 0, "of everything random except the split", high=2 ** 63)
     init: str | None = option(TRAINING, None, "adapter to start from, on a new schedule", kind=str)
@@ -68,6 +70,8 @@ class Settings:
                                    kind=str, on_resume="free")
     run: str | None = option(RUN, None, "its folder (default: under runs/)", kind=str, on_resume="free")
     device: str = option(RUN, "auto", "cuda, mps or cpu", on_resume="this call")
+    dtype: str = option(RUN, "auto", "of the U-Net; auto: the device's fastest", choices=DTYPES,
+                        on_resume="free")
     no_compile: bool = option(RUN, False, "do not torch.compile (done on CUDA only)", on_resume="this call")
     quiet: bool = option(RUN, False, "print failures only", on_resume="this call")
 

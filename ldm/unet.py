@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 FEW = 128       # positions of a batch up to which matrix products take half the time of oneDNN's convolution
 
@@ -57,22 +58,17 @@ class UNet(nn.Module):
         h = self.conv_in(z.to(dtype))
         skips = [h]
         for level in self.down_blocks:
-            for j, resnet in enumerate(level.resnets):
-                h = resnet(h, t)
-                if level.attentions:
-                    h = level.attentions[j](h, c)
+            for j in range(len(level.resnets)):
+                h = level.block(j, h, t, c)
                 skips.append(h)
             for down in level.downsamplers:
                 h = down(h)
                 skips.append(h)
-        h = self.mid_block.resnets[0](h, t)
-        h = self.mid_block.attentions[0](h, c)
-        h = self.mid_block.resnets[1](h, t)
+        for j in range(2):
+            h = self.mid_block.block(j, h, t, c)
         for level in self.up_blocks:
-            for j, resnet in enumerate(level.resnets):
-                h = resnet(torch.cat([h, skips.pop()], dim=1), t)
-                if level.attentions:
-                    h = level.attentions[j](h, c)
+            for j in range(len(level.resnets)):
+                h = level.block(j, torch.cat([h, skips.pop()], dim=1), t, c)
             for up in level.upsamplers:
                 h = up(h)
         return self.conv_out(F.silu(self.conv_norm_out(h))).to(z.dtype)
@@ -93,11 +89,19 @@ class TimeEmbedding(nn.Module):
 
 class Level(nn.Module):
     """The modules of one resolution under Diffusers' names; the network's forward joins them."""
+    checkpointing = False       # keep only an attention's input for the backward pass; the rest is recomputed
 
     def __init__(self, resnets, attentions=(), downsamplers=(), upsamplers=()):
         super().__init__()
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
         self.downsamplers, self.upsamplers = nn.ModuleList(downsamplers), nn.ModuleList(upsamplers)
+
+    def block(self, j, h, t, c):
+        """The jth residual block, and the attention that follows where there is one."""
+        h = self.resnets[j](h, t)
+        for attention in self.attentions[j:j + 1]:
+            h = checkpoint(attention, h, c, use_reentrant=False) if self.checkpointing else attention(h, c)
+        return h
 
 class Conv(nn.Conv2d):
     """A convolution; of few positions on the CPU as matrix products, where oneDNN takes twice as long."""

@@ -14,12 +14,13 @@ class VAE(nn.Module):
 
     channels: width of each level. layers: residual blocks per level of the encoder (one more in the decoder).
     """
+    PIXELS = 2 ** 19        # at a time, two images of 512 px: 1.5 GiB, counted by `tests/bench.py memory`
 
     def __init__(self, channels=(128, 256, 512, 512), layers=2, latent=4):
         super().__init__()
         self.latent, self.factor = latent, 2 ** (len(channels) - 1)
-        self.encoder = ImageEncoder(channels, layers, latent)
-        self.decoder = LatentDecoder(channels, layers, latent)
+        self.encoder = Coder(channels, layers, 3, 2 * latent)
+        self.decoder = Coder(channels[::-1], layers + 1, latent, 3, decoder=True)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
@@ -52,41 +53,28 @@ class Stage(Level):
             h = part(h)
         return h
 
-class ImageEncoder(nn.Module):
-    def __init__(self, channels, layers, latent):
+class Coder(nn.Module):
+    """The encoder E: images to latents, stages of halved size, the middle last; or D, its mirror image."""
+
+    def __init__(self, channels, layers, c_in, c_out, decoder=False):
         super().__init__()
         first, last = channels[0], channels[-1]
-        self.conv_in = nn.Conv2d(3, first, 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        for c_in, c in zip((first, *channels), channels):
-            self.down_blocks.append(Stage(c_in, c, layers, downsamplers=[Downsample(c, asymmetric=True)]))
-        del self.down_blocks[-1].downsamplers[0]        # the last level keeps its size
-        self.mid_block = Stage(last, last, 2, attentions=[SpatialAttention(last)])
+        middle, kind = (first, "up") if decoder else (last, "down")
+        self.conv_in = nn.Conv2d(c_in, first, 3, padding=1)
+        self.mid_block = Stage(middle, middle, 2, attentions=[SpatialAttention(middle)])
+        stages = nn.ModuleList()
+        for i, (before, c) in enumerate(zip((first, *channels), channels)):
+            resample = [Upsample(c) if decoder else Downsample(c, asymmetric=True)]
+            is_last = i == len(channels) - 1        # which keeps its size
+            stages.append(Stage(before, c, layers, **{f"{kind}samplers": [] if is_last else resample}))
+        setattr(self, f"{kind}_blocks", stages)
+        self.order = [self.mid_block, *stages] if decoder else [*stages, self.mid_block]
         self.conv_norm_out = nn.GroupNorm(32, last, EPS)
-        self.conv_out = nn.Conv2d(last, 2 * latent, 3, padding=1)
+        self.conv_out = nn.Conv2d(last, c_out, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)
-        for stage in (*self.down_blocks, self.mid_block):
-            h = stage(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
-
-class LatentDecoder(nn.Module):
-    def __init__(self, channels, layers, latent):
-        super().__init__()
-        first, last = channels[-1], channels[0]
-        self.conv_in = nn.Conv2d(latent, first, 3, padding=1)
-        self.mid_block = Stage(first, first, 2, attentions=[SpatialAttention(first)])
-        self.up_blocks = nn.ModuleList()
-        for c_in, c in zip((first, *channels[::-1]), channels[::-1]):
-            self.up_blocks.append(Stage(c_in, c, layers + 1, upsamplers=[Upsample(c)]))
-        del self.up_blocks[-1].upsamplers[0]
-        self.conv_norm_out = nn.GroupNorm(32, last, EPS)
-        self.conv_out = nn.Conv2d(last, 3, 3, padding=1)
-
-    def forward(self, z):
-        h = self.conv_in(z)
-        for stage in (self.mid_block, *self.up_blocks):
+        for stage in self.order:
             h = stage(h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .app import RANK0, Fail, file_sha256, first_line, foreign_file
+from .app import RANK0, Fail, file_sha256, first_line, foreign_file, layout
 from .schedule import T, alpha_bar
 from .unet import UNet
 from .vae import SCALE, VAE
@@ -190,7 +190,7 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
         print(f"note: {file.path} is stored as {', '.join(small)}: its weights have 2 or 3 bits of precision",
               file=sys.stderr)
     network.load_state_dict(state, strict=True, assign=True)
-    return network.eval().requires_grad_(False)
+    return network.to(memory_format=layout(device, dtype)).eval().requires_grad_(False)
 
 def find_file(argument, source, names, sha256=None, access="", beside=()):
     """The path of a file of weights: `source` itself, or one of `names` in that folder or hub repository.

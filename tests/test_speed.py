@@ -1,14 +1,20 @@
 """What speed costs and saves, counted: bytes kept for the backward pass, and the same gradients with and
 without.
 """
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch._functorch.config as functorch_config
 from bench import kept_for_backward
+from conftest import HEADER, trainer
 
+from ldm.app import frozen_dtype, layout
+from ldm.runs import Settings
 from ldm.unet import UNet
 from lora import inject, lora_parameters
-from train import MEMORY_BUDGET
+from train import LOSS_SCALE, MEMORY_BUDGET, Trainer
 
 SMALL = dict(channels=(64, 64), layers=1)
 
@@ -46,3 +52,77 @@ def test_what_is_computed_again_gives_the_same_gradients():
                 a in gradients[0].items() for b in [gradients[1][name]])
     print("largest relative difference of a gradient:", worst)
     assert worst[0] < 1e-4
+
+def gradients(t):
+    t.train_step()
+    return torch.cat([p.grad.flatten() for p in t.parameters])
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_a_step_in_pieces_is_the_step(micro_batch, compiled):
+    """The draws are those of the whole batch of 5; a compiled network gets pieces of one size."""
+    whole, t = trainer(batch=5), trainer(batch=5, micro_batch=micro_batch)
+    sizes, unet, t.compiled = [], t.network, compiled
+    t.network = lambda z, *others: sizes.append(len(z)) or unet(z, *others)
+    a, b = gradients(whole), gradients(t)
+    assert len(sizes) == math.ceil(5 / micro_batch) and (set(sizes) == {micro_batch}) >= compiled
+    assert sum(sizes) == 5 or compiled
+    assert (a - b).norm() < 1e-5 * a.norm() and t.losses == pytest.approx(whole.losses, rel=1e-6)
+
+@pytest.mark.parametrize("free, size", [(8.6e9, 16), (5e9, 8), (2e9, 4), (1e6, 1)])
+def test_the_largest_pieces_that_fit_the_free_memory_are_taken(monkeypatch, free, size):
+    """SD1.5 in bfloat16, 512 px: 0.446 GB an image, and a tenth of the memory is left."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
+    first = torch.zeros(320, 4, 3, 3, dtype=torch.bfloat16)
+    t = SimpleNamespace(settings=Settings(), unet=SimpleNamespace(conv_in=SimpleNamespace(weight=first)),
+                        z_shape=(4, 64, 64), device=torch.device("cuda"))
+    assert Trainer.images_per_pass(t) == size
+
+def test_checkpointed_blocks_give_the_same_gradients():
+    plain, t = trainer(), trainer()
+    for level in t.unet.modules():
+        level.checkpointing = True
+    assert torch.equal(gradients(plain), gradients(t))
+
+def in_dtype(t, dtype):
+    """A trainer with its U-Net as it is loaded in this dtype."""
+    for p in t.unet.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(dtype)
+    t.unet.to(memory_format=layout("cpu", dtype))
+    t.scale = t.largest_scale = LOSS_SCALE if dtype == torch.float16 else 1.0
+    return t
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.01), (torch.bfloat16, 0.06)])
+def test_a_step_in_16_bits_is_that_in_float32_to_its_precision(dtype, tolerance):
+    plain, t = trainer(), in_dtype(trainer(), dtype)
+    a, b = gradients(plain), gradients(t)
+    print(f"{dtype}: relative difference of the gradient {((a - b).norm() / a.norm()).item():.4f}")
+    assert (a - b).norm() < tolerance * a.norm() and t.losses == pytest.approx(plain.losses, rel=tolerance)
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in t.parameters)
+
+def test_a_step_that_overflows_in_float16_is_computed_again_at_half_the_scale(tmp_path):
+    """A gradient is infinite from 2^14 on: three halvings, then the step as it is; the scale is kept."""
+    plain, t = trainer(), trainer()
+    t.scale = t.largest_scale = LOSS_SCALE
+    b = next(p for name, p in t.named.items() if name.endswith("B"))
+    b.register_hook(lambda g: g if t.scale <= 2 ** 13 else g * math.inf)
+    assert (gradients(plain) - gradients(t)).abs().max() < 1e-6 and t.scale == 2 ** 13 and t.step == 1
+    t.save(tmp_path, HEADER)
+    again = in_dtype(trainer(), torch.float16)
+    again.restore(tmp_path / "state.safetensors")
+    assert again.scale == 2 ** 13
+    t.step = 999
+    t.train_step()
+    assert t.scale == 2 ** 14               # tried again once in a thousand steps
+
+@pytest.mark.parametrize("device, has, width, dtype", [
+    ("cuda", "bf16", 64, "bfloat16"), ("cuda", "", 320, "float16"), ("mps", "amx", 320, "float32"),
+    ("cpu", "", 320, "float32"), ("cpu", "amx", 320, "bfloat16"), ("cpu", "avx512", 320, "bfloat16"),
+    ("cpu", "amx", 64, "float32")])
+def test_the_dtype_is_the_fastest_that_the_device_has(monkeypatch, device, has, width, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has == "bf16")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has == "amx")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has == "avx512")
+    assert frozen_dtype(torch.device(device), width=width) == getattr(torch, dtype)
+    assert frozen_dtype(torch.device(device), "float16") == torch.float16

@@ -26,6 +26,7 @@ from ldm.schedule import alpha_bar
 from ldm.weights import open_sd15
 from lora import inject, lora_parameters
 from projector import Projector
+from sample import Sampling, sample
 from train import (Trainer, batch_of_step, draw_batch, draw_validation, generator, learning_rate_factor,
                    noise_prediction_loss)
 
@@ -543,20 +544,22 @@ def test_a_resumed_run_has_its_own_settings_to_the_last_digit(small, tmp_path, m
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "runs/x"])
     assert parse_settings("")[0] == replace(first, no_compile=False)
 
-def test_the_network_is_compiled_once_for_training_and_once_for_validation(monkeypatch):
+def test_the_network_is_compiled_once_for_training_and_once_for_validation_and_sampling():
     """A backend that counts the graphs that it gets: shapes are static, so no later batch brings another."""
     t, graphs = trainer(n=6, widths=(32, 32), layers=1, batch=4), []
 
     def counting(graph, inputs):
         graphs.append(graph)
         return graph.forward
-    t.network = torch.compile(t.unet, dynamic=False, backend=counting)
+    t.network = torch.compile(t.unet, dynamic=False, fullgraph=True, backend=counting)
+    t.compiled, t.micro_batch = True, 3         # a step is 3 images and then 1, which is filled up
     for _ in range(3):
         t.train_step()
     t.validation_loss([f"h{i}" for i in range(6)])
     first = len(graphs)
     t.train_step()
     t.validation_loss([f"h{i}" for i in range(5)])
+    sample(torch.randn(3, 12), t.projector, t.network, Sampling(steps=2), range(3), t.z_shape)
     assert len(graphs) == first <= 2
 
 def test_the_newest_run_is_a_finished_one_and_what_is_passed_over_is_said(tmp_path, monkeypatch, capsys):
