@@ -252,7 +252,6 @@ def read_dataset(root, case=None, say=print):
         raise Fail(f"{root}: no such folder of patches")
     if above := next(filter(is_output, (root.resolve(), *root.resolve().parents)), None):
         raise Fail(f"{root} is in {above}, which train.py or sample.py made; pass a folder of real patches")
-
     with foreign_file(f"--case {case}", "is no regular expression", "see Python's module re"):
         re.compile(case or "")
 
@@ -280,6 +279,8 @@ def read_dataset(root, case=None, say=print):
     for kind, found in left.items():
         if (found := [str(file) for file in found if file not in lists]) and say:
             say(f"{root}: {len(found)} {kind} are left out, such as {found[0]}")
+    if say and patches and all(p.case == p.name for p in patches):
+        say(f"{root}: which patches share a case is unknown, so one may be in two parts; see --case")
     if not patches:
         raise Fail(f"{root} contains no images; pass train.json and test.json, a folder per class, or images")
     if repeated := [name for name, n in Counter(p.name for p in patches).items() if n > 1]:
@@ -299,8 +300,8 @@ def _find_files(root, rows, names, case, left):
     for where, name, label, own, part in rows:
         try:
             name = Path(name.replace("\\", "/")).as_posix()
-            patch = Patch(name, unicodedata.normalize("NFC", label or "?"),
-                          own or _find_case(name, case)[0] or name, part)
+            own = own or _find_case(name, case)[0] or (name.split("/")[1:-1] or [name])[0]
+            patch = Patch(name, unicodedata.normalize("NFC", label or "?"), own, part)
             if not (root / name).is_file():
                 near = on_disk[folded(name)] - {name}
                 if len(near) != 1:
@@ -327,11 +328,11 @@ def _folder_rows(root, names, case, left, say):
     """One subfolder per class, with folders of cases in it or not; or a flat folder (one class, "all")."""
     rows, guessed = [], defaultdict(set)            # class -> names of folders that are taken for cases
     for name in names:
-        found, depth = _find_case(name, case)
-        levels = [n for i, n in enumerate(name.split("/")[:-1]) if i != depth and not CONTAINER.fullmatch(n)]
         if NO_PATCH.fullmatch(name):
             left["masks, annotations or thumbnails"].append(name)
             continue
+        found, depth = _find_case(name, case)
+        levels = [n for i, n in enumerate(name.split("/")[:-1]) if i != depth and not CONTAINER.fullmatch(n)]
         if levels and (levels[0].lower() in PARTS or MAGNIFICATION.fullmatch(levels[0])):
             raise Fail(f"{root} has a folder per part or magnification ({levels[0]}/...), not one per class: "
                        "pass one of them, or put the classes on top; --split FILE keeps a split of yours")
@@ -344,8 +345,6 @@ def _folder_rows(root, names, case, left, say):
     rows = nested or rows
     if say and guessed:
         _doubt_cases(root, guessed, len({row[2] for row in rows}), say)
-    elif say and rows and all(name == found for _, name, _, found, _ in rows):
-        say(f"{root}: which patches share a case is unknown, so one may be in two parts; see --case")
     return rows
 
 def _doubt_cases(root, cases, classes, say):

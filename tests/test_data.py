@@ -268,6 +268,14 @@ def test_a_pattern_finds_the_case_or_names_what_it_misses(tmp_path):
         with pytest.raises(Fail, match=words):
             read_dataset(tmp_path, pattern)
 
+def test_a_folder_in_a_listed_name_is_a_case_and_masks_need_no_match(tmp_path):
+    touch(tmp_path, "train/p1/x.png", "train/p1/y.png")
+    rows = [{"name": f"train/p1/{n}.png", "label": 0} for n in "xy"]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    assert {p.case for p in read_dataset(tmp_path)} == {"p1"}
+    touch(tmp_path / "b", "k/p7.png", "k/masks/3.png")
+    assert [p.case for p in read_dataset(tmp_path / "b", r"p(\d)")] == ["7"]
+
 def test_what_is_left_out_is_said(tmp_path, capsys):
     touch(tmp_path, "a/x.png", "a/x_mask.png", "b/y.png", "b/notes.csv", "b/.z.png", "thumb.jpg", "c.jpg",
           "Thumbs.db")
