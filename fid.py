@@ -8,13 +8,12 @@
 The number depends on --resize: pytorch-fid, clean (clean-fid) or tf1 (torch-fidelity, torchmetrics).
 """
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
-import torch
-import torch.nn.functional as F
+from scipy.linalg import helmert
 from scipy.spatial.distance import cdist
 
 from ldm.data import list_images
@@ -25,25 +24,20 @@ from ldm.runs import find, read_settings
 
 # ---- metrics of two sets, of features x (n, d) and y (m, d) ------------------------------------------------
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), by definition, with scipy's sqrtm. Inexact for singular Σ."""
-    root = scipy.linalg.sqrtm(sigma1 @ sigma2)
-    if not np.isfinite(root).all():             # singular: pytorch-fid's remedy
-        offset = 1e-6 * np.eye(len(sigma1))
-        root = scipy.linalg.sqrtm((sigma1 + offset) @ (sigma2 + offset))
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root).real)
+def frechet_distance(x, y):
+    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½).
 
-def frechet_distance_of_features(x, y):
-    """The same number from features, for fewer images than features, where Σ is singular.
-
-    With X and Y centred and scaled so that Σ = XᵀX, tr (Σ₁Σ₂)^½ is the nuclear norm of X Yᵀ, an n x m matrix.
-    Exact, and hundreds of times faster than a square root of d x d.
+    With X and Y centred and scaled so that Σ = XᵀX, tr (Σ₁Σ₂)^½ is the nuclear norm of X Yᵀ, an n x m matrix:
+    exact also for fewer images than features, and then hundreds of times faster than a root of d x d.
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    mu_x, mu_y = x.mean(0), y.mean(0)
-    x, y = (x - mu_x) / np.sqrt(len(x) - 1), (y - mu_y) / np.sqrt(len(y) - 1)
-    nuclear = scipy.linalg.svdvals(x @ y.T).sum()
-    return float(np.square(mu_x - mu_y).sum() + np.square(x).sum() + np.square(y).sum() - 2 * nuclear)
+    mu, roots = [], []
+    for f in (np.asarray(x, np.float64), np.asarray(y, np.float64)):
+        mu.append(f.mean(0))
+        root = (f - mu[-1]) / np.sqrt(len(f) - 1)
+        roots.append(root if len(f) <= len(root.T) else np.linalg.qr(root, mode="r"))
+    nuclear = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    distance = sum(np.square(a).sum() for a in (mu[0] - mu[1], *roots)) - 2 * nuclear
+    return max(0.0, float(distance))        # rounding
 
 def squared_mmd(x, y):
     """Unbiased MMD² under the kernel (x·y/d + 1)³."""
@@ -53,34 +47,29 @@ def squared_mmd(x, y):
     return ((kxx.sum() - np.trace(kxx)) / (n * (n - 1)) + (kyy.sum() - np.trace(kyy)) / (m * (m - 1))
             - 2 * kernel(x, y).mean())
 
+MIN_KID = 20        # images of either set, below which KID is noise
+
 def kid(x, y, subset=1000, subsets=100, seed=2020):
     """KID -> {"kid", "kid_std", "kid_subset"}: mean and std of MMD² over random subsets, and their size.
 
     The subsets have min(subset, n, m) images, drawn without replacement in torch-fidelity's order (same seed,
-    same subsets). Where that is all of both sets there is only one subset, hence std 0.
+    same subsets). Where that is all of both sets there is only one subset, hence std 0. None for too few.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     size = min(subset, len(x), len(y))
-    if size == len(x) == len(y):
-        return dict(kid=float(squared_mmd(x, y)), kid_std=0.0, kid_subset=size)
-    rng = np.random.RandomState(seed)
-    draws = [[f[rng.choice(len(f), size, replace=False)] for f in (x, y)] for _ in range(subsets)]
-    values = [squared_mmd(*pair) for pair in draws]
+    if min(len(x), len(y)) < MIN_KID:
+        return dict(kid=None, kid_std=None, kid_subset=size)
+    rng, values = np.random.RandomState(seed), []
+    for _ in range(1 if size == len(x) == len(y) else subsets):
+        values.append(squared_mmd(*(f[rng.choice(len(f), size, replace=False)] for f in (x, y))))
     return dict(kid=float(np.mean(values)), kid_std=float(np.std(values)), kid_subset=size)
-
-# (x, y, subset) -> {column: value}. A metric added here appears in fid.py's output and in Tables 7 and 8.
-METRICS = (kid,)
-
-def all_metrics(x, y, subset):
-    """The columns of all METRICS."""
-    return {key: value for metric in METRICS for key, value in metric(x, y, subset).items()}
 
 def bootstrap_interval(distance, x, y, repeats=200, level=0.95, seed=0):
     """Bootstrap of distance(x, y), where row i of y was made from row i of x -> (low, high).
 
-    Pairs are resampled: separately, they would spread more than they do. (Patches of one case are no
-    independent choice: the interval is too narrow for that.) A Fréchet distance has the bias of its n.
-    Resampled sets, which repeat images, have it twice: only their spread is used, around the estimate.
+    Pairs are resampled: separately, they would spread more than they do. (Patches of one case are not
+    independent: the interval is too narrow for that.) Only the spread of resampled sets is used, around the
+    estimate: they repeat images, and so have a Fréchet distance's bias twice.
     """
     rng, estimate = np.random.default_rng(seed), distance(x, y)
     values = [distance(x[i], y[i]) for i in rng.integers(len(x), size=(repeats, len(x)))]
@@ -106,67 +95,82 @@ def nearest(x, train):
     distance = cdist(x, train)
     return distance.argmin(1), distance.min(1)
 
+def authenticity(samples, train):
+    """AuthPct / 100 of https://arxiv.org/abs/2102.08921: the share of samples that are farther from their
+    nearest training image than its nearest other training image is."""
+    index, distance = nearest(samples, train)
+    others = cdist(train[index], train)
+    others[np.arange(len(index)), index] = np.inf
+    return float((others.min(1) < distance).mean())
+
+def psnr(images, others):
+    """Mean over pairs of PIL images of 10 log10(255² / mean squared difference), in dB."""
+    pairs = [[np.asarray(image, np.float64) for image in pair] for pair in zip(images, others)]
+    return float(np.mean([10 * np.log10(255 ** 2 / max(np.square(x - y).mean(), 1e-12)) for x, y in pairs]))
+
 def fit_linear(x, labels, penalty=1.0):
-    """Multinomial logistic regression on standardised features x (n, d) -> a function, features to labels.
+    """Ridge regression of ±1 per class on standardised features x (n, d) -> a function, features to labels.
 
-    Minimises the mean cross-entropy plus penalty/(2n) |W|², classes weighted equally, by torch's L-BFGS.
+    Minimises the mean of |y - W z|², classes weighted equally, plus penalty |W|² without the bias.
     """
-    names, y = np.unique(labels, return_inverse=True)
-    mu, spread = x.mean(0), x.std(0) + 1e-6
-    z, y = torch.from_numpy((x - mu) / spread), torch.from_numpy(y)
-    W = torch.zeros(z.shape[1] + 1, len(names), dtype=z.dtype, requires_grad=True)      # biases: the last row
-    optimizer = torch.optim.LBFGS([W], max_iter=1000, line_search_fn="strong_wolfe")
+    names, y, count = np.unique(labels, return_inverse=True, return_counts=True)
+    mu, spread, weight = x.mean(0), x.std(0) + 1e-6, 1 / (len(names) * count[y][:, None])
 
-    def loss():
-        optimizer.zero_grad()
-        entropy = F.cross_entropy(z @ W[:-1] + W[-1], y, weight=1 / y.bincount().double())
-        value = entropy + penalty / (2 * len(z)) * W[:-1].square().sum()
-        value.backward()
-        return value
+    def standardise(f):
+        return np.c_[(f - mu) / spread, np.ones(len(f))]
 
-    optimizer.step(loss)
-    W = W.detach().numpy()
-    return lambda f: names[((f - mu) / spread @ W[:-1] + W[-1]).argmax(1)]
+    z, ridge = standardise(x), np.diag([penalty] * len(mu) + [1e-9])
+    W = np.linalg.solve(z.T @ (weight * z) + ridge, z.T @ (weight * (2 * np.eye(len(names))[y] - 1)))
+    return lambda f: names[(standardise(f) @ W).argmax(1)]
 
-def recalls(labels, guesses):
-    """{class: share of its images that is recognised}; their mean is the balanced accuracy."""
-    return {str(name): float((guesses[labels == name] == name).mean()) for name in np.unique(labels)}
+def agreement(a, b):
+    """Two (n,) arrays of labels -> {"balanced_accuracy": the mean recall of a's classes, "mcc": Matthews
+    correlation, "kappa": Cohen's}; the last two are 0 where one has a single label."""
+    names, codes = np.unique([a, b], return_inverse=True)
+    joint = np.zeros((len(names), len(names)))
+    np.add.at(joint, tuple(codes.reshape(2, -1)), 1 / len(a))
+    in_a, in_b, hits = joint.sum(1), joint.sum(0), joint.diagonal()
+    excess, spread = hits.sum() - in_a @ in_b, (1 - in_a @ in_a) * (1 - in_b @ in_b)
+    several = spread > 1e-9
+    return dict(balanced_accuracy=float((hits[in_a > 0] / in_a[in_a > 0]).mean()),
+                mcc=float(excess / np.sqrt(spread)) if several else 0.0,
+                kappa=float(excess / (1 - in_a @ in_b)) if several else 0.0)
 
 # ---- sets of images ----------------------------------------------------------------------------------------
 
 @dataclass
 class ImageSet:
-    """Statistics of images: mean (d,), covariance (d, d); n and features (n, d) unless they are foreign."""
-    mu: np.ndarray
-    sigma: np.ndarray
-    features: np.ndarray | None = None
-    names: np.ndarray | None = None         # (n,) paths within the folder
-    n: int | None = None
+    """Features (n, d) of images; names: (n,) paths within the folder, None for stand-ins of equal moments.
+
+    space: (kind, resizer, hash) of the FeatureSpace, None where unknown. Raises ValueError for other shapes.
+    """
+    features: np.ndarray
+    names: np.ndarray | None = None
+    space: tuple | None = None
 
     def __post_init__(self):
-        """Raises ValueError for what cannot be statistics of features."""
-        d = len(self.mu)
-        if self.mu.shape != (d,) or self.sigma.shape != (d, d):
-            raise ValueError(f"mu has the shape {self.mu.shape}, sigma {self.sigma.shape}")
-        if not (np.abs([self.mu, *self.sigma]) < 1e24).all():
+        self.n = None if self.names is None else len(self.features)
+        self.names = np.array([""] * len(self.features) if self.names is None else self.names, dtype=str)
+        if self.features.ndim != 2 or len(self.features) < 2 or self.names.shape != (len(self.features),):
+            raise ValueError(f"features of the shape {self.features.shape}, names of {self.names.shape}")
+        if not (np.abs(self.features) < 1e12).all():
             raise ValueError("a number in it is not finite, or larger than any feature")
-        if self.n is not None and self.names.shape != (self.n,):
-            raise ValueError(f"it has {self.n} images, but names of the shape {self.names.shape}")
-
-    @classmethod
-    def of_features(cls, features, names):
-        if len(features) < 2:
-            raise ValueError("it has fewer than two images")
-        sigma = np.cov(features, rowvar=False)
-        return cls(features.mean(0), sigma, features, np.array(names, dtype=str), len(features))
 
     def by_class(self):
-        """{subfolder: features}, of at least two images."""
-        if self.n is None:
-            return {}
+        """{subfolder: features}; "" holds those that lie in none."""
         labels = np.array([name.rpartition("/")[0].split("/")[0] for name in self.names])
-        return {str(name): self.features[labels == name] for name in np.unique(labels)
-                if name and (labels == name).sum() > 1}
+        return {str(name): self.features[labels == name] for name in np.unique(labels)}
+
+def with_moments(mu, sigma):
+    """d + 1 rows with the mean (d,) and the covariance (d, d). Raises ValueError if there can be none."""
+    if sigma.shape != 2 * mu.shape:
+        raise ValueError(f"the mean has the shape {mu.shape}, the covariance {sigma.shape}")
+    values, vectors = np.linalg.eigh(sigma)
+    tolerance = 1e-5 * np.abs(values).max()         # of float32
+    if values[0] < -tolerance or np.abs(sigma - sigma.T).max() > tolerance:
+        raise ValueError("its covariance is not symmetric and positive semidefinite")
+    root = np.sqrt(values.clip(0))[:, None] * vectors.T
+    return mu + np.sqrt(len(mu)) * helmert(len(mu) + 1).T @ root        # orthonormal, of mean 0
 
 def images_of(folder):
     """The files of a folder of two images or more."""
@@ -176,60 +180,72 @@ def images_of(folder):
     return files
 
 def read_set(path, space, device="cpu", batch=32):
-    """A folder of images, or an .npz of statistics made in the same feature space, -> ImageSet."""
-    if path.suffix == ".npz":
-        return load_set(path, space.resize, space.short_hash)
+    """A folder of images, or an .npz of statistics, -> ImageSet. space: for a folder."""
+    if path.is_file():
+        return load_set(path)
     files = images_of(path)
     names = [file.relative_to(path).as_posix() for file in files]
-    return ImageSet.of_features(space.extract(files, device, batch), names)
+    features = space.extract(files, device, batch)
+    return ImageSet(features, names, (space.kind, space.resize, space.short_hash))
 
-def save_set(path, images, resize, weights):
+def save_set(path, images):
     """Write statistics as pytorch-fid reads them (mu, sigma), with the features (float32) and their space."""
+    x, (kind, resize, weights) = images.features, images.space
     with atomic_write(path) as temporary, open(temporary, "wb") as f:
-        np.savez(f, mu=images.mu, sigma=images.sigma, features=images.features.astype(np.float32),
-                 names=images.names, resize=resize, weights=weights)
+        np.savez(f, mu=x.mean(0), sigma=np.cov(x, rowvar=False), features=x.astype(np.float32),
+                 names=images.names, kind=kind, resize=resize, weights=weights)
 
-def load_set(path, resize, weights):
-    """Read an .npz of `save_set`, or any with mu and sigma -> ImageSet. Fails if it is of another space."""
-    arrays = ("mu", "sigma", "features", "names", "resize", "weights")
-    with foreign_file(path, "contains no statistics of features", "make them with --save"):
+# What `save_set` writes, and its names elsewhere: pytorch-fid and guided-diffusion write mu and sigma,
+# clean-fid feats, older programs mean and cov. Earlier versions of this one wrote no kind.
+ARRAYS = dict(mu=("mu", "mean"), sigma=("sigma", "cov"), features=("features", "feats"), names=("names",),
+              kind=("kind",), resize=("resize",), weights=("weights",))
+
+def load_set(path):
+    """Read an .npz of ours or of another program -> ImageSet."""
+    with foreign_file(path, "contains no statistics of features", "use those of fid.py --save"):
         with np.load(path, allow_pickle=False) as f:
-            data = {key: f[key] for key in arrays if key in f}
-        if "features" in data:
-            images = ImageSet.of_features(np.float64(data["features"]), data["names"])
-        else:
-            images = ImageSet(np.float64(data["mu"]), np.float64(data["sigma"]))
-    for key, value in (("resize", resize), ("weights", weights)):
-        if key in data and str(data[key]) != value:
-            raise Fail(f"{path} was made with {key} {data[key]}, not {value}: make it again with --save")
-    return images
+            data = {name: f[key] for name, keys in ARRAYS.items() for key in keys if key in f}
+            if "arr_0" in f and not data:
+                raise ValueError("arr_0 alone is no statistics; write samples as PNG files")
+        if "features" not in data:
+            return ImageSet(with_moments(np.float64(data["mu"]), np.float64(data["sigma"])))
+        features, resize, space = np.float64(data["features"]), str(data.get("resize")), None
+        if "weights" in data:
+            kind = data.get("kind", "inception" if resize in RESIZERS else "encoder")
+            space = str(kind), resize, str(data["weights"])
+        return ImageSet(features, data.get("names", [""] * len(features)), space)
 
 def compare(real, fake, subset=1000):
-    """Two ImageSets -> {"fid", "n_real", "n_fake"}; where the features are known, METRICS' columns too."""
-    if real.mu.shape != fake.mu.shape:
-        raise Fail(f"one has {len(real.mu)} features, the other {len(fake.mu)}: use one network for both")
-    both = real.n is not None and fake.n is not None
-    if both and min(real.n, fake.n) < len(real.mu):
-        distance = frechet_distance_of_features(real.features, fake.features)
-    else:
-        distance = frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)
-    others = all_metrics(real.features, fake.features, subset) if both else {}
-    return dict(fid=distance, n_real=real.n, n_fake=fake.n) | others
+    """Two ImageSets -> {"fid", "n_real", "n_fake"}, and the columns of `kid` where the features are known."""
+    if real.features.shape[1] != fake.features.shape[1]:
+        raise Fail(f"one has {real.features.shape[1]} features, the other {fake.features.shape[1]}: use one "
+                   "network for both")
+    if real.space and fake.space and real.space != fake.space:
+        texts = ["{}, resizer {}, weights {}".format(*images.space) for images in (real, fake)]
+        raise Fail(f"REAL has features of {texts[0]}; FAKE of {texts[1]}: make one again, with the --resize "
+                   "and --inception of the other")
+    others = kid(real.features, fake.features, subset) if real.n and fake.n else {}
+    return dict(fid=frechet_distance(real.features, fake.features), n_real=real.n, n_fake=fake.n) | others
 
 def compare_classes(real, fake, subset=1000):
-    """{class: {"n_real", "n_fake", columns of METRICS}} for every common subfolder (Table 8)."""
-    x, y = real.by_class(), fake.by_class()
-    return {name: dict(n_real=len(x[name]), n_fake=len(y[name])) | all_metrics(x[name], y[name], subset)
-            for name in x if name in y}
+    """{class: {"n_real", "n_fake", columns of `kid`}} for every subfolder of either, if one is in both.
+
+    Images outside of subfolders are the class "".
+    """
+    x, y, rows = real.by_class(), fake.by_class(), {}
+    for name in sorted(x.keys() | y.keys() if any(x.keys() & y.keys()) else ()):
+        a, b = x.get(name, ()), y.get(name, ())
+        rows[name] = dict(n_real=len(a), n_fake=len(b)) | kid(a, b, subset)
+    return rows
 
 # ---- the program -------------------------------------------------------------------------------------------
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("real", metavar="REAL", help="folder of images (any depth), or .npz of statistics")
+    parser.add_argument("real", metavar="REAL", nargs="?", help="folder of images, or .npz of statistics")
     parser.add_argument("fake", metavar="FAKE", nargs="*", help="folders or .npz files to compare with it")
     parser.add_argument("--per-class", action="store_true", help="KID x 1000 for every common subfolder")
-    parser.add_argument("--resize", choices=RESIZERS, default="pytorch-fid", help="whose number to reproduce")
+    parser.add_argument("--resize", choices=RESIZERS, help="whose number to reproduce (default: pytorch-fid)")
     parser.add_argument("--kid-subset", type=number(int, 2), default=1000, metavar="N",
                         help="images per subset of KID, at most those that there are")
     parser.add_argument("--inception", metavar="FILE",
@@ -241,10 +257,14 @@ def parse_args():
     parser.add_argument("--batch", type=number(int, 1), default=32, help="images at a time")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
+    if args.real is None:
+        raise Fail("pass REAL, a folder of real images or its statistics (.npz), and FAKE, one to compare")
     if not args.fake and (args.json or not args.save):
-        raise Fail("pass a second folder to compare with, or --save FILE.npz alone")
+        raise Fail("pass FAKE, a second folder to compare with, or --save FILE.npz alone")
+    if args.features == "encoder" and (args.resize or args.inception):
+        raise Fail("--resize and --inception have no effect on --features encoder: omit them, or that")
     args.real, *args.fake = find([args.real, *args.fake])
-    if args.save and (Path(args.save).suffix != ".npz" or args.real.suffix == ".npz"):
+    if args.save and (Path(args.save).suffix != ".npz" or args.real.is_file()):
         raise Fail(f"--save {args.save}: the name must end in .npz, and {args.real} must be a folder")
     return args
 
@@ -253,62 +273,69 @@ def choose_space(args):
     inside = (p for p in args.real.resolve().parents if (p / "adapter.safetensors").is_file())
     settings = next(map(read_settings, inside), None)
     toy = settings is not None and settings.uni2h == "toy"
-    default = "encoder" if toy and not inception_available(args.inception) else "inception"
+    default = "inception" if not toy or args.resize or inception_available(args.inception) else "encoder"
     with rank0_first():            # rank 0 downloads what is missing
         if (args.features or default) == "inception":
-            return Inception(args.inception, args.resize)
+            return Inception(args.inception, args.resize or "pytorch-fid")
         if settings is None:
             raise Fail(f"--features encoder: {args.real} is in no run of train.py; pass --features inception")
         return open_encoder(settings.uni2h, settings.encoder)
 
-def available_spaces(inception, settings):
-    """The feature spaces for a run: Inception, where its weights are available, and the run's encoder."""
-    spaces = [Inception(inception)] if inception_available(inception) else []
-    return [*spaces, open_encoder(settings.uni2h, settings.encoder)]
+def describe_folder(folder, files):
+    """A line on the files of a folder that are not among the images counted."""
+    left_out = Counter(path.suffix.lower() or path.name for path in folder.rglob("*") if path.is_file())
+    left_out -= Counter(path.suffix.lower() for path in files)
+    kinds = ", ".join(f"{kind} {n}" for kind, n in left_out.most_common(8))
+    return f"note: {folder}: {left_out.total()} files are not counted ({kinds})\n" if kinds else ""
+
+SPACES = {"inception": "resize {resize}, Inception {weights}", None: "resizer and network unknown",
+          "encoder": "features of the encoder {weights}, not Inception's: comparable with nothing else"}
 
 def result_lines(result):
     """A result of `compare` as lines of text."""
-    if result["features"] == "inception":
-        space = f"resize {result['resize']}, Inception {result['weights']}"
-    else:
-        space = f"features of the encoder {result['weights']}, not Inception's: comparable with nothing else"
+    space = SPACES[result["features"]].format(**result)
     yield (f"FID {result['fid']:.4f}   {result['real']} | {result['fake']}   "
            f"n {result['n_real'] or '?'} | {result['n_fake'] or '?'}, {space}")
-    yield describe_metrics(result) or "KID needs features: one of these .npz files was not made by --save"
-    if "classes" in result and not result["classes"]:
-        yield "  no subfolders of the same names with two images or more in both: nothing to compare by class"
-    for name, row in result.get("classes", {}).items():
-        yield f"  {name:<24}{row['n_real']:>6} | {row['n_fake']:<6} {describe_metrics(row)}"
+    if result["unknown"]:
+        yield f"note: resizer and network of {', '.join(result['unknown'])} are unknown; others move the FID"
+    yield describe_kid(result) if "kid" in result else "KID needs features, which one of these files lacks"
+    classes = result.get("classes", {})
+    if "classes" in result and not classes:
+        yield "  no subfolders of the same names in both: nothing to compare by class"
+    for name, row in classes.items():
+        name = name or "(in no subfolder)"
+        yield f"  {name:<24}{row['n_real']:>6} | {row['n_fake']:<6} {describe_kid(row)}"
+    if any((row.get("kid") or 0) < 0 for row in (result, *classes.values())):
+        yield "note: KID estimates a number >= 0 without bias; a negative one is zero within its error"
 
-def describe_metrics(row):
-    """KID x 1000 with its spread, and every other column of METRICS; "" where there are none."""
-    texts = []
-    for key, value in row.items():
-        if key == "kid":
-            spread, n = 1000 * row["kid_std"], row["kid_subset"]
-            how = f" ± {spread:.3f} (100 subsets of {n})" if spread else f" (one subset, all {n})"
-            texts.append(f"KID x 1000 {1000 * value:.3f}{how}")
-        elif isinstance(value, float) and key not in ("fid", "kid_std"):
-            texts.append(f"{key} {value:.4f}")
-    return ", ".join(texts)
+def describe_kid(row):
+    """KID x 1000 with its spread."""
+    if row["kid"] is None:
+        return f"KID: too few images (from {MIN_KID} of each on)"
+    value, spread, n = 1000 * row["kid"], 1000 * row["kid_std"], row["kid_subset"]
+    how = f" ± {spread:.3f} (100 subsets of {n})" if spread else f" (one subset, all {n})"
+    return f"KID x 1000 {value:.3f}{how}"
 
 def main():
     args = parse_args()
     device = pick_device(args.device)
     join_processes(device)
-    # folders are read before any weights are needed
-    counts = [len(images_of(p)) for p in (args.real, *args.fake) if p.suffix != ".npz" or not p.is_file()]
-    space = choose_space(args)
-    check_same("weights or images", [space.short_hash, counts])
+    # folders are read before any weights are needed; two files of statistics need none
+    files = {path: images_of(path) for path in (args.real, *args.fake) if not path.is_file()}
+    print(*map(describe_folder, files, files.values()), sep="", end="")
+    space = choose_space(args) if files else None
+    check_same("weights or images", [space and space.short_hash, [len(found) for found in files.values()]])
     real, results = read_set(args.real, space, device, args.batch), []
     if args.save and RANK0:
-        save_set(args.save, real, space.resize, space.short_hash)
+        save_set(args.save, real)
     for path in args.fake:
         fake = read_set(path, space, device, args.batch)
         if not RANK0:              # its part of the features is done
             continue
-        result = dict(real=str(args.real), fake=str(path), features=space.kind, resize=space.resize,
-                      weights=space.short_hash) | compare(real, fake, args.kid_subset)
+        kind, resize, weights = real.space or fake.space or (None, None, None)
+        result = dict(real=str(args.real), fake=str(path), features=kind, resize=resize, weights=weights,
+                      unknown=[str(p) for p, images in ((args.real, real), (path, fake)) if not images.space],
+                      **compare(real, fake, args.kid_subset))
         if args.per_class:
             result["classes"] = compare_classes(real, fake, args.kid_subset)
         print(*result_lines(result), sep="\n")

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch._functorch.config as functorch_config
 
-from fid import frechet_distance_of_features
+from fid import frechet_distance
 from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast, check_same,
                      command_line, cpu_generator, file_sha256, foreign_file, frozen_dtype, join_processes,
                      peak_memory, pick_device, progress, rank0_first, run_program, save_csv, save_tensors,
@@ -340,7 +340,7 @@ class Validation:
             grid = [list(map(load_rgb, pair)) for pair in subsample(list(zip(self.real, fake)), 8)]
             save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", contact_sheet(grid))
         if self.features is not None:
-            return frechet_distance_of_features(self.features, self.extract(fake))
+            return frechet_distance(self.features, self.extract(fake))
 
     def finish(self, best):
         """Make the newest samples those of fake/ if they are the best; else remove them."""

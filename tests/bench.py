@@ -354,7 +354,7 @@ def distance(args):
         moments = [moment for f in (x, y) for moment in (f.mean(0), np.cov(f, rowvar=False))]
         return calculate_frechet_distance(*moments)
     result = measure({
-        "ours": of("ours", lambda: fid.frechet_distance_of_features(x, y)),
+        "ours": of("ours", lambda: fid.frechet_distance(x, y)),
         "pytorch-fid": of("pytorch-fid", by_definition)},
         argparse.Namespace(**vars(args) | dict(repeats=min(args.repeats, 3))))
     report(args, f"distance of {len(x)} and {len(y)} features", "ours", result, 1)

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from conftest import program, texture
@@ -59,18 +60,18 @@ def pth(weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(kind, tmp_path_factory, request):
-    """Two folders of 12 and 14 patches."""
+    """Two folders of 20 and 22 patches."""
     root = tmp_path_factory.mktemp("patches")
     (root / "a").mkdir()
     (root / "b").mkdir()
     if kind == "real":
         images = sorted(request.getfixturevalue("shared")("data/ebhi-colon/train").iterdir())
-        for name, chosen in (("a", images[::80][:12]), ("b", images[7::70][:14])):
+        for name, chosen in (("a", images[::50][:20]), ("b", images[7::50][:22])):
             for image in chosen:
                 shutil.copy(image, root / name)
     else:
-        for i in range(26):
-            texture(i, 220).save(root / "ab"[i >= 12] / f"{i:02d}.JPG", quality=95)
+        for i in range(42):
+            texture(i, 220).save(root / "ab"[i >= 20] / f"{i:02d}.JPG", quality=95)
     return root / "a", root / "b"
 
 def ours(folders, weights, resize):
@@ -101,7 +102,7 @@ def test_fid_equals_pytorch_fids_on_the_same_folders(folders, pth, weights, monk
     result = program("fid.py", *folders, "--inception", weights, "--json", "out.json", cwd=tmp_path)
     assert float(result.stdout.split("FID ")[1].split()[0]) == pytest.approx(theirs, abs=1e-3)
     [row] = json.loads((tmp_path / "out.json").read_text())
-    assert row["fid"] == pytest.approx(theirs, abs=1e-3) and (row["n_real"], row["n_fake"]) == (12, 14)
+    assert row["fid"] == pytest.approx(theirs, abs=1e-3) and (row["n_real"], row["n_fake"]) == (20, 22)
     assert row["resize"] == "pytorch-fid" and row["weights"] in result.stdout
 
 def test_fid_equals_clean_fids(folders, weights):
@@ -153,7 +154,8 @@ def test_the_distance_of_gaussians_with_diagonal_covariances_is_known():
     mu1, mu2, s1, s2 = np.array([1.0, 2, 3]), np.array([0.0, 2,
                                                         5]), np.array([1.0, 4, 9]), np.array([4.0, 4, 1])
     expected = 1 + 4 + ((np.sqrt(s1) - np.sqrt(s2)) ** 2).sum()
-    assert fid.frechet_distance(mu1, np.diag(s1), mu2, np.diag(s2)) == pytest.approx(expected, abs=1e-9)
+    sets = moments_only(mu1, np.diag(s1)), moments_only(mu2, np.diag(s2))
+    assert fid.compare(*sets)["fid"] == pytest.approx(expected, abs=1e-9)
 
 @pytest.mark.parametrize("n, m, d", [(300, 200, 12), (30, 20, 64), (5, 9, 64)])
 def test_the_small_sample_form_is_the_definition(n, m, d):
@@ -161,10 +163,13 @@ def test_the_small_sample_form_is_the_definition(n, m, d):
     x, y = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)), rng.normal(1, 2, size=(m, d))
     definition = exact(x, y)
     if n > d:       # there sqrtm is exact, and the Gram matrix is the singular one
-        definition = fid.frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0),
-                                          np.cov(y, rowvar=False))
-    assert fid.frechet_distance_of_features(x, y) == pytest.approx(definition, rel=1e-9)
-    assert fid.frechet_distance_of_features(x, x) == pytest.approx(0, abs=1e-9 * (x ** 2).sum())
+        s1, s2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+        definition = (np.square(x.mean(0) - y.mean(0)).sum()
+                      + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2)).real)
+        sets = [moments_only(f.mean(0), s) for f, s in ((x, s1), (y, s2))]
+        assert fid.compare(*sets)["fid"] == pytest.approx(definition, rel=1e-9)
+    assert fid.frechet_distance(x, y) == pytest.approx(definition, rel=1e-9)
+    assert fid.frechet_distance(x, x) == pytest.approx(0, abs=1e-9 * (x ** 2).sum())
 
 def test_the_squared_mmd_of_two_pairs_by_hand():
     # d = 1: k(x, y) = (xy + 1)³; x = {0, 1}: k(0, 1) = 1; y = {1, 2}: k(1, 2) = 27; across: 1, 1, 8, 27
@@ -187,42 +192,70 @@ def test_resizers_equal_the_tools_own(size):
 def test_pytorch_fids_file_and_the_safetensors_hold_the_same_network(weights, pth):
     assert Inception(weights).fingerprint() == Inception(pth).fingerprint()
 
-def random_set(seed=0, n=6, d=2048):
+def random_set(seed=0, n=6, d=2048, space=("clean", "abc")):
     features = np.random.default_rng(seed).random((n, d)).astype(np.float32).astype(np.float64)
-    return fid.ImageSet.of_features(features, [f"{'ab'[i % 2]}/{i}.png" for i in range(n)])
+    names = [f"{'ab'[i % 2]}/{i}.png" for i in range(n)]
+    return fid.ImageSet(features, names, ("inception", *space))
 
 def test_saved_statistics_give_the_same_numbers_and_are_pytorch_fids(tmp_path):
     real, fake, path = random_set(0), random_set(1), tmp_path / "real.npz"
-    fid.save_set(path, real, "clean", "abc")
-    again = fid.load_set(path, "clean", "abc")
+    fid.save_set(path, real)
+    again = fid.load_set(path)
     assert fid.compare(again, fake) == fid.compare(real, fake)
     assert fid.compare_classes(again, fake) == fid.compare_classes(real, fake)
     with np.load(path) as f:                    # the two names that pytorch-fid asks for
-        assert np.array_equal(f["mu"], real.mu) and np.array_equal(f["sigma"], real.sigma)
+        assert np.array_equal(f["mu"], real.features.mean(0))
+        assert np.abs(f["sigma"] - np.cov(real.features, rowvar=False)).max() < 1e-12
 
 def test_features_of_different_networks_are_not_compared():
     with pytest.raises(Fail, match="16 features, the other 8"):
         fid.compare(random_set(d=16), random_set(d=8))
 
 def test_statistics_of_another_resizer_or_network_are_refused(tmp_path):
-    fid.save_set(tmp_path / "x.npz", random_set(), "clean", "abc")
-    for resize, network in (("tf1", "abc"), ("clean", "xyz")):
-        with pytest.raises(Fail, match="make it again"):
-            fid.load_set(tmp_path / "x.npz", resize, network)
+    fid.save_set(tmp_path / "x.npz", random_set())
+    for space in (("tf1", "abc"), ("clean", "xyz")):
+        with pytest.raises(Fail, match="make one again"):
+            fid.compare(fid.load_set(tmp_path / "x.npz"), random_set(space=space))
+
+X = np.random.default_rng(0).normal(size=(30, 12))
+MU, SIGMA = X.mean(0), np.cov(X, rowvar=False)
 
 @pytest.mark.parametrize("content", [
-    dict(mu=np.zeros(3), sigma=np.eye(4)), dict(sigma=np.eye(3)),
-    dict(mu=np.array([{}], dtype=object), sigma=np.eye(3)),
-    dict(mu=np.array(["a", "b"]), sigma=np.eye(2)), dict(mu=np.full(2, np.nan), sigma=np.eye(2))])
-def test_foreign_archives_that_hold_no_statistics_are_refused(content, tmp_path):
+    dict(mu=MU, sigma=SIGMA), dict(mean=MU, cov=SIGMA), dict(feats=X),
+    dict(arr_0=np.zeros((4, 8, 8, 3), np.uint8), mu=MU, sigma=SIGMA, mu_s=MU[:7], sigma_s=np.eye(7)),
+    dict(mu=MU.astype(np.float32), sigma=SIGMA.astype(np.float32))])
+def test_statistics_of_other_programs_are_read_without_weights_and_named_unknown(content, tmp_path):
     np.savez(tmp_path / "x.npz", **content)
-    with pytest.raises(Fail, match="no statistics"):
-        fid.load_set(tmp_path / "x.npz", "clean", "abc")
+    np.savez(tmp_path / "y.npz", mu=MU + 2, sigma=4 * SIGMA)        # 12 · 2² + tr (1 - 2)² Σ
+    out = program("fid.py", "x.npz", "y.npz", cwd=tmp_path).stdout
+    assert float(out.split()[1]) == pytest.approx(48 + np.trace(SIGMA), abs=1e-3)
+    assert "resizer and network unknown" in out and "network of x.npz, y.npz are unknown" in out
+
+@pytest.mark.parametrize("content, reason", [
+    (dict(mu=np.zeros(3), sigma=np.eye(4)), "shape"), (dict(sigma=np.eye(3)), "'mu'"),
+    (dict(mu=np.array([{}], dtype=object), sigma=np.eye(3)), "allow_pickle"),
+    (dict(mu=np.array(["a", "b"]), sigma=np.eye(2)), "could not convert"),
+    (dict(mu=np.full(2, np.nan), sigma=np.eye(2)), "not finite"),
+    (dict(mu=MU, sigma=-SIGMA), "semidefinite"),
+    (dict(mu=MU, sigma=SIGMA - np.eye(12)), "semidefinite"),
+    (dict(mu=MU, sigma=SIGMA + np.triu(SIGMA, 1)), "symmetric"), (dict(feats=X[0]), "shape"),
+    (dict(arr_0=np.zeros((4, 8, 8, 3), np.uint8)), "samples")])
+def test_foreign_archives_that_hold_no_statistics_are_refused(content, reason, tmp_path):
+    np.savez(tmp_path / "x.npz", **content)
+    with pytest.raises(Fail, match=f"no statistics.*{reason}"):
+        fid.load_set(tmp_path / "x.npz")
+
+def moments_only(mu, sigma):
+    return fid.ImageSet(fid.with_moments(mu, sigma))
+
+def test_stand_ins_have_the_moments():
+    x = fid.with_moments(MU, SIGMA)
+    assert np.allclose(x.mean(0), MU) and np.allclose(np.cov(x, rowvar=False), SIGMA)
 
 def test_names_without_features_are_no_classes(tmp_path):
     np.savez(tmp_path / "x.npz", mu=np.zeros(2), sigma=np.eye(2), n=3, names=np.array(["a/1", "a/2", "a/3"]))
-    images = fid.load_set(tmp_path / "x.npz", "clean", "abc")
-    assert images.by_class() == {} and fid.compare_classes(images, images) == {}
+    images = fid.load_set(tmp_path / "x.npz")
+    assert images.n is None and fid.compare_classes(images, images) == {}
 
 def test_a_damaged_archive_is_refused(tmp_path):
     np.savez(tmp_path / "x.npz", mu=np.zeros(8), sigma=np.eye(8))
@@ -232,7 +265,7 @@ def test_a_damaged_archive_is_refused(tmp_path):
                     (tmp_path / "array.npy").read_bytes()):
         (tmp_path / "x.npz").write_bytes(content)
         with pytest.raises(Fail, match="no statistics"):
-            fid.load_set(tmp_path / "x.npz", "clean", "abc")
+            fid.load_set(tmp_path / "x.npz")
 
 def test_mixed_sizes_upper_case_and_subfolders_are_read_and_classes_counted(tmp_path, weights):
     for i in range(8):
@@ -246,18 +279,32 @@ def test_mixed_sizes_upper_case_and_subfolders_are_read_and_classes_counted(tmp_
     assert {name: (c["n_real"], c["n_fake"]) for name,
             c in row["classes"].items()} == {"a": (4, 4), "b": (4, 4)}
     assert "4 | 4" in result.stdout and row["kid_subset"] == 8
+    assert row["kid"] is None and result.stdout.count("too few images") == 3
 
 def test_a_folder_without_two_images_is_refused(tmp_path):
     texture(0).save(tmp_path / "one.png")
     with pytest.raises(Fail, match="fewer than two images"):
         fid.read_set(tmp_path, None)
 
-def test_a_metric_added_to_the_table_appears_in_every_output(monkeypatch):
-    def shift(x, y, subset):
-        return dict(shift=float((y.mean(0) - x.mean(0)).mean()))
-    monkeypatch.setattr(fid, "METRICS", (*fid.METRICS, shift))
-    real, fake = random_set(0), random_set(1)
-    row = fid.compare(real, fake) | dict(features="inception", resize="clean", weights="w", real="a",
-                                         fake="b",
-                                         classes=fid.compare_classes(real, fake))
-    assert row["shift"] == row["shift"] and all("shift" in line for line in list(fid.result_lines(row))[1:])
+def test_what_is_not_counted_or_not_compared_is_said(tmp_path, weights):
+    for name, classes in (("real", "ab"), ("fake", "ac")):
+        for i, label in enumerate(classes * 2):
+            (tmp_path / name / label).mkdir(parents=True, exist_ok=True)
+            texture(i, 40).save(tmp_path / name / label / f"{i}.png")
+    for suffix in (".gif", ".ppm"):
+        texture(0, 40).save(tmp_path / "fake" / f"x{suffix}")
+    out = program("fid.py", "real", "fake", "--per-class", "--inception", weights, cwd=tmp_path).stdout
+    assert "note: fake: 2 files are not counted (.gif 1, .ppm 1)" in out and "n 4 | 4" in out
+    assert all(line in " ".join(out.split()) for line in ("a 2 | 2", "b 2 | 0", "c 0 | 2"))
+
+def test_a_negative_kid_is_explained():
+    halves = np.random.default_rng(0).random((2, 40, 16))
+    x, y = (fid.ImageSet(half, [""] * 40) for half in halves)
+    row = fid.compare(x, y) | dict(real="x", fake="y", features=None, unknown=[])
+    assert row["kid"] < 0 and "without bias" in list(fid.result_lines(row))[-1]
+
+@pytest.mark.parametrize("arguments, reason", [
+    ((), "REAL"), (("a",), "FAKE"), (("a", "b", "--features", "encoder", "--resize", "clean"), "--resize")])
+def test_arguments_that_do_nothing_or_are_missing_are_named(arguments, reason, tmp_path):
+    result = program("fid.py", *arguments, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and reason in result.stderr

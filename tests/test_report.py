@@ -44,16 +44,16 @@ def test_the_interval_holds_the_estimate_and_narrows_with_n():
 
 def test_the_interval_of_a_frechet_distance_is_put_around_it():
     x, y = RNG(4).normal(size=(60, 30)), RNG(5).normal(0.3, 1, size=(60, 30))
-    low, high = fid.bootstrap_interval(fid.frechet_distance_of_features, x, y)
-    assert low < fid.frechet_distance_of_features(x, y) < high
+    low, high = fid.bootstrap_interval(fid.frechet_distance, x, y)
+    assert low < fid.frechet_distance(x, y) < high
 
 def test_separable_classes_are_told_apart_and_inseparable_ones_are_not():
     labels = np.array(["a", "b", "c"]).repeat(200)
     centre = np.eye(3)[np.arange(3).repeat(200)]
     for scale, low, high in ((8.0, 0.99, 1.0), (0.0, 0.2, 0.47)):
         x, test = (scale * centre + RNG(s).normal(size=(600, 3)) for s in (6, 7))
-        recalls = fid.recalls(labels, fid.fit_linear(x, labels)(test))
-        assert list(recalls) == ["a", "b", "c"] and low <= np.mean(list(recalls.values())) <= high
+        score = fid.agreement(labels, fid.fit_linear(x, labels)(test))["balanced_accuracy"]
+        assert low <= score <= high
 
 def test_the_classifier_is_at_the_minimum_and_weighs_classes_alike():
     """Two classes of 90 and 10 that differ by nothing but their mean: the boundary lies in the middle,
@@ -63,9 +63,22 @@ def test_the_classifier_is_at_the_minimum_and_weighs_classes_alike():
     guess = fid.fit_linear(x, np.array(["a"] * 900 + ["b"] * 100))
     assert (guess(np.array([[-0.3], [0.3]])) == ["a", "b"]).all()
 
-def test_recall_counts_each_class_by_itself():
-    truth, guess = np.array(list("aaab")), np.array(list("aabb"))
-    assert fid.recalls(truth, guess) == {"a": pytest.approx(2 / 3), "b": 1.0}
+def test_agreement_of_two_by_two_labels_by_hand():
+    # 20 | 5 and 10 | 15 of 50: p_o 0.7, p_e 0.5, recalls 0.8 and 0.6
+    a, b = np.array(list("a" * 25 + "b" * 25)), np.array(list("a" * 20 + "b" * 5 + "a" * 10 + "b" * 15))
+    mcc = (20 * 15 - 5 * 10) / (30 * 25 * 25 * 20) ** 0.5
+    assert fid.agreement(a, b) == pytest.approx(dict(balanced_accuracy=0.7, mcc=mcc, kappa=0.4))
+    assert fid.agreement(a, a) == pytest.approx(dict(balanced_accuracy=1, mcc=1, kappa=1))
+    assert fid.agreement(a, np.full(50, "a")) == dict(balanced_accuracy=0.5, mcc=0, kappa=0)
+
+def test_a_sample_between_two_training_images_is_authentic_and_a_copy_is_not():
+    train = np.array([[0.0], [1.0], [5.0]])
+    # their nearest are 0, 1, 5, whose own nearest are 1, 1 and 4 away
+    assert fid.authenticity(np.array([[-2.0], [1.1], [5.0], [10.0]]), train) == 0.5
+
+def test_the_psnr_of_a_constant_difference_is_known():
+    x, y = (Image.new("RGB", (8, 8), (v, v, v)) for v in (100, 105))
+    assert fid.psnr([x], [y]) == pytest.approx(20 * np.log10(255 / 5))
 
 def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch):
     assert report.SWEEP == [f"{w / 10:.1f}" for w in range(10, 21)]
@@ -75,14 +88,18 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     result = program("ldm.report", trained, "--limit", 8, cwd=trained)
     out = trained / "report"
     table = {path.stem: list(csv.DictReader(open(path))) for path in out.glob("*.csv")}
-    assert set(table) == {"table4", "table5", "table7", "table8", "fidelity", "memorisation", "usefulness"}
+    assert set(table) == {"table4", "table5", "table7", "table8", "fidelity", "memorisation", "usefulness",
+                          "floors", "colour"}
     assert [row["guidance"] for row in table["table5"]] == ["1.0", "1.3"]
     for row in table["table7"]:
-        assert float(row["fid_low"]) <= float(row["fid"]) <= float(row["fid_high"])
-        assert int(row["n_real"]) == int(row["n_fake"]) > 1
+        assert float(row["fid_low"]) <= float(row["fid"]) <= float(row["fid_high"]) and int(row["n"]) > 1
+    assert [row["part"] for row in table["table7"]] == ["train", "val", "test"]
     first = table["memorisation"][0]
-    assert float(first["closer"]) <= 0.5 and first["images"] == "real val"
-    assert [row["train"] for row in table["usefulness"]] == ["real", "synthetic", "both", "all real"]
+    assert float(first["closer"]) <= 0.5 and first["images"] == "real val" and first["space"] == "pixels"
+    assert [row["train"] for row in table["usefulness"]] == ["real"] + [
+        f"real + {k} x {kind}" for kind in ("synthetic", "flips") for k in ("0.5", "1", "2", "5")]
+    vae, good, poor = (float(row["psnr"]) for row in table["floors"])
+    assert vae < poor < good
     text = (out / "report.md").read_text()
     for picture in ("figure5.png", "memorisation.png"):
         assert Image.open(out / picture).width > 64 and f"({picture})" in text
@@ -94,7 +111,7 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
 
 def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
     assert len(report.ROWS) == 12
-    rows = [factors for factors, *_ in report.ROWS]
+    rows = [tuple(int(row[name]) for name in report.FACTORS) for row in report.ROWS]
     changed = [[i for i, value in enumerate(factors) if value != rows[0][i]] for factors in rows]
     assert changed[0] == [] and all(len(c) == 1 for c in changed[1:])
     values = {name: sorted(set(column)) for name, column in zip(report.FACTORS, zip(*rows))}
@@ -121,7 +138,7 @@ def test_a_row_of_the_ablation_is_trained_once_and_tabulated(small, tmp_path):
     assert result.returncode == 2 and "size" in result.stderr
 
 def test_a_row_of_the_ablation_without_its_settings_is_left_out(tmp_path):
-    row = report.row_folder(tmp_path, report.ROWS[0][0])
+    row = report.row_folder(tmp_path, report.ROWS[0])
     row.mkdir()
     (row / "log.csv").write_text("epoch,step,val_loss\n1,1,0.5\n")
     assert report.table6(tmp_path) == []

@@ -18,7 +18,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from fid import frechet_distance_of_features                                                                  # noqa: E402
+from fid import frechet_distance                                                                  # noqa: E402
 from ldm.data import CLASSES, list_images, load_rgb, to_images, to_tensor                                         # noqa: E402
 from ldm.encoder import Inception                                                                              # noqa: E402
 from tissue import write_dataset                         # noqa: E402
@@ -47,7 +47,7 @@ class Judge:
         return float((self.classifiers[kind](self.features[kind](files)) == labels(files, folder)).mean())
 
     def distance(self, a, b):
-        return frechet_distance_of_features(*(self.features["plain"](list_images(folder)) for folder in (a, b)))
+        return frechet_distance(*(self.features["plain"](list_images(folder)) for folder in (a, b)))
 
 def labels(files, folder):
     return np.array([CLASSES.index(f.relative_to(folder).parts[0]) for f in files])
