@@ -8,7 +8,7 @@
 The number depends on --resize: pytorch-fid, clean (clean-fid) or tf1 (torch-fidelity, torchmetrics).
 """
 import json
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 from scipy.linalg import helmert
 from scipy.spatial.distance import cdist
 
-from ldm.data import list_images
+from ldm.data import NO_PATCH, is_generated, list_images
 from ldm.encoder import RESIZERS, Inception, inception_available, open_encoder
 from ldm.app import (RANK0, Fail, Parser, atomic_write, check_same, foreign_file, join_processes, number,
                      pick_device, rank0_first, run_program, save_text)
@@ -172,9 +172,14 @@ def with_moments(mu, sigma):
     root = np.sqrt(values.clip(0))[:, None] * vectors.T
     return mu + np.sqrt(len(mu)) * helmert(len(mu) + 1).T @ root        # orthonormal, of mean 0
 
-def images_of(folder):
-    """The files of a folder of two images or more."""
-    files = list_images(folder) if folder.is_dir() else []
+def images_of(folder, say=lambda line: None):
+    """The files of a folder of two images or more. say: takes a line on what is not counted."""
+    left = defaultdict(list)
+    files = list_images(folder, left) if folder.is_dir() else []
+    masks = {file for file in files if NO_PATCH.fullmatch(file.relative_to(folder).as_posix())}
+    files, left["masks or previews"] = [file for file in files if file not in masks], masks
+    if kinds := ", ".join(f"{len(found)} {kind}" for kind, found in left.items() if found):
+        say(f"note: not counted in {folder}: {kinds}")
     if len(files) < 2:
         raise Fail(f"{folder}: no such folder (or .npz file of statistics), or fewer than two images in it")
     return files
@@ -281,13 +286,6 @@ def choose_space(args):
             raise Fail(f"--features encoder: {args.real} is in no run of train.py; pass --features inception")
         return open_encoder(settings.uni2h, settings.encoder)
 
-def describe_folder(folder, files):
-    """A line on the files of a folder that are not among the images counted."""
-    left_out = Counter(path.suffix.lower() or path.name for path in folder.rglob("*") if path.is_file())
-    left_out -= Counter(path.suffix.lower() for path in files)
-    kinds = ", ".join(f"{kind} {n}" for kind, n in left_out.most_common(8))
-    return f"note: {folder}: {left_out.total()} files are not counted ({kinds})\n" if kinds else ""
-
 SPACES = {"inception": "resize {resize}, Inception {weights}", None: "resizer and network unknown",
           "encoder": "features of the encoder {weights}, not Inception's: comparable with nothing else"}
 
@@ -321,8 +319,9 @@ def main():
     device = pick_device(args.device)
     join_processes(device)
     # folders are read before any weights are needed; two files of statistics need none
-    files = {path: images_of(path) for path in (args.real, *args.fake) if not path.is_file()}
-    print(*map(describe_folder, files, files.values()), sep="", end="")
+    files = {path: images_of(path, print) for path in (args.real, *args.fake) if not path.is_file()}
+    if generated := sum(map(is_generated, files.get(args.real, ()))):
+        print(f"note: {generated} images of {args.real} are generated, not real")
     space = choose_space(args) if files else None
     check_same("weights or images", [space and space.short_hash, [len(found) for found in files.values()]])
     real, results = read_set(args.real, space, device, args.batch), []

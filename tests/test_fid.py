@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import fid
 from ldm.encoder import RESIZERS, Inception, build_inception
 from ldm.app import Fail
+from ldm.data import save_image
 
 CPU = torch.device("cpu")
 
@@ -291,10 +292,14 @@ def test_what_is_not_counted_or_not_compared_is_said(tmp_path, weights):
         for i, label in enumerate(classes * 2):
             (tmp_path / name / label).mkdir(parents=True, exist_ok=True)
             texture(i, 40).save(tmp_path / name / label / f"{i}.png")
-    for suffix in (".gif", ".ppm"):
-        texture(0, 40).save(tmp_path / "fake" / f"x{suffix}")
+    for name in ("x.gif", "x.ppm", "masks/x.png", ".hidden.png"):
+        (tmp_path / "fake" / name).parent.mkdir(exist_ok=True)
+        texture(0, 40).save(tmp_path / "fake" / name)
+    save_image(tmp_path / "real/a/0.png", texture(0, 40), "adapter", seed=1)
     out = program("fid.py", "real", "fake", "--per-class", "--inception", weights, cwd=tmp_path).stdout
-    assert "note: fake: 2 files are not counted (.gif 1, .ppm 1)" in out and "n 4 | 4" in out
+    [line] = [line for line in out.splitlines() if "not counted in fake" in line]
+    assert all(f"1 {kind}" in line for kind in (".gif files", ".ppm files", "hidden files", "masks"))
+    assert "1 images of real are generated" in out and "n 4 | 4" in out
     assert all(line in " ".join(out.split()) for line in ("a 2 | 2", "b 2 | 0", "c 0 | 2"))
 
 def test_a_negative_kid_is_explained():
