@@ -333,7 +333,8 @@ def _folder_rows(root, names, case, left, say):
             continue
         found, depth = _find_case(name, case)
         levels = [n for i, n in enumerate(name.split("/")[:-1]) if i != depth and not CONTAINER.fullmatch(n)]
-        if levels and (levels[0].lower() in PARTS or MAGNIFICATION.fullmatch(levels[0])):
+        top = re.split(r"[\W_]", levels[0].lower())[0] if levels else ""        # train of Train_images
+        if top in PARTS or MAGNIFICATION.fullmatch(top):
             raise Fail(f"{root} has a folder per part or magnification ({levels[0]}/...), not one per class: "
                        "pass one of them, or put the classes on top; --split FILE keeps a split of yours")
         label = levels[0] if levels else "all"

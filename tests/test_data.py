@@ -245,6 +245,7 @@ def test_folders_give_class_and_case(names, expected, tmp_path):
 @pytest.mark.parametrize("names, words", [
     (["train/normal/x.png", "Test/normal/y.png"], "a folder per part"),
     (["train/a/x.png", "val/a/x.png", "preview.jpg"], "a folder per part"),
+    (["Train_images/x.png", "test-set/x.png"], "a folder per part"),
     (["40X/benign/x.png", "100X/benign/x.png"], "part or magnification"),       # BreakHis, LC25000, NCT
     ([f"{c}/{m}X/{i}.png" for c in "ab" for m in (40, 100, 200) for i in "12"], "they are magnifications"),
     ([f"{o}_image_sets/{o}_{t}/1.png" for o in ("colon", "lung") for t in ("aca", "n")], "has 2"),
