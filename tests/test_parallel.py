@@ -68,7 +68,7 @@ def test_two_processes_sample_the_images_of_one_and_measure_the_same_distance(ru
     finish(torchrun(2, "sample.py", *arguments, "--out", "two", cwd=tmp_path))
     files = [sorted(p.relative_to(tmp_path / k) for p in (tmp_path / k).rglob("*") if p.is_file())
              for k in ("one", "two")]
-    assert files[0] == files[1] and len(files[0]) == 1 + 2 + 3 * 3
+    assert files[0] == files[1] and len(files[0]) == 2 + 2 + 3 * 3
     for path in files[0]:
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
     texts = [program("fid.py", run / "real", run / "fake", "--features", "encoder", cwd=tmp_path).stdout,
