@@ -29,16 +29,12 @@ from .vae import SCALE, VAE
 
 BUILT_IN = {"toy": Path(__file__).parent / "toy"}       # names that stand for weights in this repository
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SD15_SHA256 = {     # of the files of that repository
-    "unet/diffusion_pytorch_model.safetensors":
-        "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
-    "unet/diffusion_pytorch_model.fp16.safetensors":
-        "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21",
-    "vae/diffusion_pytorch_model.safetensors":
-        "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
-    "vae/diffusion_pytorch_model.fp16.safetensors":
-        "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c",
-}
+SD15_SHA256 = {f"{kind}.safetensors": sha256 for kind, sha256 in {       # of the files of that repository
+    "unet/diffusion_pytorch_model": "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+    "unet/diffusion_pytorch_model.fp16": "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21",
+    "vae/diffusion_pytorch_model": "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+    "vae/diffusion_pytorch_model.fp16": "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c",
+}.items()}
 HINT = f"It does not fit Stable Diffusion 1.5; the reference files are those of {SD15}"
 AGAIN = "restore it, or download it again"
 
@@ -253,10 +249,8 @@ def load_unet(file, device="cpu", dtype=torch.float32):
 
 def unet_on_meta(source):
     """The U-Net of an `open_sd15` source without its weights; for SD15 itself no file is needed."""
-    if source != SD15:
-        return load_unet(open_sd15(source)[0], "meta")
     with torch.device("meta"):
-        return UNet().requires_grad_(False)
+        return UNet().requires_grad_(False) if source == SD15 else load_unet(open_sd15(source)[0], "meta")
 
 def load_vae(file, device="cpu", dtype=torch.float32):
     """The VAE of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
@@ -455,10 +449,8 @@ def _remedy(problem, access):
     status = getattr(getattr(problem, "response", None), "status_code", None)
     if status in (401, 403):
         return access or "It is gated or private, or does not exist: check the name, then run `hf auth login`"
-    if getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return "Free disk space, or set HF_HOME to a folder on another disk"
-    if isinstance(problem, PermissionError):
-        return "Set HF_HOME to a folder that you may write to"
+    if getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return "Free disk space, or set HF_HOME to another folder that you may write to"
     if type(problem).__name__ == "OfflineModeIsEnabled":
         return "Unset HF_HUB_OFFLINE"
     if status == 404:

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 from ldm import encoder
 from ldm.app import Fail
+from ldm.weights import hub_file
 
 DATA = bytes(range(256)) * 100_000          # 26 MB: half of it is more than one chunk of the hub's client
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -35,7 +36,8 @@ class Server(BaseHTTPRequestHandler):
     def do_GET(self):
         kind, range_ = self.path.split("/")[2], self.headers.get("Range")
         self.seen.append((self.command, kind, range_, self.headers.get("Authorization")))
-        error = {"gated": (401, "GatedRepo"), "missing": (404, "EntryNotFound")}.get(kind)
+        error = {"gated": (401, "GatedRepo"), "missing": (404, "EntryNotFound"),
+                 "broken": (503, "")}.get(kind)
         if error:
             return self.answer(error[0], b"", {"X-Error-Code": error[1]})
         if kind == "slow" and self.command == "GET":
@@ -111,12 +113,27 @@ def test_the_hub_as_it_should_be_and_as_it_may_be(server, tmp_path):
                                                                  *_ in cases}} == {f"Bearer {TOKEN}"}
 
 def test_a_hub_that_is_not_asked_or_does_not_answer(server, tmp_path):
-    _, [offline] = hub(server, [("ok", SHA256, "")], tmp_path, HF_HUB_OFFLINE="1")
-    assert "cannot get file.bin" in offline and "local path" in offline
-    _, [proxy] = hub(server, [("ok", SHA256, "")], tmp_path, HTTP_PROXY="http://127.0.0.1:9",
+    case = [("ok", SHA256, "ask for access")]                   # which no failure but a refusal is cause for
+    _, [offline] = hub(server, case, tmp_path, HF_HUB_OFFLINE="1")
+    assert "cannot get file.bin" in offline and "Unset HF_HUB_OFFLINE" in offline and "local path" in offline
+    _, [proxy] = hub(server, case, tmp_path, HTTP_PROXY="http://127.0.0.1:9",
                      http_proxy="http://127.0.0.1:9", NO_PROXY="", no_proxy="")
-    assert "cannot get file.bin" in proxy                               # the proxy was asked, and nobody else
+    assert "cannot get file.bin" in proxy and "connection and the proxy" in proxy
+    _, [broken] = hub(server, [("broken", None, "ask for access")], tmp_path)
+    assert "try again later" in broken and "ask for access" not in offline + proxy + broken
     assert not list(tmp_path.rglob("file.bin"))
+
+@pytest.mark.parametrize("problem, words", [
+    (OSError(28, "No space left on device"), "Free disk space"), (PermissionError(13, "denied"), "set HF_HOME"),
+    (ImportError("Using SOCKS proxy, but the 'socksio' package is not installed"), "the proxy"),
+    (ConnectionError("refused"), "Check the connection")])
+def test_each_failure_of_a_download_has_a_remedy_of_its_own(problem, words, monkeypatch):
+    def fail(*args):
+        raise problem
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", fail)
+    with pytest.raises(Fail, match=words) as found:
+        hub_file("nobody/nothing", ["x.bin"], access="ask for access")
+    assert "ask for access" not in str(found.value) and "local path" in str(found.value)
 
 @pytest.mark.slow
 def test_a_hub_that_is_slow_ends_in_one_line(server, tmp_path):

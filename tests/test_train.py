@@ -706,6 +706,9 @@ def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch
     with pytest.raises(train.Fail, match="sha256.*removed"):
         hub_file("x/y", ["a32"], {"a32": "0" * 64})
     assert not (tmp_path / "a32").exists()
+    Hub(monkeypatch, tmp_path, {"a32": b"1234", "config.json": b"{}"})
+    assert hub_file("x/y", names, beside=("config.json", "none")).read_bytes() == b"1234"
+    assert "downloading config.json" in capsys.readouterr().err
     with pytest.raises(train.Fail, match="cannot get b of x/y.*no such file. Check the name"):
         hub_file("x/y", ["b"], access="ask for access")
 
