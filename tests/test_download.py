@@ -125,7 +125,8 @@ def test_a_hub_that_is_not_asked_or_does_not_answer(server, tmp_path):
     assert not list(tmp_path.rglob("file.bin"))
 
 @pytest.mark.parametrize("problem, words", [
-    (OSError(28, "No space left on device"), "Free disk space"), (PermissionError(13, "denied"), "set HF_HOME"),
+    (OSError(28, "No space left on device"), "Free disk space"),
+    (PermissionError(13, "denied"), "set HF_HOME"),
     (ImportError("Using SOCKS proxy, but the 'socksio' package is not installed"), "the proxy"),
     (ConnectionError("refused"), "Check the connection")])
 def test_each_failure_of_a_download_has_a_remedy_of_its_own(problem, words, monkeypatch):
