@@ -74,6 +74,7 @@ class TensorFile:
     def renamed(self, rename):
         """The same file under other names. rename: name -> our name, or None to omit the tensor."""
         file = copy.copy(self)
+        file._fingerprint = None
         file.names = {ours: name for name in self.names if (ours := rename(name)) is not None}
         file.shapes = {ours: self.shapes[name] for ours, name in file.names.items()}
         return file
