@@ -1,5 +1,5 @@
 """Ours beside its peers, on this machine and in this run: `python tests/bench.py` or `... train sample first
-fid load cache kept`.
+fid load cache kept memory`.
 
     python tests/bench.py train sample --full --size 256 --batch 1      # SD1.5's widths, the default on a GPU
     python tests/bench.py train --cap 12e9                  # GPU: nothing may allocate more than 12 GB
@@ -27,11 +27,12 @@ import torch
 import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fid  # noqa: E402
+import memory  # noqa: E402
 from ldm.app import frozen_dtype, pick_device  # noqa: E402
 from ldm.data import Cache, list_images, load_rgb  # noqa: E402
 from ldm.runs import Settings  # noqa: E402
@@ -44,6 +45,7 @@ from projector import Projector  # noqa: E402
 from sample import Sampling, sample  # noqa: E402
 from train import Trainer  # noqa: E402
 
+UNI2H = 1536, 24        # width, depth
 NARROW = dict(channels=(64, 128, 256, 256))
 
 # ---- measuring ---------------------------------------------------------------------------------------------
@@ -440,7 +442,7 @@ def first(args):
     channels = (32, 64, 128, 128) if small else (128, 256, 512, 512)
     with tempfile.TemporaryDirectory() as folder:
         save_base(args, folder, channels=channels)
-        save_file(build_encoder(*(192, 2) if small else ()).state_dict(), f"{folder}/model.safetensors")
+        save_file(build_encoder(*(192, 2) if small else UNI2H).state_dict(), f"{folder}/model.safetensors")
         files = dict(zip(("base", "vae", "encoder"), (*open_sd15(folder), open_encoder(folder))))
         header = dict(base=folder, encoder=folder, licence="none", resolution=args.size,
                       step=1) | {f"{part}_sha256": file.fingerprint() for part, file in files.items()}
@@ -476,8 +478,7 @@ def caching(args):
 
     def encoder():
         torch.manual_seed(0)
-        return (build_encoder(192, 2) if small
-                else build_encoder()).to(args.device).eval().requires_grad_(False)
+        return build_encoder(*(192, 2) if small else UNI2H).to(args.device).eval().requires_grad_(False)
 
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:
         files, count = patches(args, folder), iter(range(10 ** 6))
@@ -511,71 +512,27 @@ def caching(args):
         report(args, f"caching {len(files)} images of {args.size} px", "ours",
                measure({"ours": ours, "Diffusers and timm": peer}, args), len(files))
 
-# ---- what is kept for the backward pass --------------------------------------------------------------------
-
-def kept_for_backward(batch=16, size=512, width=None, budget=1.0):
-    """Of a compiled training step on fake tensors, with this share of the memory that the compiler would use
-    by itself.
-
-    -> (bytes kept between the passes, FLOPs of both with recomputation). No memory is taken; weights are
-    bfloat16.
-    """
-    import torch._functorch.config as functorch_config
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    found = dict(flops=0)
-
-    def count(graph):
-        for node in graph.graph.nodes:
-            packet = getattr(node.target, "_overloadpacket", None)
-            values = partial(torch.fx.node.map_arg, fn=lambda n: n.meta["val"])
-            # the CPU's, which torch's table does not know: 4 L² C, and 10 L² C backward
-            if "flash_attention" in str(node.target):
-                backward = "backward" in str(node.target)
-                inputs = [a.meta["val"] for a in node.args[:3 if backward else 2]]
-                q, k = [x for x in inputs if x.ndim == 4][-2:]
-                found["flops"] += (10 if backward else 4) * q.shape[:3].numel() * k.shape[2] * q.shape[3]
-            elif packet in flop_registry:
-                found["flops"] += flop_registry[packet](*values(node.args), **values(node.kwargs),
-                                                        out_val=node.meta["val"])
-        return make_boxed_func(graph.forward)
-
-    def forward(graph, inputs):
-        [output] = [node for node in graph.graph.nodes if node.op == "output"]
-        storages = {node.meta["val"].untyped_storage()._cdata: node.meta["val"].untyped_storage().nbytes()
-                    for node in output.args[0][1:]
-                    if node is not None and node.op != "placeholder"
-                    and isinstance(node.meta.get("val"), torch.Tensor)}
-        found["kept"] = sum(storages.values())
-        return count(graph)
-
-    backend = aot_autograd(fw_compiler=forward, bw_compiler=lambda graph, inputs: count(graph),
-                           partition_fn=min_cut_rematerialization_partition)
-    torch._dynamo.reset()
-    with functorch_config.patch(activation_memory_budget=budget), FakeTensorMode():
-        torch.set_default_dtype(torch.bfloat16)
-        unet = UNet(**width or {}).requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
-        inject(unet, 4)
-        z, t = torch.randn(batch, 4, size // 8, size // 8), torch.zeros(batch, dtype=torch.long)
-        c = torch.randn(batch, 4, 768, requires_grad=True)
-        torch.compile(unet, backend=backend, dynamic=False)(z, t, c).sum().backward()
-    torch._dynamo.reset()
-    return found["kept"], found["flops"]
+# ---- memory, counted ---------------------------------------------------------------------------------------
 
 def kept(args):
     """Bytes that a compiled training step keeps for the backward pass, batch 16 at 512 px, and the FLOPs that
     this costs.
     """
-    all_of_it, flop = kept_for_backward()
+    flop = None
     for budget in (1.0, 0.7, 0.5, 0.3):
-        size, more = kept_for_backward(budget=budget)
+        size, _, more = memory.compiled_step(budget=budget)
+        flop = flop or more
         cost = f"{more / 1e12:.2f} TFLOP a step ({more / flop - 1:+.1%})"
         work = "kept for the backward pass, batch 16, 512 px"
         print(f"| {work} | budget {budget} | {size / 2 ** 30:.2f} GiB | | | {cost} |", flush=True)
 
-WORK = dict(train=train, sample=sampling, first=first, fid=distance, load=loading, cache=caching, kept=kept)
+def card(args):
+    """What training, sampling and caching hold, and which cards have as much."""
+    print()
+    memory.table()
+
+WORK = dict(train=train, sample=sampling, first=first, fid=distance, load=loading, cache=caching, kept=kept,
+            memory=card)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -607,7 +564,7 @@ def main():
           f"{'narrow' if args.width else 'full'} width; matrix product {args.rate / 1e12:.3g} TFLOP/s; "
           f"medians of {args.repeats}\n\n| work | who | time | ratio | peak memory | TFLOP/s (share) |\n"
           "|---|---|---|---|---|---|", flush=True)
-    for work in args.work or WORK:
+    for work in args.work or [name for name in WORK if name not in ("kept", "memory")]:
         if work == "fid" and not inception_available(args.inception):
             print("fid: left out, pass --inception", flush=True)
             continue

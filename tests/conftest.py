@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""         # every number here is the CPU's
+if not any("test_cuda" in argument for argument in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""     # every other number here is the CPU's
 os.environ["TORCH_HOME"] = os.devnull           # whose weights are in torch.hub's cache must not matter
 
 import numpy as np
