@@ -115,26 +115,21 @@ def fit_linear(x, labels, penalty=1.0):
     """
     names, y, count = np.unique(labels, return_inverse=True, return_counts=True)
     mu, spread, weight = x.mean(0), x.std(0) + 1e-6, 1 / (len(names) * count[y][:, None])
-
     def standardise(f):
         return np.c_[(f - mu) / spread, np.ones(len(f))]
-
     z, ridge = standardise(x), np.diag([penalty] * len(mu) + [1e-9])
     W = np.linalg.solve(z.T @ (weight * z) + ridge, z.T @ (weight * (2 * np.eye(len(names))[y] - 1)))
     return lambda f: names[(standardise(f) @ W).argmax(1)]
 
-def agreement(a, b):
-    """Two (n,) arrays of labels -> {"balanced_accuracy": the mean recall of a's classes, "mcc": Matthews
-    correlation, "kappa": Cohen's}; the last two are 0 where one has a single label."""
+def accuracy_and_mcc(a, b):
+    """Labels (n,) and guesses (n,) -> mean recall of the classes; Matthews correlation (0 for one guess)."""
     names, codes = np.unique([a, b], return_inverse=True)
     joint = np.zeros((len(names), len(names)))
     np.add.at(joint, tuple(codes.reshape(2, -1)), 1 / len(a))
     in_a, in_b, hits = joint.sum(1), joint.sum(0), joint.diagonal()
-    excess, spread = hits.sum() - in_a @ in_b, (1 - in_a @ in_a) * (1 - in_b @ in_b)
-    several = spread > 1e-9
-    return dict(balanced_accuracy=float((hits[in_a > 0] / in_a[in_a > 0]).mean()),
-                mcc=float(excess / np.sqrt(spread)) if several else 0.0,
-                kappa=float(excess / (1 - in_a @ in_b)) if several else 0.0)
+    spread = (1 - in_a @ in_a) * (1 - in_b @ in_b)
+    mcc = (hits.sum() - in_a @ in_b) / np.sqrt(spread) if spread > 1e-9 else 0.0
+    return float((hits[in_a > 0] / in_a[in_a > 0]).mean()), float(mcc)
 
 # ---- sets of images ----------------------------------------------------------------------------------------
 
@@ -222,13 +217,12 @@ def load_set(path):
 
 def compare(real, fake, subset=1000):
     """Two ImageSets -> {"fid", "n_real", "n_fake"}, and the columns of `kid` where the features are known."""
-    if real.features.shape[1] != fake.features.shape[1]:
-        raise Fail(f"one has {real.features.shape[1]} features, the other {fake.features.shape[1]}: use one "
-                   "network for both")
+    d = [images.features.shape[1] for images in (real, fake)]
+    if d[0] != d[1]:
+        raise Fail(f"one has {d[0]} features, the other {d[1]}: use one network for both")
     if real.space and fake.space and real.space != fake.space:
-        texts = ["{}, resizer {}, weights {}".format(*images.space) for images in (real, fake)]
-        raise Fail(f"REAL has features of {texts[0]}; FAKE of {texts[1]}: make one again, with the --resize "
-                   "and --inception of the other")
+        raise Fail(f"REAL has features of {', '.join(real.space)}; FAKE of {', '.join(fake.space)}: make one "
+                   "again, with the --resize and --inception of the other")
     others = kid(real.features, fake.features, subset) if real.n and fake.n else {}
     return dict(fid=frechet_distance(real.features, fake.features), n_real=real.n, n_fake=fake.n) | others
 

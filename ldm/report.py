@@ -114,8 +114,7 @@ class Evaluation:
 # ---- the paper's tables and its figure 5; each section yields the rows of its table ------------------------
 
 def table4(ev):
-    """Table 4: loss and FID of the validation part at the end of every epoch; val_loss_0 is that of t < 100,
-    val_loss_9 that of t >= 900"""
+    """Table 4: validation loss (val_loss_0: at t < 100, and so on) and FID at the end of every epoch"""
     for row in read_csv(ev.folder / "log.csv"):
         yield {k: row[k] for k in row if k.startswith(("epoch", "train_loss", "val_loss", "fid"))}
 
@@ -231,8 +230,8 @@ def usefulness_table(ev):
             few = [j for i, j in enumerate(order) if (labels[order[:i]] == labels[j]).sum() < cap]
             x = np.concatenate([real[few], *extra[kind][:, few]])[:len(few) + int(k * len(few))]
             guess = fid.fit_linear(x, np.tile(labels[few], 1 + COPIES)[:len(x)])
-            found = fid.agreement(ev.labels("test"), guess(ev.features(space, "real", "test")))
-            scores.append([found["balanced_accuracy"], found["mcc"]])
+            found = guess(ev.features(space, "real", "test"))
+            scores.append(fid.accuracy_and_mcc(ev.labels("test"), found))
         mean, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
         yield dict(train=f"real + {k:g} x {kind}" if k else "real", features=space.kind, n=len(x),
                    balanced_accuracy=mean[0], accuracy_std=spread[0], mcc=mean[1], mcc_std=spread[1])

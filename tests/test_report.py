@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+import timm
 from conftest import program
 from PIL import Image
+from safetensors.torch import save_file
 
 import fid
 from ldm import report
@@ -52,7 +54,7 @@ def test_separable_classes_are_told_apart_and_inseparable_ones_are_not():
     centre = np.eye(3)[np.arange(3).repeat(200)]
     for scale, low, high in ((8.0, 0.99, 1.0), (0.0, 0.2, 0.47)):
         x, test = (scale * centre + RNG(s).normal(size=(600, 3)) for s in (6, 7))
-        score = fid.agreement(labels, fid.fit_linear(x, labels)(test))["balanced_accuracy"]
+        score = fid.accuracy_and_mcc(labels, fid.fit_linear(x, labels)(test))[0]
         assert low <= score <= high
 
 def test_the_classifier_is_at_the_minimum_and_weighs_classes_alike():
@@ -63,13 +65,13 @@ def test_the_classifier_is_at_the_minimum_and_weighs_classes_alike():
     guess = fid.fit_linear(x, np.array(["a"] * 900 + ["b"] * 100))
     assert (guess(np.array([[-0.3], [0.3]])) == ["a", "b"]).all()
 
-def test_agreement_of_two_by_two_labels_by_hand():
-    # 20 | 5 and 10 | 15 of 50: p_o 0.7, p_e 0.5, recalls 0.8 and 0.6
+def test_the_scores_of_two_by_two_labels_by_hand():
+    # 20 | 5 and 10 | 15 of 50: recalls 0.8 and 0.6
     a, b = np.array(list("a" * 25 + "b" * 25)), np.array(list("a" * 20 + "b" * 5 + "a" * 10 + "b" * 15))
     mcc = (20 * 15 - 5 * 10) / (30 * 25 * 25 * 20) ** 0.5
-    assert fid.agreement(a, b) == pytest.approx(dict(balanced_accuracy=0.7, mcc=mcc, kappa=0.4))
-    assert fid.agreement(a, a) == pytest.approx(dict(balanced_accuracy=1, mcc=1, kappa=1))
-    assert fid.agreement(a, np.full(50, "a")) == dict(balanced_accuracy=0.5, mcc=0, kappa=0)
+    assert fid.accuracy_and_mcc(a, b) == pytest.approx((0.7, mcc))
+    assert fid.accuracy_and_mcc(a, a) == pytest.approx((1, 1))
+    assert fid.accuracy_and_mcc(a, np.full(50, "a")) == (0.5, 0)
 
 def test_a_sample_between_two_training_images_is_authentic_and_a_copy_is_not():
     train = np.array([[0.0], [1.0], [5.0]])
@@ -105,7 +107,15 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
         assert Image.open(out / picture).width > 64 and f"({picture})" in text
     assert "Table 5" in result.stdout
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
-    program("ldm.report", trained, "--limit", 8, "--only", "fidelity", cwd=trained)
+    judge, size = trained.parent / "judge", dict(img_size=32, depth=1)
+    judge.mkdir()
+    save_file(timm.create_model("vit_tiny_patch16_224", **size).state_dict(), judge / "model.safetensors")
+    (judge / "config.json").write_text(json.dumps(dict(
+        architecture="vit_tiny_patch16_224", model_args=size, pretrained_cfg=dict(
+            input_size=[3, 32, 32], interpolation="bicubic", mean=[0.5] * 3, std=[0.5] * 3,
+            classifier="head"))))
+    program("ldm.report", trained, "--limit", 8, "--only", "fidelity", "--judge", judge, cwd=trained)
+    assert [row["features"] for row in csv.DictReader(open(out / "fidelity.csv"))] == ["judge", "encoder"]
     # nothing is sampled twice
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
 
