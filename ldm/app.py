@@ -101,6 +101,7 @@ class Signals:
     def wait(self, function, *args, **kwargs):
         """Call a function of torch.distributed that waits for other processes in C++, where Python's handlers
         do not run: unless a stop is deferred, a signal ends the process."""
+        sys.stdout.flush()              # which that end would lose
         kinds = () if self.deferred else (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(kind, signal.SIG_DFL) for kind in kinds]
         try:
