@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.linalg import helmert
+import scipy.linalg
 from scipy.spatial.distance import cdist
 
 from ldm.data import NO_PATCH, is_generated, list_images
@@ -24,20 +24,27 @@ from ldm.runs import find, read_settings
 
 # ---- metrics of two sets, of features x (n, d) and y (m, d) ------------------------------------------------
 
-def frechet_distance(x, y):
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½).
+def frechet_distance_of_moments(mu1, sigma1, mu2, sigma2):
+    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), by definition, with scipy's sqrtm. Inexact for singular Σ."""
+    root = scipy.linalg.sqrtm(sigma1 @ sigma2)
+    if not np.isfinite(root).all():             # singular: pytorch-fid's remedy
+        offset = 1e-6 * np.eye(len(sigma1))
+        root = scipy.linalg.sqrtm((sigma1 + offset) @ (sigma2 + offset))
+    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root).real)
 
-    With X and Y centred and scaled so that Σ = XᵀX, tr (Σ₁Σ₂)^½ is the nuclear norm of X Yᵀ, an n x m matrix:
-    exact also for fewer images than features, and then hundreds of times faster than a root of d x d.
+def frechet_distance(x, y):
+    """The same of features: exact also for fewer images than features, where Σ is singular.
+
+    With X and Y centred and scaled so that Σ = XᵀX, tr (Σ₁Σ₂)^½ is the nuclear norm of X Yᵀ, an n x m matrix,
+    found hundreds of times faster than a root of d x d.
     """
-    mu, roots = [], []
-    for f in (np.asarray(x, np.float64), np.asarray(y, np.float64)):
-        mu.append(f.mean(0))
-        root = (f - mu[-1]) / np.sqrt(len(f) - 1)
-        roots.append(root if len(f) <= len(root.T) else np.linalg.qr(root, mode="r"))
-    nuclear = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-    distance = sum(np.square(a).sum() for a in (mu[0] - mu[1], *roots)) - 2 * nuclear
-    return max(0.0, float(distance))        # rounding
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if min(len(x), len(y)) > x.shape[1]:
+        return frechet_distance_of_moments(*(m for f in (x, y) for m in (f.mean(0), np.cov(f, rowvar=False))))
+    mu_x, mu_y = x.mean(0), y.mean(0)
+    x, y = (x - mu_x) / np.sqrt(len(x) - 1), (y - mu_y) / np.sqrt(len(y) - 1)
+    nuclear = scipy.linalg.svdvals(x @ y.T).sum()
+    return float(np.square(mu_x - mu_y).sum() + np.square(x).sum() + np.square(y).sum() - 2 * nuclear)
 
 def squared_mmd(x, y):
     """Unbiased MMD² under the kernel (x·y/d + 1)³."""
@@ -165,7 +172,7 @@ def with_moments(mu, sigma):
     if values[0] < -tolerance or np.abs(sigma - sigma.T).max() > tolerance:
         raise ValueError("its covariance is not symmetric and positive semidefinite")
     root = np.sqrt(values.clip(0))[:, None] * vectors.T
-    return mu + np.sqrt(len(mu)) * helmert(len(mu) + 1).T @ root        # orthonormal, of mean 0
+    return mu + np.sqrt(len(mu)) * scipy.linalg.helmert(len(mu) + 1).T @ root        # orthonormal, of mean 0
 
 def images_of(folder, say=lambda line: None):
     """The files of a folder of two images or more. say: takes a line on what is not counted."""
