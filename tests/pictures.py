@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from train import seed_of
+from train import generator
 
 SIZE = 64
 STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11))   # optical density of H and E (Ruifrok and Johnston 2001)
@@ -17,7 +17,8 @@ class Random:
     """Random tensors on a device, from a generator that the integers of `key` determine."""
 
     def __init__(self, device, *key):
-        self.device, self.generator = device, torch.Generator(device).manual_seed(seed_of(*key))
+        self.device, self.generator = device, torch.Generator(device)
+        self.generator.manual_seed(generator(*key).initial_seed())
 
     def uniform(self, low, high, *shape):
         return low + (high - low) * torch.rand(shape, device=self.device, generator=self.generator)
