@@ -197,8 +197,7 @@ def open_encoder(source=None, name=None):
     source = str(source or recipe.repository)
     access = f"{source} is gated: request access on https://huggingface.co/{source} with an institutional " \
              "e-mail address, then run `hf auth login` or set HF_TOKEN"
-    file = TensorFile(find_file("--uni2h", source, FILES, access=access * (source == recipe.repository),
-                                beside=("config.json",)))
+    file = TensorFile(find_file("--uni2h", source, FILES, access * (source == recipe.repository)))
     path = file.path.parent / "config.json"
     config = read_config(path)
     with foreign_file(path, "is no config of timm that can be used", "name the encoder with --encoder"):

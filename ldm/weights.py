@@ -4,7 +4,6 @@ Stable Diffusion 1.5 is found as a Diffusers folder or as one CompVis file (`mod
 the VAE's attention has three sets of names, in either (the official float32 file: `query`).
 """
 import copy
-import errno
 import hashlib
 import json
 import math
@@ -12,10 +11,8 @@ import os
 import pickle
 import re
 import sys
-import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,21 +26,14 @@ from .vae import SCALE, VAE
 
 BUILT_IN = {"toy": Path(__file__).parent / "toy"}       # names that stand for weights in this repository
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SD15_SHA256 = {f"{kind}.safetensors": sha256 for kind, sha256 in {       # of the files of that repository
-    "unet/diffusion_pytorch_model": "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
-    "unet/diffusion_pytorch_model.fp16": "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21",
-    "vae/diffusion_pytorch_model": "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
-    "vae/diffusion_pytorch_model.fp16": "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c",
-}.items()}
-HINT = f"It does not fit Stable Diffusion 1.5; the reference files are those of {SD15}"
-AGAIN = "restore it, or download it again"
+SHA256 = {f"{SD15}/{part}/diffusion_pytorch_model.safetensors": sha256 for part, sha256 in (
+    ("unet", "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1"),       # as published
+    ("vae", "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c"))}
+HINT = ("It does not fit Stable Diffusion 1.5, as Stable Diffusion 2, SDXL, inpainting models and parts of a "
+        f"model do not; pass one such as {SD15}")
 
 # ---- files of tensors --------------------------------------------------------------------------------------
 
-NO_WEIGHTS = {      # first bytes of files that people have in the place of weights
-    b"version https://git-lfs": "is a Git LFS pointer: run `git lfs pull` there, or download it",
-    b"<": "is a web page, not weights: download the file itself", b"GGUF": "is quantised: pass safetensors",
-    bytes(9): "begins with zeros, like a broken copy: download it again"}
 BLOCK = 2 ** 18         # numbers; so many zeros in a row are a gap in a file, not a weight matrix
 
 class TensorFile:
@@ -54,19 +44,19 @@ class TensorFile:
 
     def __init__(self, path):
         self.path, self.header, self._fingerprint = Path(path), {}, None
-        with foreign_file(self.path, "is not a plain file of tensors, or is truncated", AGAIN):
+        with foreign_file(self.path, "is not a plain file of tensors, or is truncated", "download it again"):
             with open(self.path, "rb") as f:
-                start = f.read(23)
-            for magic, problem in NO_WEIGHTS.items():
-                if start.startswith(magic):
-                    raise Fail(f"{self.path} {problem}")
-            if start[8:9] == b"{":
+                start = f.read(9)
+            if start[8:] == b"{":
                 self._open = lambda: safe_open(self.path, "pt").get_tensor      # name in the file -> tensor
                 with safe_open(self.path, "pt") as f:
                     self.shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
                     self.header |= f.metadata() or {}
+            elif start[:1] not in (b"P", b"\x80"):         # of a zip archive, of a pickle
+                raise ValueError(f"it begins with {start!r}: a Git LFS pointer (run `git lfs pull`), a web "
+                                 "page, a quantised GGUF, or zeros?")
             else:
-                state = _unpickle(self.path)
+                state = _unpickle(self.path, archive=start[:2] == b"PK")
                 self._open = lambda: state.__getitem__
                 self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self.names = {name: name for name in self.shapes}
@@ -96,36 +86,29 @@ class TensorFile:
     def fingerprint(self):
         """sha256 over our names and the tensors' bytes: the same for every layout of the same network.
 
-        Fails where a tensor does not pass `check_tensor`.
+        Fails where a number is not finite in float32, or BLOCK numbers or all of a weight matrix are 0.
         """
-        def digest(name):
-            tensor = self.get(name)
-            self.check_tensor(name, tensor)
-            data = tensor.contiguous().flatten().view(torch.uint8).numpy()
-            return f"{name} {hashlib.sha256(data).hexdigest()}"
-
         if self._fingerprint is None:
             with ThreadPoolExecutor() as pool:
-                lines = "\n".join(pool.map(digest, sorted(self.names)))
+                lines = "\n".join(pool.map(self._digest, self.read(sorted(self.names))))
             self._fingerprint = hashlib.sha256(lines.encode()).hexdigest()
         return self._fingerprint
 
-    def check_tensor(self, name, tensor):
-        """Fail where a number is not finite in float32, or BLOCK numbers or all of a weight matrix are 0."""
-        if not (tensor.is_floating_point() and tensor.numel()):
-            return
-        x = tensor.flatten()
-        x = x if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x.float()
-        parts = x.tensor_split(max(1, len(x) // BLOCK))
-        sums = [part.sum(dtype=torch.float32).item() for part in parts]
-        name = self.names[name]
-        if not math.isfinite(sum(sums)) and not x.float().isfinite().all():
-            raise Fail(f"{self.path}: {name} contains numbers that are not finite (NaN, infinity, or beyond "
-                       "float32); download it again, or pass another file")
-        matrix = tensor.ndim > 1 and name.endswith("weight")
-        if matrix and any(total == 0 and not part.any() for part, total in zip(parts, sums)):
-            raise Fail(f"{self.path}: {name} is zero in a part where weights must be, as an interrupted copy "
-                       f"leaves it; {AGAIN}")
+    def _digest(self, named):
+        (ours, tensor), name = named, self.names[named[0]]
+        tensor = tensor.contiguous().flatten()
+        if tensor.is_floating_point() and tensor.numel():
+            numbers = tensor if tensor.itemsize > 1 else tensor.float()
+            parts = numbers.tensor_split(max(1, len(numbers) // BLOCK))
+            ranges = torch.stack([torch.stack(part.aminmax()) for part in parts]).float()       # (parts, 2)
+            if not ranges.isfinite().all():
+                raise Fail(f"{self.path}: {name} contains numbers that are not finite (NaN, infinity, or "
+                           "beyond float32); download it again, or pass another file")
+            matrix = len(self.shapes[ours]) > 1 and name.endswith("weight")
+            if matrix and (ranges == 0).all(1).any():
+                raise Fail(f"{self.path}: {name} is zero in a part where weights must be, as an interrupted "
+                           "copy leaves it; download it again")
+        return f"{ours} {hashlib.sha256(tensor.view(torch.uint8).numpy()).hexdigest()}"
 
 class _Stub:
     """Stands for a class that is not imported: its objects are dictionaries, which take any state."""
@@ -133,16 +116,16 @@ class _Stub:
     def __new__(cls, *args, **kwargs):
         return OrderedDict()
 
-def _unpickle(path):
+def _unpickle(path, archive):
     """The state dict in a file of torch.save, which may be one part of a trainer's checkpoint.
 
-    Nothing in the file is run or imported: objects of unknown classes become stubs.
+    Nothing in the file is run or imported: objects of unknown classes become stubs. archive: whether it is a
+    zip file, in which torch can map tensors.
     """
-    archive = zipfile.is_zipfile(path)          # torch cannot map its format before version 1.6
     mapped = archive and path.suffix.lower() != ".safetensors"      # which torch takes for no pickle
     unknown = get_unsafe_globals_in_checkpoint(path) if archive else []
     try:
-        with open(path, "rb") as f, safe_globals([(type("Stub", (_Stub,), {}), name) for name in unknown]):
+        with open(path, "rb") as f, safe_globals([(_Stub, name) for name in unknown]):
             state = torch.load(path if mapped else f, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:              # torch's message has many lines and unsafe advice
         raise ValueError("damaged, or a pickle with code: save its state dict alone") from None
@@ -161,52 +144,41 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     Memory peaks at the network's size in `dtype` plus one tensor; nothing is copied where the file has that
     dtype and the device is the CPU. hint: advice on a mismatch.
     """
-    with foreign_file(file.path, "has tensors of impossible shapes", hint), torch.device("meta"):
+    with foreign_file(file.path, "has tensors of another network", hint), torch.device("meta"):
         network = build()
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    wrong = {
-        "missing": [name for name in wanted if name not in file.shapes],
-        "unexpected": [name for name in file.shapes if name not in wanted],
-        "of a wrong shape": [
-            f"{name} {file.shapes[name]} instead of {shape}" for name, shape in wanted.items()
-            if file.shapes.get(name, shape) not in (shape, (*shape, 1, 1))]}
-    for what, names in wrong.items():
-        if names:
-            raise Fail(f"{file.path}: {len(names)} tensors {what}: {', '.join(names[:3])}. {hint}")
-    state, small = {}, set()
+    fits = {name: file.shapes.get(name) in (shape, (*shape, 1, 1)) for name, shape in wanted.items()}
+    wrong = [f"{name} is {file.shapes.get(name, 'missing')} instead of {wanted.get(name, 'unused')}"
+             for name in wanted | file.shapes if not fits.get(name)]
+    if wrong:
+        raise Fail(f"{file.path}: {len(wrong)} tensors do not fit: {', '.join(wrong[:3])}. {hint}")
+    if device != "meta":
+        file.fingerprint()                      # which checks the numbers
+    state, small = {}, ""
     for name, tensor in file.read(wanted):
         if not tensor.dtype.is_floating_point:
             raise Fail(f"{file.path}: {name} is {tensor.dtype}, not floating point (quantised?). {hint}")
-        if device != "meta" and file._fingerprint is None:
-            file.check_tensor(name, tensor)
-        if tensor.element_size() == 1:
-            small.add(str(tensor.dtype))
+        small = tensor.dtype if tensor.itemsize == 1 else small
         # CompVis stores the VAE's attention as 1x1 convolutions
         state[name] = tensor.reshape(wanted[name]).to(device, dtype)
     if small and device != "meta" and RANK0:
-        print(f"note: {file.path} is stored as {', '.join(small)}: its weights have 2 or 3 bits of precision",
-              file=sys.stderr)
+        print(f"note: {file.path} is stored as {small}, 2 or 3 bits of precision", file=sys.stderr)
     network.load_state_dict(state, strict=True, assign=True)
     return network.to(memory_format=layout(device, dtype)).eval().requires_grad_(False)
 
-def find_file(argument, source, names, sha256=None, access="", beside=()):
+def find_file(argument, source, names, access=""):
     """The path of a file of weights: `source` itself, or one of `names` in that folder or hub repository.
 
-    Links are kept: a path of the hub's cache has its name only there. For the rest see `hub_file`.
+    Links are kept: a path of the hub's cache has its name only there. access: see `hub_file`.
     """
     path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
-    if path.is_dir():
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
-            raise Fail(f"{argument} {path} contains no {' or '.join(names[:2])}; pass the folder or the file "
-                       "with the weights")
-        return found[0]
-    if path.exists():
-        return path
-    if is_hub_name(source):
-        return hub_file(str(source), names, sha256, access, beside)
-    raise Fail(f"{argument} {source}: no such folder or file; pass a folder, a file of weights, or a Hugging "
-               f"Face repository such as {SD15}")
+    for file in [path / name for name in names] if path.is_dir() else [path]:
+        if file.is_file():
+            return file
+    if re.fullmatch(HUB_NAME, str(source)) and not path.exists():
+        return hub_file(str(source), names, access)
+    raise Fail(f"{argument} {source}: no such file, nor folder with {' or '.join(names[:2])}; pass the file "
+               f"or folder of the weights, or a Hugging Face repository such as {SD15}")
 
 # ---- Stable Diffusion 1.5 ----------------------------------------------------------------------------------
 
@@ -216,25 +188,19 @@ def open_sd15(source, vae=None):
     vae: another source for the VAE. Fails where the files, or configs beside them, declare another model than
     is computed here.
     """
-    find = partial(find_file, "--sd15", source, sha256=SD15_SHA256 if source == SD15 else None)
-    path = find(_names("unet/"), beside=("unet/config.json", SCHEDULER))
-    file = TensorFile(path)
-    unet = _part(file, "model.diffusion_model.", _COMPVIS_UNET)
-    if other := _other_model(unet.shapes):
-        raise Fail(f"{path} looks like {other}; this program needs Stable Diffusion 1.5 ({SD15})")
-    _check_schedule(file)
-    _check_config(path, "config.json", DECLARED_UNET)
-    _check_config(path, f"../{SCHEDULER}", DECLARED_SCHEDULE)
+    unet = vae_file = TensorFile(find_file("--sd15", source, _names("unet/")))
+    _check_schedule(unet)
+    _check_config(unet.path, "config.json", DECLARED_UNET)
+    _check_config(unet.path, f"../{SCHEDULER}", DECLARED_SCHEDULE)
     if vae is not None:
-        names = [*_names("vae/"), *_names("")]
-        file = TensorFile(find_file("--vae", vae, names, beside=("vae/config.json", "config.json")))
-    elif path != Path(os.path.expanduser(source)):
-        file = TensorFile(find(_names("vae/"), beside=("vae/config.json",)))
-    elif not any(name.startswith("first_stage_model.") for name in file.names):
-        raise Fail(f"{path} contains no VAE; pass --vae with a file, a folder or a repository, such as "
+        vae_file = TensorFile(find_file("--vae", vae, [*_names("vae/"), *_names("")]))
+    elif unet.path != Path(os.path.expanduser(source)):
+        vae_file = TensorFile(find_file("--sd15", source, _names("vae/")))
+    elif not any(name.startswith("first_stage_model.") for name in unet.names):
+        raise Fail(f"{source} contains no VAE; pass --vae with a file, a folder or a repository, such as "
                    "stabilityai/sd-vae-ft-mse")
-    _check_config(file.path, "config.json", DECLARED_VAE)
-    return unet, _part(file, "first_stage_model.", _COMPVIS_VAE)
+    _check_config(vae_file.path, "config.json", DECLARED_VAE)
+    return _part(unet, "model.diffusion_model."), _part(vae_file, "first_stage_model.")
 
 def _names(folder):
     return [f"{folder}diffusion_pytorch_model{kind}.{suffix}" for suffix in ("safetensors", "bin")
@@ -243,9 +209,8 @@ def _names(folder):
 def load_unet(file, device="cpu", dtype=torch.float32):
     """The U-Net of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
     def build():
-        channels, layers = _geometry(file, "down_blocks")
         context = file.shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1]
-        return UNet(channels, layers, context, latent=file.shapes["conv_in.weight"][1])
+        return UNet(*_geometry(file, "down_blocks"), context)
     return load(build, file, device, dtype, HINT)
 
 def unet_on_meta(source):
@@ -255,10 +220,7 @@ def unet_on_meta(source):
 
 def load_vae(file, device="cpu", dtype=torch.float32):
     """The VAE of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
-    def build():
-        channels, layers = _geometry(file, "encoder.down_blocks")
-        return VAE(channels, layers, latent=file.shapes["post_quant_conv.weight"][0])
-    return load(build, file, device, dtype, HINT)
+    return load(lambda: VAE(*_geometry(file, "encoder.down_blocks")), file, device, dtype, HINT)
 
 def _geometry(file, prefix):
     """(width of each level, residual blocks per level), from the shapes."""
@@ -267,17 +229,6 @@ def _geometry(file, prefix):
         channels.append(shape[0])
     first = re.compile(rf"{prefix}\.0\.resnets\.\d+\.conv1\.weight")
     return tuple(channels), sum(first.fullmatch(name) is not None for name in file.shapes)
-
-def _other_model(shapes):
-    """What a U-Net's tensors are of, where it is known and not Stable Diffusion 1.5."""
-    if not any(name.startswith("down_blocks.") for name in shapes):
-        return "a part of a model, without `model.diffusion_model.*`"
-    if any(name.startswith(("add_embedding", "label_emb")) for name in shapes):
-        return "SDXL"
-    if len(shapes.get("down_blocks.0.attentions.0.proj_in.weight", ())) == 2:
-        return "Stable Diffusion 2"
-    if shapes.get("conv_in.weight", ())[1:2] in ((8,), (9,)):
-        return "an inpainting or image-editing variant"
 
 def licence(base, encoder_terms):
     """The terms of an adapter, for its header and its model card. base: its --sd15."""
@@ -309,9 +260,11 @@ DECLARED_VAE = dict(
 DECLARED_SCHEDULE = dict(
     prediction_type="epsilon", rescale_betas_zero_snr=False, num_train_timesteps=T, trained_betas=None,
     beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, shift=None, use_flow_sigmas=False)
-DECLARED_HEADER = {     # of a safetensors file: modelspec's and kohya's
-    "modelspec.prediction_type": ("epsilon", "eps"), "modelspec.predict_key": ("epsilon", "eps"),
-    "ss_v_parameterization": ("False", "false"), "ss_zero_terminal_snr": ("False", "false")}
+DECLARED_FILE = {       # of one file by empty tensors, by modelspec's or kohya's header, by CompVis's .yaml
+    **dict.fromkeys(("v_pred", "ztsnr", "edm_vpred.sigma_max"), False),
+    **dict.fromkeys(("modelspec.prediction_type", "modelspec.predict_key"), ("epsilon", "eps")),
+    **dict.fromkeys(("ss_v_parameterization", "ss_zero_terminal_snr"), ("False", "false")),
+    "parameterization": "eps"}
 
 def read_config(path):
     """The object in a config.json of another program; {} where the file does not exist."""
@@ -334,7 +287,7 @@ def check_declared(path, found, computed):
         values = ours if isinstance(ours, tuple) else (ours,)
         if key in found and not any(same(found[key], value) for value in values):
             raise Fail(f"{path} declares {key} {found[key]!r}, and this program computes with {values[0]!r}; "
-                       "pass a model with that")
+                       "pass another model")
 
 def _check_config(path, name, computed):
     """Check the config of Diffusers at `name` from its file of weights, by one of the tables above."""
@@ -343,48 +296,42 @@ def _check_config(path, name, computed):
         check_declared(config, read_config(config), computed)
 
 def _check_schedule(file):
-    """Fail where a file, or the .yaml beside it, declares that it predicts v, or another schedule."""
-    if found := {"v_pred", "ztsnr", "edm_vpred.sigma_max"} & file.names.keys():
-        raise Fail(f"{file.path} has the key {max(found)}: it does not predict ε by the schedule of Stable "
-                   f"Diffusion 1.5; pass a base that does, such as {SD15}")
-    check_declared(file.path, file.header, DECLARED_HEADER)
+    """Fail where a file, or the .yaml beside it, declares another prediction than ε or another schedule."""
+    check_declared(file.path, file.header | dict.fromkeys(file.names, True), DECLARED_FILE)
     yaml = file.path.with_suffix(".yaml")
-    if yaml.is_file() and re.search(rb"parameterization\W+v\b", yaml.read_bytes()):
-        raise Fail(f"{yaml} declares that {file.path.name} predicts v, not ε; pass a base that predicts ε")
+    if yaml.is_file():
+        keys = re.findall(r"(parameterization)\W+(\w+)", yaml.read_text(errors="replace"))
+        check_declared(yaml, dict(keys), DECLARED_FILE)
     if "alphas_cumprod" in file.names:
         theirs = file.get("alphas_cumprod")
-        rounding = {1: 0.3, 2: 0.01}.get(theirs.element_size(), 1e-4)
+        rounding = {1: 0.3, 2: 0.01}.get(theirs.itemsize, 1e-4)
         if theirs.shape != (T,) or not torch.allclose(theirs.double(), alpha_bar(), rounding, atol=0):
             raise Fail(f"{file.path}: alphas_cumprod is another noise schedule than that of Stable Diffusion "
                        f"1.5; pass a base with that one, such as {SD15}")
 
-# Names in the other layouts -> Diffusers' names; a table leaves those of Diffusers as they are
+# Patterns of names in the other layouts -> Diffusers' names, which no pattern changes
 
-_COMPVIS_UNET = {
+_RENAMED = {
     r"^time_embed\.0": "time_embedding.linear_1", r"^time_embed\.2": "time_embedding.linear_2",
     r"^out\.0": "conv_norm_out", r"^out\.2": "conv_out", r"^input_blocks\.0\.0": "conv_in",
-    r"^middle_block\.0": "mid_block.resnets.0", r"^middle_block\.1": "mid_block.attentions.0",
-    r"^middle_block\.2": "mid_block.resnets.1", r"in_layers\.0": "norm1", r"in_layers\.2": "conv1",
-    r"emb_layers\.1": "time_emb_proj", r"out_layers\.0": "norm2", r"out_layers\.3": "conv2",
-    r"skip_connection": "conv_shortcut"}
-_COMPVIS_VAE = {
-    r"mid\.block_1": "mid_block.resnets.0", r"mid\.block_2": "mid_block.resnets.1",
-    r"mid\.attn_1": "mid_block.attentions.0", r"(attentions\.0)\.norm\.": r"\1.group_norm.",
-    r"(attentions\.0)\.([qkv])(uery|ey|alue)?\.": r"\1.to_\2.",
-    r"(attentions\.0)\.(proj_out|proj_attn)\.": r"\1.to_out.0.",
-    r"nin_shortcut": "conv_shortcut", r"\.norm_out": ".conv_norm_out",
-    r"down\.(\d)": r"down_blocks.\1", r"up\.0": "up_blocks.3", r"up\.1": "up_blocks.2",
-    r"up\.2": "up_blocks.1", r"up\.3": "up_blocks.0", r"\.block\.(\d)": r".resnets.\1",
-    r"\.(down|up)sample\.": r".\1samplers.0."}
+    r"^middle_block\.0|mid\.block_1": "mid_block.resnets.0", r"in_layers\.0": "norm1",
+    r"^middle_block\.1|mid\.attn_1": "mid_block.attentions.0", r"in_layers\.2": "conv1",
+    r"^middle_block\.2|mid\.block_2": "mid_block.resnets.1", r"emb_layers\.1": "time_emb_proj",
+    r"out_layers\.0": "norm2", r"out_layers\.3": "conv2", r"skip_connection|nin_shortcut": "conv_shortcut",
+    r"(coder\.mid_block\.attentions\.0)\.norm\.": r"\1.group_norm.", r"\.norm_out": ".conv_norm_out",
+    r"(coder\.mid_block\.attentions\.0)\.([qkv])(uery|ey|alue)?\.": r"\1.to_\2.",
+    r"(coder\.mid_block\.attentions\.0)\.(proj_out|proj_attn)\.": r"\1.to_out.0.",
+    r"down\.(\d)": r"down_blocks.\1", r"up\.(\d)": lambda m: f"up_blocks.{3 - int(m[1])}",
+    r"\.block\.(\d)": r".resnets.\1", r"\.(down|up)sample\.": r".\1samplers.0."}
 for i in range(12):         # three blocks a level, after input block 0, which is conv_in
     level, j = divmod(i, 3)
     for side, block in (("down", rf"^input_blocks\.{i + 1}"), ("up", rf"^output_blocks\.{i}")):
-        _COMPVIS_UNET |= {rf"{block}\.\d\.(op|conv)\.": f"{side}_blocks.{level}.{side}samplers.0.conv.",
-                          rf"{block}\.0\.": f"{side}_blocks.{level}.resnets.{j}.",
-                          rf"{block}\.1\.": f"{side}_blocks.{level}.attentions.{j}."}
+        _RENAMED |= {rf"{block}\.\d\.(op|conv)\.": f"{side}_blocks.{level}.{side}samplers.0.conv.",
+                     rf"{block}\.0\.": f"{side}_blocks.{level}.resnets.{j}.",
+                     rf"{block}\.1\.": f"{side}_blocks.{level}.attentions.{j}."}
 
-def _part(file, prefix, table):
-    """The tensors under a prefix, or all where there is none, each pattern of the table replaced.
+def _part(file, prefix):
+    """The tensors under a prefix, or all where there is none, renamed.
 
     Omits what trainers leave in a VAE: its discriminator, `loss.*`, and the counters of `model_ema.*`.
     """
@@ -394,68 +341,44 @@ def _part(file, prefix, table):
         if single and not name.startswith(prefix):
             return None
         name = name.removeprefix(prefix)
-        for old, new in table.items():
+        for old, new in _RENAMED.items():
             name = re.sub(old, new, name)
         return None if name.startswith(("loss.", "model_ema.")) else name
     return file.renamed(rename)
 
 # ---- the Hugging Face hub ----------------------------------------------------------------------------------
 
-def is_hub_name(source):
-    """Whether this is a name of a repository, owner/name, by the hub's rules."""
-    rules = r"(?!.*(--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]{1,96}\b"
-    return re.fullmatch(rules, str(source)) is not None
+HUB_NAME = r"(?!.*(--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]{1,96}\b"      # owner/name, by the hub's rules
 
-def hub_file(repository, candidates, sha256=None, access="", beside=()):
-    """The first of the candidates in the hub's cache, or else in the repository: announced, then downloaded.
-
-    sha256: {file: hash} to check a download against. access: advice where the repository refuses. beside:
-    small files to download before it, where the repository has them.
+def hub_file(repository, candidates, access=""):
+    """The first of the candidates in the hub's cache, or else in the repository: announced, then downloaded,
+    after the configs beside them there. access: advice where the repository refuses.
     """
-    from huggingface_hub import try_to_load_from_cache
+    import huggingface_hub as hub
     for name in candidates:
-        if isinstance(path := try_to_load_from_cache(repository, name), str):
+        if isinstance(path := hub.try_to_load_from_cache(repository, name), str):
             return Path(path)
-    for name in beside:
-        if not isinstance(try_to_load_from_cache(repository, name), str):
-            _download(repository, name, access)
-    for name in candidates:
-        if path := _download(repository, name, access):
-            expected = (sha256 or {}).get(name)
-            if expected and expected != (found := file_sha256(path)):
-                path.resolve().unlink()
-                raise Fail(f"{name} came with sha256 {found[:12]}..., not {expected[:12]}...; removed, try "
-                           "again")
-            return path
-    raise Fail(f"cannot get {candidates[0]} of {repository}: it has no such file. Check the name, or pass a "
-               "local path")
-
-def _download(repository, name, access):
-    """Announce and download a file of the hub -> its path, or None where the repository has none."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    configs = {re.sub("[^/]+$", "config.json", name) for name in candidates} | {SCHEDULER}
     try:
-        size = (get_hf_file_metadata(hf_hub_url(repository, name)).size or 0) / 1e9
-        print(f"downloading {name} of {repository} ({size:.2f} GB) to {HF_HUB_CACHE}", file=sys.stderr)
-        return Path(hf_hub_download(repository, name))      # which resumes after a broken connection
+        files = {f.rfilename: f.size or 0 for f in hub.model_info(repository, files_metadata=True).siblings}
+        weights = [name for name in candidates if name in files][:1]
+        for name in sorted(configs & files.keys()) + weights:
+            print(f"downloading {name} of {repository} ({files[name] / 1e9:.2f} GB) to "
+                  f"{hub.constants.HF_HUB_CACHE}", file=sys.stderr)
+            path = Path(hub.hf_hub_download(repository, name))      # which resumes a broken one
     except Exception as problem:            # of the hub's client and the libraries beneath it
-        if isinstance(problem, EntryNotFoundError) and not isinstance(problem, LocalEntryNotFoundError):
-            return None
-        raise Fail(f"cannot get {name} of {repository} ({type(problem).__name__}: {first_line(problem)}). "
-                   f"{_remedy(problem, access)}; or download it elsewhere and pass the local path") from None
-
-def _remedy(problem, access):
-    """What to do about a failed download, by its kind."""
-    status = getattr(getattr(problem, "response", None), "status_code", None)
-    if status in (401, 403):
-        return access or "It is gated or private, or does not exist: check the name, then run `hf auth login`"
-    if getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return "Free disk space, or set HF_HOME to another folder that you may write to"
-    if type(problem).__name__ == "OfflineModeIsEnabled":
-        return "Unset HF_HUB_OFFLINE"
-    if status == 404:
-        return "Check the name"
-    if status:
-        return "The server cannot answer now: try again later"
-    return "Check the connection and the proxy (HTTPS_PROXY)"
+        if getattr(getattr(problem, "response", None), "status_code", None) in (401, 403):
+            remedy = access or "Gated, private or not there: check the name, then run `hf auth login`"
+        else:
+            remedy = ("Check the name, the connection, HTTPS_PROXY and HF_HUB_OFFLINE, and that HF_HOME has "
+                      "space and may be written to; or try again later")
+        cause = f"{type(problem).__name__}: {first_line(problem)}"
+        raise Fail(f"cannot get {candidates[0]} of {repository} ({cause}). {remedy}; or download it "
+                   "elsewhere and pass the local path") from None
+    if not weights:
+        raise Fail(f"{repository} has no {' or '.join(candidates[:2])}; check the name, or pass a local path")
+    expected = SHA256.get(f"{repository}/{weights[0]}")
+    if expected and file_sha256(path) != expected:
+        path.resolve().unlink()
+        raise Fail(f"{path} came with another sha256 than {expected[:12]}...; removed, try again")
+    return path

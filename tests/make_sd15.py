@@ -73,6 +73,16 @@ def compvis_vae_name(name):
     name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample", name)
     return f"first_stage_model.{replace(name, COMPVIS_VAE)}"
 
+def compvis(unet, vae):
+    """Tensors under Diffusers' names -> one dictionary under CompVis's, with others that are not needed."""
+    one = {compvis_unet_name(name): t for name, t in unet.items()}
+    for name, t in vae.items():             # its attention is made of 1x1 convolutions
+        one[compvis_vae_name(name)] = t[:, :, None, None] if re.search(r"to_.*weight", name) else t
+    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    one["alphas_cumprod"] = (1 - betas).cumprod(0).float()
+    one["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    return one
+
 def make_sd15(path, layout="diffusers", width=320):
     """Write a checkpoint: "diffusers", "diffusers-old" (the VAE's attention as `query`) or "compvis" (one
     file).
@@ -83,13 +93,7 @@ def make_sd15(path, layout="diffusers", width=320):
     tensors = {part: {name: random_tensor(f"{part}.{name}", t.shape) for name, t in net.state_dict().items()}
                for part, net in nets.items()}
     if layout == "compvis":
-        one = {compvis_unet_name(name): t for name, t in tensors["unet"].items()}
-        for name, t in tensors["vae"].items():          # its attention is made of 1x1 convolutions
-            one[compvis_vae_name(name)] = t[:, :, None, None] if re.search(r"to_.*weight", name) else t
-        betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
-        one["alphas_cumprod"] = (1 - betas).cumprod(0).float()          # and other things that are not needed
-        one["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
-        save_file(one, path, metadata={"format": "pt"})
+        save_file(compvis(**tensors), path, metadata={"format": "pt"})
         return
     if layout == "diffusers-old":
         tensors["vae"] = {replace(name, OLD_ATTENTION) if "attentions" in name else name: t

@@ -2,6 +2,7 @@
 import errno
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from ldm import app, data
 from ldm.app import Fail, check_same, pick_device, run_program, save_tensors, save_text
 from ldm.encoder import open_encoder
 from ldm.runs import parse_settings, public_name
-from ldm.weights import TensorFile, is_hub_name, load_unet, open_sd15
+from ldm.weights import HUB_NAME, TensorFile, load_unet, open_sd15
 
 def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
     """The limit of the system on a file's size stands in for a full disk."""
@@ -189,7 +190,7 @@ def test_a_mistyped_path_is_not_taken_for_a_repository(name, ours):
         theirs = "/" in name
     except HFValidationError:
         theirs = False
-    assert is_hub_name(name) == theirs == ours
+    assert (re.fullmatch(HUB_NAME, name) is not None) == theirs == ours
 
 @pytest.mark.parametrize("shapes", [{"conv_in.weight": ()}, {"down_blocks.0.resnets.0.conv1.weight": ()},
                                     {"patch_embed.proj.weight": (), "blocks.0.x": (1,)},

@@ -1,6 +1,7 @@
 """Weights as people have them: under any name, wrapped, damaged, or of another meaning."""
 
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -9,9 +10,10 @@ import types
 import pytest
 import torch
 from conftest import program
-from make_sd15 import make_sd15
-from safetensors.torch import load_file, save_file
+from make_sd15 import compvis, random_tensor
+from safetensors.torch import save_file
 
+from ldm import unet, vae
 from ldm.app import Fail
 from ldm.encoder import open_encoder
 from ldm.schedule import alpha_bar
@@ -20,17 +22,30 @@ from ldm.weights import TensorFile, load_unet, load_vae, open_sd15
 VAE = "first_stage_model."
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    """A narrow single file -> its tensors; use copies."""
-    path = tmp_path_factory.mktemp("one") / "x.safetensors"
-    make_sd15(path, "compvis", width=32)
-    return load_file(path)
+def parts():
+    """{"unet": tensors, "vae": tensors} as deep as SD1.5, 32 wide, under Diffusers' names; use copies."""
+    with torch.device("meta"):
+        networks = {"unet": unet.UNet((32,) * 4, context=32), "vae": vae.VAE((32,) * 4)}
+    return {part: {name: random_tensor(f"{part}.{name}", t.shape) for name, t in net.state_dict().items()}
+            for part, net in networks.items()}
 
 @pytest.fixture(scope="module")
-def expected(one, tmp_path_factory):
-    path = tmp_path_factory.mktemp("expected") / "x.safetensors"
-    save_file(one, path)
-    return fingerprints(path)
+def one(parts):
+    """The same as the tensors of a single file."""
+    return {name: t.contiguous() for name, t in compvis(**parts).items()}
+
+@pytest.fixture(scope="module")
+def folder(parts, tmp_path_factory):
+    """The same as a Diffusers folder without configs."""
+    folder = tmp_path_factory.mktemp("folder")
+    for part, tensors in parts.items():
+        (folder / part).mkdir()
+        save_file(tensors, folder / part / "diffusion_pytorch_model.safetensors")
+    return folder
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    return fingerprints(folder)
 
 def fingerprints(*source):
     return [file.fingerprint() for file in open_sd15(*map(str, source))]
@@ -148,7 +163,7 @@ def test_eight_bit_floats_are_read_exactly_and_said(one, tmp_path, capsys):
     weight = one["model.diffusion_model.out.2.weight"].to(torch.float8_e4m3fn).float()
     assert torch.equal(unet.conv_out.weight, weight) and "float8_e4m3fn" in capsys.readouterr().err
 
-def test_a_file_without_a_vae_takes_another(one, expected, base, tmp_path):
+def test_a_file_without_a_vae_takes_another(one, expected, folder, tmp_path):
     no_vae = {name: tensor for name, tensor in one.items() if not name.startswith(VAE)}
     save_file(no_vae, tmp_path / "x.safetensors")
     with pytest.raises(Fail, match="contains no VAE; pass --vae"):
@@ -157,23 +172,16 @@ def test_a_file_without_a_vae_takes_another(one, expected, base, tmp_path):
         {name.removeprefix(VAE): one[name] for name in one.keys() - no_vae.keys()}, tmp_path / "v.safetensors"
     )
     assert fingerprints(tmp_path / "x.safetensors", tmp_path / "v.safetensors") == expected
-    assert (
-        fingerprints(tmp_path / "x.safetensors", base)[1]
-        == fingerprints(base)[1]
-        == fingerprints(tmp_path / "x.safetensors", base / "vae")[1]
-    )
+    for source in (folder, folder / "vae"):
+        assert fingerprints(tmp_path / "x.safetensors", source) == expected
 
 @pytest.mark.parametrize("kind", ["bin", "fp16.bin", "non_ema.safetensors"])
-def test_a_folder_may_hold_one_kind_of_weights_alone(kind, base, tmp_path):
-    for part in ("unet", "vae"):
+def test_a_folder_may_hold_one_kind_of_weights_alone(kind, parts, expected, tmp_path):
+    for part, tensors in parts.items():
         (tmp_path / part).mkdir()
-        tensors = load_file(base / part / "diffusion_pytorch_model.safetensors")
         save = save_file if kind.endswith("safetensors") else torch.save
         save(tensors, tmp_path / part / f"diffusion_pytorch_model.{kind}")
-    assert fingerprints(tmp_path) == fingerprints(base)
-
-def zero_gap(tensor):
-    tensor.flatten()[len(tensor.flatten()) // 3 :].zero_()
+    assert fingerprints(tmp_path) == expected
 
 NAN, GAP = (lambda t: t.view(-1)[:1].fill_(torch.nan)), lambda t: t.zero_()
 
@@ -263,51 +271,6 @@ def test_zero_terminal_snr_is_another_schedule(one, tmp_path):
 
 UNET, VAE_CONFIG, SCHEDULER = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
 
-@pytest.mark.parametrize(
-    "file, key, value",
-    [
-        (UNET, "attention_head_dim", 4),
-        (UNET, "attention_head_dim", [5, 10, 20, 20]),
-        (UNET, "norm_num_groups", 16),
-        (UNET, "norm_eps", 1e-6),
-        (UNET, "act_fn", "gelu"),
-        (UNET, "flip_sin_to_cos", False),
-        (UNET, "freq_shift", 1),
-        (UNET, "center_input_sample", True),
-        (UNET, "only_cross_attention", [True, True, True, False]),
-        (UNET, "class_embed_type", "timestep"),
-        (UNET, "addition_embed_type", "text_time"),
-        (UNET, "dual_cross_attention", True),
-        (UNET, "down_block_types", ["DownBlock2D"] * 4),
-        (UNET, "_class_name", "UNet2DModel"),
-        (UNET, "resnet_time_scale_shift", "scale_shift"),
-        (VAE_CONFIG, "scaling_factor", 0.13025),
-        (VAE_CONFIG, "shift_factor", 0.0609),
-        (VAE_CONFIG, "latents_mean", [0.1, 0, 0, 0]),
-        (VAE_CONFIG, "use_quant_conv", False),
-        (VAE_CONFIG, "mid_block_add_attention", False),
-        (VAE_CONFIG, "act_fn", "relu"),
-        (SCHEDULER, "prediction_type", "v_prediction"),
-        (SCHEDULER, "rescale_betas_zero_snr", True),
-        (SCHEDULER, "beta_schedule", "linear"),
-        (SCHEDULER, "beta_end", 0.02),
-        (SCHEDULER, "trained_betas", [0.1]),
-        (SCHEDULER, "num_train_timesteps", 4000),
-    ],
-)
-def test_a_config_that_contradicts_the_network_is_refused_with_key_and_both_values(
-    file, key, value, base, tmp_path
-):
-    shutil.copytree(base, tmp_path / "x")
-    path = tmp_path / "x" / file
-    path.parent.mkdir(exist_ok=True)
-    config = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(config | {key: value}))
-    with pytest.raises(Fail) as problem:
-        open_sd15(str(tmp_path / "x"))
-    words = str(problem.value)
-    assert key in words and repr(value) in words and "computes with" in words and file in words
-
 # The configs of stable-diffusion-v1-5, written by Diffusers 0.6, and keys of later versions.
 OFFICIAL = {
     UNET: dict(
@@ -355,6 +318,55 @@ OFFICIAL = {
         clip_sample=False,
     ),
 }
+
+def copy(folder, to, configs):
+    """A Diffusers folder with other configs; its weights are links."""
+    shutil.copytree(folder, to, copy_function=os.link)
+    for name, config in configs.items():
+        (to / name).parent.mkdir(exist_ok=True)
+        (to / name).write_text("\ufeff" + json.dumps(config), encoding="utf-8")
+
+@pytest.mark.parametrize(
+    "file, key, value",
+    [
+        (UNET, "attention_head_dim", 4),
+        (UNET, "attention_head_dim", [5, 10, 20, 20]),
+        (UNET, "norm_num_groups", 16),
+        (UNET, "norm_eps", 1e-6),
+        (UNET, "act_fn", "gelu"),
+        (UNET, "flip_sin_to_cos", False),
+        (UNET, "freq_shift", 1),
+        (UNET, "center_input_sample", True),
+        (UNET, "only_cross_attention", [True, True, True, False]),
+        (UNET, "class_embed_type", "timestep"),
+        (UNET, "addition_embed_type", "text_time"),
+        (UNET, "dual_cross_attention", True),
+        (UNET, "down_block_types", ["DownBlock2D"] * 4),
+        (UNET, "_class_name", "UNet2DModel"),
+        (UNET, "resnet_time_scale_shift", "scale_shift"),
+        (VAE_CONFIG, "scaling_factor", 0.13025),
+        (VAE_CONFIG, "shift_factor", 0.0609),
+        (VAE_CONFIG, "latents_mean", [0.1, 0, 0, 0]),
+        (VAE_CONFIG, "use_quant_conv", False),
+        (VAE_CONFIG, "mid_block_add_attention", False),
+        (VAE_CONFIG, "act_fn", "relu"),
+        (SCHEDULER, "prediction_type", "v_prediction"),
+        (SCHEDULER, "rescale_betas_zero_snr", True),
+        (SCHEDULER, "beta_schedule", "linear"),
+        (SCHEDULER, "beta_end", 0.02),
+        (SCHEDULER, "trained_betas", [0.1]),
+        (SCHEDULER, "num_train_timesteps", 4000),
+    ],
+)
+def test_a_config_that_contradicts_the_network_is_refused_with_key_and_both_values(
+    file, key, value, folder, tmp_path
+):
+    copy(folder, tmp_path / "x", {file: OFFICIAL[file] | {key: value}})
+    with pytest.raises(Fail) as problem:
+        open_sd15(str(tmp_path / "x"))
+    words = str(problem.value)
+    assert key in words and repr(value) in words and "computes with" in words and file in words
+
 HARMLESS = {
     UNET: dict(
         upcast_attention=True,
@@ -372,12 +384,9 @@ HARMLESS = {
 @pytest.mark.parametrize(
     "configs", [OFFICIAL, {}, HARMLESS, {k: OFFICIAL[k] | HARMLESS[k] for k in OFFICIAL}]
 )
-def test_configs_of_the_same_meaning_pass(configs, base, tmp_path):
-    shutil.copytree(base, tmp_path / "x", ignore=shutil.ignore_patterns("config.json"))
-    (tmp_path / "x/scheduler").mkdir()
-    for name, config in configs.items():
-        (tmp_path / "x" / name).write_text("\ufeff" + json.dumps(config), encoding="utf-8")
-    assert fingerprints(tmp_path / "x") == fingerprints(base)
+def test_configs_of_the_same_meaning_pass(configs, folder, expected, tmp_path):
+    copy(folder, tmp_path / "x", configs)
+    assert fingerprints(tmp_path / "x") == expected
 
 def test_an_encoder_with_nan_is_refused(uni2h, tmp_path):
     state = torch.load(uni2h / "pytorch_model.bin", weights_only=True)
