@@ -16,7 +16,7 @@ import numpy as np
 import scipy.linalg
 from scipy.spatial.distance import cdist
 
-from ldm.data import NO_PATCH, is_generated, list_images
+from ldm.data import is_generated, list_images
 from ldm.encoder import RESIZERS, Inception, inception_available, open_encoder
 from ldm.app import (RANK0, Fail, Parser, atomic_write, check_same, foreign_file, join_processes, number,
                      pick_device, rank0_first, run_program, save_text)
@@ -178,8 +178,6 @@ def images_of(folder, say=lambda line: None):
     """The files of a folder of two images or more. say: takes a line on what is not counted."""
     left = defaultdict(list)
     files = list_images(folder, left) if folder.is_dir() else []
-    masks = {file for file in files if NO_PATCH.fullmatch(file.relative_to(folder).as_posix())}
-    files, left["masks or previews"] = [file for file in files if file not in masks], masks
     if kinds := ", ".join(f"{len(found)} {kind}" for kind, found in left.items() if found):
         say(f"note: not counted in {folder}: {kinds}")
     if len(files) < 2:

@@ -114,8 +114,8 @@ def make_images(model, jobs, e):
     differently. PNGs are written while the next batch is computed. Fails where an image is not finite.
     """
     def write(job, image):
-        save_image(job.path, image, model.adapter, reference=job.reference, seed=job.seed,
-                   **asdict(job.sampling))
+        save_image(job.path, image, reference=job.reference, seed=job.seed, **asdict(job.sampling),
+                   adapter=model.adapter)
 
     groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.sampling)]
     parts = shard([group[i:i + model.batch] for group in groups for i in range(0, len(group), model.batch)])

@@ -295,7 +295,7 @@ def test_what_is_not_counted_or_not_compared_is_said(tmp_path, weights):
     for name in ("x.gif", "x.ppm", "masks/x.png", ".hidden.png"):
         (tmp_path / "fake" / name).parent.mkdir(exist_ok=True)
         texture(0, 40).save(tmp_path / "fake" / name)
-    save_image(tmp_path / "real/a/0.png", texture(0, 40), "adapter", seed=1)
+    save_image(tmp_path / "real/a/0.png", texture(0, 40), adapter="x", seed=1)
     out = program("fid.py", "real", "fake", "--per-class", "--inception", weights, cwd=tmp_path).stdout
     [line] = [line for line in out.splitlines() if "not counted in fake" in line]
     assert all(f"1 {kind}" in line for kind in (".gif files", ".ppm files", "hidden files", "masks"))

@@ -41,7 +41,7 @@ mine = os.environ.get("RANK", "0") == seed          # under torchrun one of the 
 if mine and place == "clock":
     threading.Timer(delay, kill).start()
 elif mine and place != "nowhere":
-    watch(*dict(caching=(ldm.data.Cache, "_write"), step=(train.Trainer, "train_step"),
+    watch(*dict(caching=(ldm.data, "to_tensor"), step=(train.Trainer, "train_step"),
                 validation=(train.Trainer, "validation_loss"),
                 samples=(sample, "make_images"), write=(ldm.app, "save"), rename=(os, "replace"))[place])
 ldm.app.run_program(train.main)
