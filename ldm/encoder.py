@@ -1,5 +1,6 @@
 """Frozen networks that turn images into features: the pathology encoder, and FID's Inception."""
 import hashlib
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .app import Fail, all_gather, first_line, foreign_file, progress, shard
 from .data import load_rgb, prefetch, resize_crop
-from .weights import BUILT_IN, TensorFile, check_declared, find_file, load, read_config
+from .weights import TensorFile, check_declared, find_file, load, read_config
 
 class FeatureSpace:
     """A network with its preprocessing. Subclasses define kind, resize, `file`, `preprocess` and `load`."""
@@ -76,28 +77,20 @@ class Recipe:
         """What --encoder calls it."""
         return self.repository.rpartition("/")[2].lower() if self.head_width else "timm"
 
-    def digest(self):
-        """Eight digits that change with architecture or preprocessing."""
-        how = (self.model, self.arguments, self.head_width, self.size, self.interpolation, self.mean,
-               self.std, *filter(None, (self.resize, self.joined)))
-        return hashlib.sha256(repr(how).encode()).hexdigest()[:8]
-
-# Source: https://huggingface.co/MahmoodLab/UNI2-h. For a model built locally timm's own
-# `resolve_data_config` gives mean 0.5 and bicubic.
+# Source: https://huggingface.co/MahmoodLab/UNI2-h. Built locally, timm assumes mean 0.5 and bicubic.
 UNI2H = Recipe(
     repository="MahmoodLab/UNI2-h", licence="cc-by-nc-nd-4.0", shape=(1536, 1536, 24),
-    terms="UNI2-h (CC BY-NC-ND 4.0, gated: non-commercial research only)",
-    model="vit_giant_patch14_224",
+    terms="UNI2-h (CC BY-NC-ND 4.0, gated: non-commercial research only)", model="vit_giant_patch14_224",
     arguments=dict(img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0,
                    no_embed_class=True, mlp_layer="SwiGLUPacked", act_layer="silu", reg_tokens=8,
                    dynamic_img_size=True, global_pool="token"))
 UNI2H_DIGEST = "7e045138"       # pinned: an edited recipe must not read embeddings of the old one
-TOY = replace(UNI2H, repository="toy", terms="the toy encoder (MIT)", licence="mit", shape=())
+TOY = replace(UNI2H, repository="toy", terms="the toy encoder (MIT)", licence="mit", shape=(192, 192, 2))
 # Sources: the repositories' pages, with which mahmoodlab/TRIDENT and rendeirolab/LazySlide agree. Bioptimus's
 # take tiles of 224 px as they are; the bicubic filter for others is LazySlide's.
 H_OPTIMUS_0 = Recipe(
-    repository="bioptimus/H-optimus-0", licence="apache-2.0", shape=(1536, 1536, 40),
-    terms="H-optimus-0 (Apache 2.0)", model="vit_giant_patch14_reg4_dinov2",
+    repository="bioptimus/H-optimus-0", licence="apache-2.0", terms="H-optimus-0 (Apache 2.0)",
+    shape=(1536, 1536, 40), model="vit_giant_patch14_reg4_dinov2",
     arguments=dict(img_size=224, init_values=1e-5, num_classes=0, global_pool="token"),
     interpolation="BICUBIC", mean=(0.707223, 0.578729, 0.703617), std=(0.211883, 0.230117, 0.177517))
 H_OPTIMUS_1 = replace(H_OPTIMUS_0, repository="bioptimus/H-optimus-1", licence="cc-by-nc-nd-4.0",
@@ -115,7 +108,7 @@ GIGAPATH = Recipe(
     arguments=dict(img_size=224, patch_size=16, init_values=1e-5, mlp_ratio=5.33334, num_classes=0,
                    global_pool="token"),
     interpolation="BICUBIC", resize=256)
-RECIPES = {recipe.name: recipe for recipe in (UNI2H, H_OPTIMUS_0, H_OPTIMUS_1, VIRCHOW2, GIGAPATH)}
+RECIPES = {recipe.name: recipe for recipe in (UNI2H, TOY, H_OPTIMUS_0, H_OPTIMUS_1, VIRCHOW2, GIGAPATH)}
 
 class Encoder(FeatureSpace):
     """A pathology encoder: PIL RGB images -> embeddings e (B, d_e), d_e = `width`.
@@ -129,11 +122,9 @@ class Encoder(FeatureSpace):
         self.file, self.recipe, self.source, self.resize = file, recipe, source, str(recipe.size)
         self.preprocess = partial(preprocess, recipe=recipe)
         self.hint = f"It does not fit {recipe.repository}; --encoder names others"
-        shape = ()
-        if recipe.head_width:
-            with foreign_file(file.path, "is no vision transformer with patch_embed and blocks", self.hint):
-                blocks = {name.split(".")[1] for name in file.shapes if name.startswith("blocks.")}
-                shape = file.shapes["patch_embed.proj.weight"][0], len(blocks)
+        with foreign_file(file.path, "is no vision transformer with patch_embed and blocks", self.hint):
+            blocks = {name.split(".")[1] for name in file.shapes if name.startswith("blocks.")}
+            shape = (file.shapes["patch_embed.proj.weight"][0], len(blocks)) if recipe.head_width else ()
         self._build = partial(build_encoder, *shape, recipe=recipe)
         with torch.device("meta"):
             e = self.load("meta")(torch.empty(1, 3, recipe.size, recipe.size))
@@ -146,10 +137,12 @@ class Encoder(FeatureSpace):
 
     def fingerprint(self):
         """sha256 of weights and recipe; for UNI2-h and the toy of the weights alone, as in old adapters."""
-        weights, digest = self.file.fingerprint(), self.recipe.digest()
-        if digest == UNI2H_DIGEST:
-            return weights
-        return hashlib.sha256(f"{weights} {digest}".encode()).hexdigest()
+        r, weights = self.recipe, self.file.fingerprint()
+        how = (r.model, r.arguments, r.head_width, r.size, r.interpolation, r.mean, r.std,
+               *filter(None, (r.resize, r.joined)))
+        digest = hashlib.sha256(repr(how).encode()).hexdigest()[:8]
+        both = hashlib.sha256(f"{weights} {digest}".encode()).hexdigest()
+        return weights if digest == UNI2H_DIGEST else both
 
     def load(self, device="cpu"):
         """The frozen network in float32: (B, 3, size, size) -> (B, d_e)."""
@@ -187,23 +180,17 @@ def open_encoder(source=None, name=None):
     source; or "timm" or a source, for a model as the config.json of timm beside its weights gives it.
     """
     recipe = RECIPES.get((name or "").lower())
-    if name not in (None, "timm", "toy") and not recipe:
+    if name not in (None, "timm") and not recipe:
         source, name = source or name, "timm"
-    if source in BUILT_IN:
-        if recipe not in (None, UNI2H):
-            raise Fail(f"--uni2h {source} is no {recipe.repository}; pass its weights with --uni2h")
-        recipe = TOY
     recipe = recipe or next((r for r in RECIPES.values() if r.repository == source), UNI2H)
     source = str(source or recipe.repository)
-    access = f"{source} is gated: request access on https://huggingface.co/{source} with an institutional " \
-             "e-mail address, then run `hf auth login` or set HF_TOKEN"
-    file = TensorFile(find_file("--uni2h", source, FILES, access * (source == recipe.repository)))
+    file = TensorFile(find_file("--uni2h", source, ("model.safetensors", "pytorch_model.bin")))
     path = file.path.parent / "config.json"
     config = read_config(path)
     with foreign_file(path, "is no config of timm that can be used", "name the encoder with --encoder"):
         if name == "timm":
-            file, recipe = from_timm(file, config, source)
-        elif "pretrained_cfg" in config:
+            return Encoder(*from_timm(file, config, source), source)
+        if "pretrained_cfg" in config:
             declared = dict(architecture=recipe.model, mean=list(recipe.mean), std=list(recipe.std),
                             input_size=[3, recipe.size, recipe.size])
             if not recipe.repository.startswith("bioptimus/"):     # which publishes no way to resize
@@ -211,20 +198,18 @@ def open_encoder(source=None, name=None):
             check_declared(path, config | config["pretrained_cfg"], declared)
     return Encoder(file, recipe, source)
 
-FILES = ("model.safetensors", "pytorch_model.bin")
-
 def from_timm(file, config, source):
     """A TensorFile and the config.json beside it -> the file without its classifier, and a Recipe."""
     how = config["pretrained_cfg"]
     arguments = {k: config[k] for k in ("global_pool",) if k in config} | config.get("model_args", {})
-    channels, height, width = how["input_size"]
-    if (channels, height) != (3, width) or how.get("crop_mode", "center") != "center":
+    size = how["input_size"][1]
+    if how["input_size"] != [3, size, size] or how.get("crop_mode", "center") != "center":
         raise ValueError(f"input_size is {how['input_size']}, crop_mode {how.get('crop_mode')}")
     recipe = Recipe(
         repository=source, terms=f"{Path(source).name} (look up its terms)", licence="other",
-        model=config["architecture"], arguments=arguments | dict(num_classes=0), head_width=0, size=height,
+        model=config["architecture"], arguments=arguments | dict(num_classes=0), head_width=0, size=size,
         interpolation=Image.Resampling[how["interpolation"].upper()].name, mean=tuple(how["mean"]),
-        std=tuple(how["std"]), resize=int(height / how.get("crop_pct", 1)))
+        std=tuple(how["std"]), resize=int(size / how.get("crop_pct", 1)))
     heads = how.get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     return file.renamed(lambda name: None if name.startswith(prefixes) else name), recipe
@@ -243,10 +228,9 @@ class Inception(FeatureSpace):
     kind, hint = "inception", "pass pytorch-fid's Inception weights"
 
     def __init__(self, path=None, resize="pytorch-fid"):
-        def rename(name):           # the classifier and the counters are not used
-            return None if name.startswith("fc.") or name.endswith("num_batches_tracked") else name
-
-        self.file, self.resize = TensorFile(path or _download_inception()).renamed(rename), resize
+        unused = re.compile(r"fc\.|.*num_batches_tracked")      # the classifier and the counters
+        file, self.resize = TensorFile(path or _download_inception()), resize
+        self.file = file.renamed(lambda name: None if unused.match(name) else name)
         load(build_inception, self.file, "meta", hint=self.hint)      # names and shapes are checked at once
 
     def preprocess(self, images):
@@ -281,13 +265,13 @@ def _exchange_pool(block, pool):
     block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     block.branch_pool.register_forward_pre_hook(lambda *_: pool(inputs.pop()))
 
-def _cached_inception():
-    """Where torch.hub, and so pytorch-fid, keeps the weights."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
-
 def inception_available(path=None):
     """Whether Inception needs no download: a file is named, or torch.hub's cache has it."""
     return path is not None or _cached_inception().is_file()
+
+def _cached_inception():
+    """Where torch.hub, and so pytorch-fid, keeps the weights."""
+    return Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rpartition("/")[2])
 
 def _download_inception():
     path = _cached_inception()

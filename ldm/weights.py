@@ -166,17 +166,17 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     network.load_state_dict(state, strict=True, assign=True)
     return network.to(memory_format=layout(device, dtype)).eval().requires_grad_(False)
 
-def find_file(argument, source, names, access=""):
+def find_file(argument, source, names):
     """The path of a file of weights: `source` itself, or one of `names` in that folder or hub repository.
 
-    Links are kept: a path of the hub's cache has its name only there. access: see `hub_file`.
+    Links are kept: a path of the hub's cache has its name only there.
     """
     path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
     for file in [path / name for name in names] if path.is_dir() else [path]:
         if file.is_file():
             return file
     if re.fullmatch(HUB_NAME, str(source)) and not path.exists():
-        return hub_file(str(source), names, access)
+        return hub_file(str(source), names)
     raise Fail(f"{argument} {source}: no such file, nor folder with {' or '.join(names[:2])}; pass the file "
                f"or folder of the weights, or a Hugging Face repository such as {SD15}")
 
@@ -350,9 +350,9 @@ def _part(file, prefix):
 
 HUB_NAME = r"(?!.*(--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]{1,96}\b"      # owner/name, by the hub's rules
 
-def hub_file(repository, candidates, access=""):
+def hub_file(repository, candidates):
     """The first of the candidates in the hub's cache, or else in the repository: announced, then downloaded,
-    after the configs beside them there. access: advice where the repository refuses.
+    after the configs beside them there.
     """
     import huggingface_hub as hub
     for name in candidates:
@@ -368,7 +368,9 @@ def hub_file(repository, candidates, access=""):
             path = Path(hub.hf_hub_download(repository, name))      # which resumes a broken one
     except Exception as problem:            # of the hub's client and the libraries beneath it
         if getattr(getattr(problem, "response", None), "status_code", None) in (401, 403):
-            remedy = access or "Gated, private or not there: check the name, then run `hf auth login`"
+            remedy = ("It is gated, private or not there: check the name, request access on https://"
+                      f"huggingface.co/{repository} (UNI2-h's asks for an institutional e-mail address), and "
+                      "run `hf auth login` or set HF_TOKEN")
         else:
             remedy = ("Check the name, the connection, HTTPS_PROXY and HF_HUB_OFFLINE, and that HF_HOME has "
                       "space and may be written to; or try again later")

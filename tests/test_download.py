@@ -77,10 +77,10 @@ import json, sys
 sys.path.insert(0, {root!r})
 from ldm.app import Fail
 from ldm.weights import SHA256, hub_file
-for name, sha256, gated in {cases!r}:
+for name, sha256 in {cases!r}:
     try:
         SHA256["o/" + name + "/file.bin"] = sha256
-        result = hub_file("o/" + name, ["file.bin"], gated).read_bytes()
+        result = hub_file("o/" + name, ["file.bin"]).read_bytes()
         print("RESULT", json.dumps([name, sha256, len(result)]))
     except Fail as problem:
         print("RESULT", json.dumps([name, sha256, str(problem)]))
@@ -99,8 +99,8 @@ def hub(server, cases, home, **environment):
 
 def test_the_hub_as_it_should_be_and_as_it_may_be(server, tmp_path):
     Server.seen.clear()
-    cases = [("ok", SHA256, ""), ("cut", SHA256, ""), ("wrong", "0" * 64, ""),
-             ("gated", None, "ask for access"), ("missing", None, ""), ("ok", SHA256, "")]
+    cases = [("ok", SHA256), ("cut", SHA256), ("wrong", "0" * 64), ("gated", None), ("missing", None),
+             ("ok", SHA256)]
     text, (ok, cut, wrong, gated, missing, again) = hub(server, cases, tmp_path)
     assert ok == cut == again == len(DATA)
     # named and sized, whatever stdout is
@@ -109,7 +109,8 @@ def test_the_hub_as_it_should_be_and_as_it_may_be(server, tmp_path):
     assert any(kind == "cut" and range_ for _, kind, range_, _ in Server.seen)
     assert "sha256" in wrong and "removed" in wrong
     assert not list((tmp_path / "hub/models--o--wrong/blobs").glob("*"))
-    assert "ask for access" in gated and "missing has no file.bin; check the name" in missing
+    assert "request access on https://huggingface.co/o/gated" in gated
+    assert "missing has no file.bin; check the name" in missing
     # the second time from the cache
     assert sum(command == "GET" and kind == "ok" for command, kind, *_ in Server.seen) == 1
     # sent, and nowhere printed
@@ -117,15 +118,15 @@ def test_the_hub_as_it_should_be_and_as_it_may_be(server, tmp_path):
                                                                  *_ in cases}} == {f"Bearer {TOKEN}"}
 
 def test_a_hub_that_is_not_asked_or_does_not_answer(server, tmp_path):
-    case = [("ok", SHA256, "ask for access")]                   # which no failure but a refusal is cause for
+    case = [("ok", SHA256)]
     _, [offline] = hub(server, case, tmp_path, HF_HUB_OFFLINE="1")
     assert "cannot get file.bin" in offline and "local path" in offline
     assert "HF_HUB_OFFLINE" in offline
     _, [proxy] = hub(server, case, tmp_path, HTTP_PROXY="http://127.0.0.1:9",
                      http_proxy="http://127.0.0.1:9", NO_PROXY="", no_proxy="")
     assert "cannot get file.bin" in proxy and "connection, HTTPS_PROXY" in proxy
-    _, [broken] = hub(server, [("broken", None, "ask for access")], tmp_path)
-    assert "try again later" in broken and "ask for access" not in offline + proxy + broken
+    _, [broken] = hub(server, [("broken", None)], tmp_path)
+    assert "try again later" in broken and "request access" not in offline + proxy + broken
     assert not list(tmp_path.rglob("file.bin"))
 
 @pytest.mark.parametrize("problem, words", [
@@ -138,12 +139,12 @@ def test_a_failed_download_names_its_remedy(problem, words, monkeypatch):
         raise problem
     monkeypatch.setattr("huggingface_hub.model_info", fail)
     with pytest.raises(Fail, match=words) as found:
-        hub_file("nobody/nothing", ["x.bin"], access="ask for access")
-    assert "ask for access" not in str(found.value) and "local path" in str(found.value)
+        hub_file("nobody/nothing", ["x.bin"])
+    assert "request access" not in str(found.value) and "local path" in str(found.value)
 
 @pytest.mark.slow
 def test_a_hub_that_is_slow_ends_in_one_line(server, tmp_path):
-    _, [slow] = hub(server, [("slow", SHA256, "")], tmp_path)
+    _, [slow] = hub(server, [("slow", SHA256)], tmp_path)
     assert "cannot get file.bin" in slow and not list(tmp_path.rglob("file.bin"))
 
 @pytest.mark.parametrize("kind, hash8, words", [("ok", SHA256[:8], None), ("ok", "00000000", "hash"),

@@ -271,7 +271,7 @@ def test_a_config_that_contradicts_the_recipe_is_refused(key, value, uni2h, tmp_
 def test_names_of_encoders_and_files_that_are_none(tmp_path):
     with pytest.raises(Fail, match="no such file, nor folder"):
         open_encoder(name="virchow3")
-    with pytest.raises(Fail, match="toy is no paige-ai/Virchow2"):
+    with pytest.raises(Fail, match="does not fit paige-ai/Virchow2"):
         open_encoder("toy", "virchow2")
 
 def test_an_adapter_of_another_encoder_finds_its_recipe_again(small, tmp_path):

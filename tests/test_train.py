@@ -709,7 +709,7 @@ def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch
     assert hub_file("x/y", names).read_bytes() == b"1234"
     assert "downloading config.json" in capsys.readouterr().err
     with pytest.raises(train.Fail, match="x/y has no b; check the name"):
-        hub_file("x/y", ["b"], access="ask for access")
+        hub_file("x/y", ["b"])
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
     from ldm.encoder import open_encoder
