@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm.app import (DTYPES, RANK0, SIGNALS, Fail, Parser, add_options, barrier, check_same, command_line,
-                     cpu_generator, file_sha256, foreign_file, frozen_dtype, join_processes, layout, number,
+from ldm.app import (DTYPES, MAX_SEED, RANK0, SIGNALS, Fail, Parser, add_options, barrier, check_same,
+                     command_line, file_sha256, foreign_file, frozen_dtype, join_processes, layout, number,
                      option, pick_device, progress, rank0_first, read_json, run_program, safe_name, save_csv,
                      save_json, shard)
 from ldm.data import contact_sheet, list_images, load_rgb, resize_crop, save_image, subsample, to_images
@@ -64,7 +64,7 @@ def sample(e, projector, unet, sampling, seeds, z_shape):
     rounding may). The state z is float32, whatever the U-Net is.
     """
     device = projector.null.device
-    generators = [cpu_generator(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.stack([torch.randn(z_shape, generator=g) for g in generators])
                          for _ in range(sampling.steps + 1)])
     noise = noise.pin_memory() if device.type == "cuda" else noise
@@ -157,7 +157,7 @@ def parse_args():
     add("--n", type=number(int, 1), default=1, help="samples per reference")
     add("--mean", action="store_true", help="condition on the mean embedding of all references")
     add("--balance", action="store_true", help="of --split train: fill each class up to the largest")
-    add("--seed", type=number(int, 0, 2 ** 62), default=0,
+    add("--seed", type=number(int, 0, MAX_SEED), default=0,
         help="image i uses seed + i, in the order of references; of --split, of the whole part")
     add_options(parser, Sampling)
     add = parser.add_argument_group("with which model").add_argument

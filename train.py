@@ -4,7 +4,7 @@
     python train.py --data chaoyang/ --rank 4 --tokens 4        # the paper's best configuration
     python train.py --resume runs/chaoyang-512px-r4-t4          # resume; repeating the command does the same
 
-Without --data, or with --sd15 toy, a small base of ours has its own defaults: `toy` in ldm/runs.py, Settings.
+Without --data, or with --sd15 toy, a small base of ours has its own defaults: TOY in ldm/runs.py.
 
 Writes runs/NAME: README.md (a model card), config.json, split.json, log.csv with the validation FID of every
 epoch (Table 4), grids/ of validation samples, adapter.safetensors (the last), adapter-best.safetensors
@@ -26,10 +26,10 @@ import torch
 import torch._functorch.config as functorch_config
 
 from fid import frechet_distance
-from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast, check_same,
-                     command_line, cpu_generator, file_sha256, foreign_file, frozen_dtype, join_processes,
-                     peak_memory, pick_device, progress, rank0_first, run_program, save_csv, save_tensors,
-                     save_text, shard, silence, to_device)
+from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast, check_same, command_line,
+                     file_sha256, foreign_file, frozen_dtype, join_processes, peak_memory, pick_device,
+                     progress, rank0_first, run_program, save_csv, save_tensors, save_text, shard, silence,
+                     to_device)
 from ldm.data import (Cache, contact_sheet, describe_split, hash_files, load_rgb, note_equal_images,
                       read_dataset, save_image, subsample, write_toy_tissue)
 from ldm.encoder import RECIPES, UNI2H, Inception, inception_available, open_encoder
@@ -478,7 +478,7 @@ def build(settings, inputs, device):
     if settings.init and not inputs.started:
         projector = load_adapter(open_adapter(settings.init), unet)
     else:
-        inject(unet, settings.rank, settings.alpha, cpu_generator(settings.seed))
+        inject(unet, settings.rank, settings.alpha, torch.Generator().manual_seed(settings.seed))
         torch.manual_seed(generator(settings.seed, INITIAL).initial_seed())     # for the projector
         projector = build_projector(settings, inputs.encoder.width, unet.context).to(device)
     print(parameter_table(unet, projector))

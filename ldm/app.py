@@ -1,8 +1,7 @@
 """Shared by the programs: clear failures, arguments, atomic files, device and memory, processes, signals.
 
-Under torchrun every process runs the whole program on its shard of the images. Rank 0 writes what a run has
-once; every process writes its own images and cache shards. Without torchrun there is one process, whatever a
-scheduler or another program left in the environment, and the collective functions return their argument.
+Under torchrun every process runs the whole program on its shard of the images; rank 0 writes what a run has
+once. Without torchrun there is one process, and the collective functions return their argument.
 """
 import argparse
 import csv
@@ -22,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import field, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,8 @@ RANK, WORLD = (int(os.environ.get(name) or default) if dist.is_torchelastic_laun
 RANK0 = RANK == 0
 LINE_SECONDS = 60           # between two lines of progress where there is no terminal
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_SEED = 2 ** 31          # torch's generator on the CPU uses the low 32 bits of a seed, here seed + image
+ROOT = Path(__file__).resolve().parents[1]
 sys.modules["ldm.files"] = sys.modules[__name__]        # its former name, for scripts of users
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -49,8 +51,8 @@ def run_program(main):
     if not RANK0:
         silence()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")        # a console without α prints another character for it
+        if hasattr(stream, "reconfigure"):              # a console without α prints another character for it
+            stream.reconfigure(errors="replace")
     SIGNALS.start()
     if WORLD == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
         print("note: WORLD_SIZE is set, but not by torchrun; one process does all", file=sys.stderr)
@@ -70,7 +72,7 @@ def run_program(main):
         sys.exit(code)
 
 def silence():
-    """Print nothing more but failures and announcements of downloads."""
+    """Print only failures and announcements of downloads from now on."""
     sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 class Signals:
@@ -81,7 +83,7 @@ class Signals:
 
     def start(self):
         """Handle both from now on."""
-        self.received, self.deferred, self.kept = 0, False, ""
+        vars(self).clear()
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self._handle)
 
@@ -103,12 +105,12 @@ class Signals:
         do not run: unless a stop is deferred, a signal ends the process."""
         sys.stdout.flush()              # which that end would lose
         kinds = () if self.deferred else (signal.SIGINT, signal.SIGTERM)
-        handlers = [signal.signal(kind, signal.SIG_DFL) for kind in kinds]
+        handlers = {kind: signal.signal(kind, signal.SIG_DFL) for kind in kinds}
         try:
             return function(*args, **kwargs)
         finally:
-            for kind, handler in zip(kinds, handlers):
-                signal.signal(kind, handler)
+            for item in handlers.items():
+                signal.signal(*item)
 
 SIGNALS = Signals()
 
@@ -168,50 +170,30 @@ def number(kind, low, high=10 ** 6):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low} to {high}")
         return value
     return parse
 
-def option(group, default, help, kind=None, low=0, high=10 ** 6, **more):
-    """A dataclass field that is also an argument --name of a program; see `add_options` and `from_saved`.
+def option(group, default, help, low=0, high=10 ** 6, **more):
+    """A dataclass field that is also an argument --name of a program, of the field's type; see `add_options`.
 
-    kind: its type where the default is None; low, high: the range of a number; more: argparse's metavar and
-    choices, and whatever else the dataclass records about its fields.
+    low, high: the range of a number; more: argparse's metavar, choices and nargs.
     """
-    kind = kind or type(default)
-    parse = number(kind, low, high) if kind in (int, float) else kind
-    if default is not None and kind is not bool and "default" not in help:
-        help += f" (default: {default})"
-    return field(default=default, metadata=dict(group=group, help=help, kind=kind, parse=parse, **more))
+    return field(default=default, metadata=dict(group=group, help=help, range=(low, high), more=more))
 
 def add_options(parser, record):
     """Add an argument for each field of a dataclass of options; the result has only those that are given."""
     for title, members in itertools.groupby(fields(record), key=lambda f: f.metadata["group"]):
         group = parser.add_argument_group(title)
         for f in members:
-            m, flag = f.metadata, f"--{f.name.replace('_', '-')}"
-            how = dict(action="store_true") if m["kind"] is bool else dict(type=m["parse"])
-            how |= {key: m[key] for key in ("help", "metavar", "choices", "nargs") if key in m}
-            group.add_argument(flag, default=argparse.SUPPRESS, **how)
-
-def from_saved(record, values):
-    """A dataclass of options from the values in a JSON file; a missing one has its default.
-
-    Raises ValueError for an unknown name, and for a value that the argument would not accept.
-    """
-    options = {f.name: f for f in fields(record)}
-    for name, value in values.items():
-        if name not in options:
-            raise ValueError(f"the setting {name} is unknown")
-        m = options[name].metadata
-        try:
-            right = isinstance(value, bool) if m["kind"] is bool else m["parse"](str(value)) == value
-        except argparse.ArgumentTypeError:
-            right = False
-        if not (right and value in m.get("choices", [value]) or value is options[name].default is None):
-            raise ValueError(f"the setting {name} is {value!r}")
-    return record(**values)
+            kind, help = (*get_args(f.type), f.type)[0], f.metadata["help"]         # str of str | None
+            how = dict(action="store_true") if kind is bool else dict(type=kind)
+            if kind in (int, float):
+                how["type"] = number(kind, *f.metadata["range"])
+            if kind is not bool and f.default is not None:
+                help += f" (default: {f.default})"
+            flag = f"--{f.name.replace('_', '-')}"
+            group.add_argument(flag, default=argparse.SUPPRESS, help=help, **how, **f.metadata["more"])
 
 def safe_name(text):
     """A file name valid on every system: letters of any alphabet, digits, ".-_"; at most 150 bytes."""
@@ -233,19 +215,16 @@ def progress(*args, **kwargs):
 
 def call(program, *args):
     """Run one of our programs in its own process -> its exit code. Stopping this one stops it."""
-    script = Path(__file__).resolve().parents[1] / program
     alone = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC") and k != "WORLD_SIZE"}
-    child = subprocess.Popen([sys.executable, str(script), *map(str, args)], env=alone)
-    try:
-        return child.wait()
-    finally:
-        child.terminate()       # no effect on a program that has ended
-        child.wait()
+    with subprocess.Popen([sys.executable, str(ROOT / program), *map(str, args)], env=alone) as child:
+        try:
+            return child.wait()
+        finally:
+            child.terminate()       # no effect on a program that has ended
 
 def command_line(program, *args):
     """The command that calls one of our programs from where the user is, quoted for the shell."""
-    root = Path(__file__).resolve().parents[1]
-    script = program if root == Path.cwd() else root / program
+    script = program if Path.cwd() == ROOT else ROOT / program
     return shlex.join(["python", str(script), *map(str, args)])
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -341,12 +320,6 @@ def pick_device(name="auto"):
     except (RuntimeError, AssertionError) as problem:
         raise Fail(f"--device {name} cannot be used here: {first_line(problem)}") from None
 
-def cpu_generator(seed):
-    """A generator on the CPU. torch's uses the low 32 bits of a seed: a larger one is hashed to 32 bits."""
-    if seed >= 2 ** 32:
-        seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4])
-    return torch.Generator().manual_seed(seed)
-
 def frozen_dtype(device, name="auto", width=320):
     """The dtype of the frozen U-Net: `name`, or the device's fastest. width: of its first level.
 
@@ -373,11 +346,9 @@ def peak_memory(device):
     """Peak in GB (1e9 bytes): allocated on the GPU, or resident on the CPU (0 where it is not reported)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:        # Linux; getrusage would include the parent process's peak
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-    except (OSError, IndexError):
-        return 0.0
+    status = Path("/proc/self/status")      # Linux; getrusage would include the parent process's peak
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 / 1e9 if found else 0.0
 
 # ---- one process or many -------------------------------------------------------------------------
 

@@ -418,7 +418,7 @@ def read_split(path, patches):
     """Read and check a split file against the dataset."""
     if not Path(path).exists():
         raise Fail(f"--split {path}: no such file; pass paper, official, or a split.json")
-    with foreign_file(path, "is no split of these patches", "list names under train, val and test"):
+    with foreign_file(path, "is no split of these patches", "pass their --data, or another --run or --split"):
         split = json.loads(Path(path).read_bytes())
         split = {part: [*split[part]] for part in PROPORTIONS}
         names = [name for part in split.values() for name in part]

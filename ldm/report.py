@@ -28,7 +28,7 @@ from .data import contact_sheet, load_rgb, resize_crop, save_image, subsample, t
 from .app import (Fail, Parser, call, file_sha256, number, pick_device, read_csv, run_program, save_csv,
                   save_text)
 from .encoder import Inception, inception_available, open_encoder
-from .runs import best_epoch, model_card, name_references, patches_of, read_settings
+from .runs import best_epoch, model_card, name_references, patches_of, read_settings, unfinished
 from .weights import TensorFile, load_vae, open_sd15
 
 SWEEP = [f"{1 + k / 10:.1f}" for k in range(11)]        # Table 5
@@ -255,9 +255,7 @@ def table6(out):
     for row in ROWS:
         folder = row_folder(out, row)
         log, settings = read_csv(folder / "log.csv"), read_settings(folder)
-        if not log or settings is None:
-            continue
-        if int(log[-1]["epoch"]) < settings.epochs and int(log[-1]["step"]) != settings.max_steps:
+        if settings is None or unfinished(folder):
             continue
         first = first or settings
         for name in set(settings.differing(first)) - {*FACTORS, "alpha"}:

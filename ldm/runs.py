@@ -4,81 +4,76 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from .app import (DTYPES, RANK0, WORLD, Fail, Parser, add_options, file_sha256, foreign_file, from_saved,
+from .app import (DTYPES, MAX_SEED, RANK0, WORLD, Fail, Parser, add_options, file_sha256, foreign_file,
                   option, read_csv, read_json, safe_name, save_json)
-from .data import PROPORTIONS, make_split, read_dataset, read_split, subsample
+from .data import make_split, read_dataset, read_split, subsample
 from .weights import BUILT_IN, SD15, TensorFile
 
 TOY_DATA = "toy-tissue"     # the --data that is drawn, in a folder of this name beside the run
+# The defaults of a run on the toy base. Of its few validation images a FID every epoch is noise.
+TOY = dict(data=TOY_DATA, sd15="toy", uni2h="toy", size=64, hidden=256, lr=5e-3, lr_ratio=1.0, epochs=24,
+           val_every=12)
 FEW = 10                    # among fewer validation images chance chooses: the best adapter is the last
+# Settings that may differ on resume (of files the hashes must agree), and those not taken over from the run
+MAY_DIFFER = {"data", "sd15", "vae", "encoder", "uni2h", "micro_batch", "inception", "run", "dtype"}
+THIS_CALL = {"device", "no_compile", "quiet"}
 DATA, MODEL, TRAINING, VALIDATION, RUN = "data and weights", "model", "training", "validation", "run"
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run. The defaults are the paper's; `toy` is the default where the base is "toy".
-
-    on_resume: whether a resumed run may have another value: "same" (the default), "free", or "this call" (not
-    taken from the run). A setting that an older config.json lacks has its default.
-    """
+    """All settings of a run. The defaults are the paper's; what an old config.json lacks has its default."""
     data: str | None = option(DATA, None, "patches.csv, or train.json and test.json as in Chaoyang, or a "
-                              "folder per class, or images (default: toy tissue)", kind=str, metavar="DIR",
-                              on_resume="free", toy=TOY_DATA)
+                              "folder per class, or images (default: toy tissue)", metavar="DIR")
     case: str | None = option(DATA, None, "what finds the case in a patch's name, in group 1 (default: see "
-                              "README)", kind=str, metavar="REGEX")
+                              "README)", metavar="REGEX")
     split: str = option(DATA, "paper", "paper (pooled, by case, 5398:387:375), official, or a file")
-    sd15: str = option(DATA, SD15, "Diffusers folder, CompVis file, hub repository, or toy", metavar="PATH",
-                       on_resume="free", toy="toy")
+    sd15: str = option(DATA, SD15, "Diffusers folder, CompVis file, hub repository, or toy", metavar="PATH")
     vae: str | None = option(DATA, None, "another VAE: folder, file or hub repository (default: the base's)",
-                             kind=str, metavar="PATH", on_resume="free")
+                             metavar="PATH")
     encoder: str | None = option(DATA, None, "uni2-h, h-optimus-0, h-optimus-1, virchow2, prov-gigapath, or "
                                  "a folder or repository with timm's config.json (default: uni2-h)",
-                                 kind=str, metavar="NAME", on_resume="free")
+                                 metavar="NAME")
     uni2h: str | None = option(DATA, None, "the encoder's weights: folder, file, hub repository, or toy "
-                               "(default: its repository)", kind=str, metavar="PATH", on_resume="free",
-                               toy="toy")
-    size: int = option(DATA, 512, "side of the images in pixels", low=8, high=8192, toy=64)
-    limit: int | None = option(DATA, None, "use at most N images of each part", kind=int, low=1, metavar="N")
+                               "(default: its repository)", metavar="PATH")
+    size: int = option(DATA, 512, "side of the images in pixels", low=8, high=8192)
+    limit: int | None = option(DATA, None, "use at most N images of each part", low=1, metavar="N")
     rank: int = option(MODEL, 8, "r of LoRA", low=1, high=4096)
-    alpha: float | None = option(MODEL, None, "α of LoRA (default: the rank)", kind=float, low=1e-6)
+    alpha: float | None = option(MODEL, None, "α of LoRA (default: the rank)", low=1e-6)
     tokens: int = option(MODEL, 4, "condition tokens n_c", low=1, high=4096)
-    hidden: int = option(MODEL, 1024, "width d_h of the projector", low=1, high=65536, toy=256)
+    hidden: int = option(MODEL, 1024, "width d_h of the projector", low=1, high=65536)
     depth: int = option(MODEL, 2, "linear layers of the projector, 2 or 3", low=2, high=3)
     token_norm: bool = option(MODEL, False, "LayerNorm on the tokens (another reading of Table 2)")
-    lr: float = option(TRAINING, 5e-5, "learning rate of LoRA", toy=5e-3)
-    lr_ratio: float = option(TRAINING, 10.0, "projector's learning rate over LoRA's", toy=1.0)
+    lr: float = option(TRAINING, 5e-5, "learning rate of LoRA")
+    lr_ratio: float = option(TRAINING, 10.0, "projector's learning rate over LoRA's")
     cfg_drop: float = option(TRAINING, 0.1, "p of the null embedding, per image", high=1)
-    epochs: int = option(TRAINING, 12, "passes over the training images", low=1, toy=24)
+    epochs: int = option(TRAINING, 12, "passes over the training images", low=1)
     batch: int = option(TRAINING, 16, "images per step", low=1)
-    micro_batch: int | None = option(TRAINING, None, "images per pass (default: what fits the GPU)", kind=int,
-                                     low=1, on_resume="free")
-    max_steps: int | None = option(TRAINING, None, "stop then, on a schedule of this length", kind=int, low=1)
-    seed: int = option(TRAINING, 0, "of everything random except the split", high=2 ** 63)
-    init: str | None = option(TRAINING, None, "adapter to start from, on a new schedule", kind=str)
-    val_samples: int | None = option(VALIDATION, None, "images to sample for FID (default: all)", kind=int)
-    # Of the toy's few validation images a FID every epoch is noise: sampled in the middle and at the end.
-    val_every: int = option(VALIDATION, 1, "sample every Kth epoch, and the last", low=1, metavar="K", toy=12)
+    micro_batch: int | None = option(TRAINING, None, "images per pass (default: what fits the GPU)", low=1)
+    max_steps: int | None = option(TRAINING, None, "stop then, on a schedule of this length", low=1)
+    seed: int = option(TRAINING, 0, "of everything random except the split", high=MAX_SEED)
+    init: str | None = option(TRAINING, None, "adapter to start from, on a new schedule")
+    val_samples: int | None = option(VALIDATION, None, "images to sample for FID (default: all)")
+    val_every: int = option(VALIDATION, 1, "sample every Kth epoch, and the last", low=1, metavar="K")
     val_cfg: float = option(VALIDATION, 1.5, "their guidance", metavar="W")
     val_steps: int = option(VALIDATION, 30, "their denoising steps", low=1, high=999, metavar="N")
     features: str | None = option(VALIDATION, None, "of the FID (default: inception, or encoder where "
-                                  "Inception's weights are not available)", kind=str,
-                                  choices=("inception", "encoder"))
-    inception: str | None = option(VALIDATION, None, "pytorch-fid's weights (default: torch.hub's cache)",
-                                   kind=str, on_resume="free")
-    run: str | None = option(RUN, None, "its folder (default: under runs/)", kind=str, on_resume="free")
-    device: str = option(RUN, "auto", "cuda, mps or cpu", on_resume="this call")
-    dtype: str = option(RUN, "auto", "of the U-Net; auto: the device's fastest", choices=DTYPES,
-                        on_resume="free")
-    no_compile: bool = option(RUN, False, "do not torch.compile (done on CUDA only)", on_resume="this call")
-    quiet: bool = option(RUN, False, "print failures only", on_resume="this call")
+                                  "Inception's weights are not available)", choices=("inception", "encoder"))
+    inception: str | None = option(VALIDATION, None, "pytorch-fid's weights (default: torch.hub's cache)")
+    run: str | None = option(RUN, None, "its folder (default: under runs/)")
+    device: str = option(RUN, "auto", "cuda, mps or cpu")
+    dtype: str = option(RUN, "auto", "of the U-Net; auto: the device's fastest", choices=DTYPES)
+    no_compile: bool = option(RUN, False, "do not torch.compile (done on CUDA only)")
+    quiet: bool = option(RUN, False, "print failures only")
 
     def differing(self, other):
         """Names of the settings that differ and must not, in comparable runs or a run and its resumption."""
-        same = [f.name for f in fields(self) if f.metadata.get("on_resume", "same") == "same"]
-        return [name for name in same if getattr(self, name) != getattr(other, name)]
+        return [name for name, value in vars(self).items()
+                if name not in MAY_DIFFER | THIS_CALL and value != getattr(other, name)]
 
 def parse_settings(description):
     """The command line of train.py -> (Settings, whether --resume was given, whether --parameters was).
@@ -94,9 +89,7 @@ def parse_settings(description):
     resume, parameters, values = given.pop("resume"), given.pop("parameters"), {}
     for name in {"data", "sd15", "vae", "encoder", "uni2h", "split", "init", "inception"} & given.keys():
         path = os.path.abspath(os.path.expanduser(given[name]))
-        built_in = name in ("sd15", "uni2h") and given[name] in BUILT_IN
-        found = os.path.isfile(path) or (name != "split" and os.path.isdir(path))
-        if name == "data" or (found and not built_in):
+        if name == "data" or (os.path.exists(path) and given[name] not in {*BUILT_IN, "paper", "official"}):
             given[name] = path
     if resume:
         if "run" in given:
@@ -104,10 +97,10 @@ def parse_settings(description):
         saved = read_settings(resume)
         if saved is None:
             raise Fail(f"--resume {resume}: it is not a run of train.py")
-        values = asdict(saved) | {"run": resume}
-        values |= {f.name: f.default for f in fields(Settings) if f.metadata.get("on_resume") == "this call"}
+        values = {name: value for name, value in vars(saved).items() if name not in THIS_CALL}
+        values["run"] = resume
     elif given.get("sd15") == "toy" or not (parameters or {"sd15", "data"} & given.keys()):
-        values = {f.name: f.metadata["toy"] for f in fields(Settings) if "toy" in f.metadata}
+        values = TOY
     s = Settings(**values | given)
     if s.data is None and not parameters:
         raise Fail("pass --data with a folder of patches; only the toy base (--sd15 toy) has its own")
@@ -123,7 +116,6 @@ class Lock:
 
     There is no lock on Windows, which lacks flock, nor on a file system that refuses it.
     """
-
     handle = None
 
     def __init__(self, folder):
@@ -142,13 +134,22 @@ class Lock:
 
 def read_settings(folder):
     """The Settings of the run in a folder, or None where there is no run of train.py."""
-    path = Path(folder) / "config.json"
+    path, parser = Path(folder) / "config.json", Parser("")
     values = read_json(path).get("args")
     if not isinstance(values, dict):
         return None
     values.pop("parameters", None)          # which older versions saved
-    with foreign_file(path, "is damaged or of another version", "restore it, or pass another --run"):
-        return from_saved(Settings, values)
+    add_options(parser, Settings)           # as arguments they are checked as those are
+    arguments = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
+                 for name, value in values.items() if value != getattr(Settings, name, None)]
+    try:
+        settings = Settings(**vars(parser.parse_args(arguments)))
+        if asdict(settings) == asdict(settings) | values:
+            return settings
+        problem = "a setting is of another type"
+    except Fail as cause:
+        problem = cause
+    raise Fail(f"{path} is damaged or of another version ({problem}); restore it, or pass another --run")
 
 def check_or_create(folder, settings, sha256):
     """Check that the run in this folder has these settings and hashes, or make the folder a run of these.
@@ -172,24 +173,21 @@ def check_or_create(folder, settings, sha256):
     pairs = [(name, getattr(saved, name), getattr(settings, name)) for name in settings.differing(saved)]
     pairs += [(name, config["sha256"].get(name), value) for name, value in sha256.items()]
     for name, was, now in pairs:
-        if was != now and name == "images":
-            raise Fail(f"{folder} is a run on other images (of {saved.data}); pass another --run")
         if was != now:
+            what = f"images of {saved.data}" if name == "images" else name.replace("_", "-")
             remedy = "pass another --run"
             if name in ("epochs", "max_steps"):
                 remedy = ("its learning rate falls to 0 at that end. To train on, start a new run from its "
                           f"adapter: --init {folder}/adapter.safetensors --run NEW")
-            raise Fail(f"{folder} is a run with {name.replace('_', '-')} {was}, not {now}; {remedy}")
+            raise Fail(f"{folder} is a run with {what} {was}, not {now}; {remedy}")
 
 def environment():
     """The versions that made a run: {name: version}; git: the commit, "-dirty" where tracked files differ."""
     found = dict(python=platform.python_version(), platform=platform.platform(), processes=WORLD)
     found |= {name: version(name) for name in ("torch", "timm", "safetensors", "numpy", "pillow")}
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
+    with suppress(OSError):                 # it is not installed
         found["git"] = subprocess.run([*git, "--exclude", "*"], capture_output=True, text=True).stdout.strip()
-    except OSError:                         # it is not installed
-        pass
     return found
 
 def split_of_run(folder, patches, how, started):
@@ -197,14 +195,8 @@ def split_of_run(folder, patches, how, started):
     path = folder / "split.json"
     if started and not path.exists():
         raise Fail(f"{path} of this run is missing; restore it, or pass another --run")
-    with foreign_file(path, "is not of these images", "pass another --run, or the --data of this one"):
-        names = {name for part in PROPORTIONS for name in read_json(path).get(part, ())}
-        if strangers := names - {p.name for p in patches}:
-            raise ValueError(f"{min(strangers)} is not among them")
     saved = read_split(path, patches) if path.exists() else None
-    if started:
-        return saved
-    split = make_split(patches, how)
+    split = saved if started else make_split(patches, how)
     if saved not in (None, split):
         raise Fail(f"{path} exists and is not the split that --split {how} asks for; to use it, pass --split "
                    f"{path}, else remove it")
@@ -212,40 +204,36 @@ def split_of_run(folder, patches, how, started):
 
 # ---- finding runs, patches and samples ---------------------------------------------------------------
 
-def _unfinished(folder):
+def unfinished(folder):
     """"epoch 3 of 12" for a run that is training or was interrupted, else ""."""
-    try:
-        settings, log = read_settings(folder), read_csv(folder / "log.csv")
-        last = {"epoch": 0, "step": 0} | (log[-1] if log else {})
+    settings, path = read_settings(folder), folder / "log.csv"
+    with foreign_file(path):
+        last = (read_csv(path) or [dict(epoch=0, step=0)])[-1]
         if settings and int(last["epoch"]) < settings.epochs and int(last["step"]) != settings.max_steps:
             return f"epoch {last['epoch']} of {settings.epochs}"
-    except (Fail, ValueError):          # it is damaged: said where it is used
-        pass
     return ""
 
 def newest_run():
     """The folder under runs/ whose adapter was written last, of the finished ones if there are any, or None.
 
-    Where the newest of all is not finished a line says so.
+    Says which newer ones are not finished.
     """
     found = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: -path.stat().st_mtime)
-    folders = [path.parent for path in found] or [None]
-    run = next((folder for folder in folders if folder and not _unfinished(folder)), folders[0])
-    if run and (left := _unfinished(folders[0])) and RANK0:
-        print(f"{folders[0]} is not finished ({left}); using {run}", file=sys.stderr)
-    return run
+    for path in found:
+        if not (left := unfinished(path.parent)):
+            return path.parent
+        if RANK0:
+            print(f"note: {path.parent} is not finished ({left})", file=sys.stderr)
+    return found[0].parent if found else None
 
 def find(paths, run=None):
-    """The paths; or, where none exists and the run (default: the newest) has all, those, announced."""
+    """The paths; or, where none exists and the run (default: the newest) has one, those in it, announced."""
     paths = [Path(os.path.expanduser(path)) for path in paths]
     if any(path.exists() or path.is_absolute() for path in paths) or not (run := run or newest_run()):
         return paths
     inside = [Path(run) / path for path in paths]
-    missing = [path for path, other in zip(paths, inside) if not other.exists()]
-    if len(missing) == len(paths):
+    if not any(path.exists() for path in inside):
         return paths
-    if missing:
-        raise Fail(f"{missing[0]} is neither here nor in {run}")
     if RANK0:
         print(f"using {', '.join(map(str, inside))}", file=sys.stderr)
     return inside
@@ -297,8 +285,8 @@ def parameter_table(unet, projector):
     rows = [("Component", "Parameters", "Share")]
     for name, n in parts.items():
         rows.append((name, f"{n:,}", f"{n / total:.1%}" if n / total >= 0.001 else "<0.1%"))
-    rows += [("Stable Diffusion backbone (frozen)", f"{frozen:,}", "")]
-    rows += [("Trainable/backbone", "", f"{total / frozen:.2%}")]
+    rows += [("Stable Diffusion backbone (frozen)", f"{frozen:,}", ""),
+             ("Trainable/backbone", "", f"{total / frozen:.2%}")]
     return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in rows)
 
 CARD = """---
@@ -324,7 +312,7 @@ check `python -m ldm.report` (memorisation) before you share it.
 
 ## Data and training
 
-`{data}`, {size} px; {how}; {shared}.{limit}
+`{data}`, {size} px; {how}; {shared}.
 
 | part | cases | patches | classes |
 |---|---|---|---|
@@ -340,11 +328,6 @@ Hashes (sha256) of the weights' tensors and of all image files: {sha256}
 
 {licence}
 """
-BEST = """the same with the lowest {what}
-  on {n} validation patches: **{value:.4g}**, epoch {epoch} of {epochs} ({tried} were measured)."""
-LAST = """the same after the last measured epoch, {epoch} of {epochs}, as {n} validation
-  patches are too few to choose by ({what}: **{value:.4g}**)."""
-
 def model_card(folder):
     """The text of README.md for a run that has finished an epoch."""
     settings, config = read_settings(folder), read_json(folder / "config.json")
@@ -352,12 +335,11 @@ def model_card(folder):
     header = TensorFile(folder / "adapter.safetensors").header
     terms = dict(sd15="openrail-m", uni2h=header.get("encoder_licence", "cc-by-nc-nd-4.0"))
     terms = "-and-".join(name for key, name in terms.items() if getattr(settings, key) not in BUILT_IN)
-    text = CARD.format(**asdict(settings) | dict(
+    text = CARD.format(**asdict(settings) | log[-1] | dict(
         name=folder.name, base=public_name(settings.sd15), encoder=header["encoder"],
         terms=f"license: other\nlicense_name: {terms}" if terms else "license: mit",
         best=_describe_best(folder, settings, split, log), **_describe_data(settings, split),
         lr_projector=settings.lr * settings.lr_ratio, licence=header["licence"],
-        **{key: log[-1][key] for key in ("step", "epoch", "minutes")},
         command=shlex.join(["python", *map(public_name, config["command"])]),
         environment=", ".join(f"{k} {v}" for k, v in config["environment"].items() if v),
         sha256=", ".join(f"{k} {v[:16]}" for k, v in config["sha256"].items())))
@@ -381,9 +363,11 @@ def _describe_best(folder, settings, split, log):
     sampling = f"guidance {settings.val_cfg:g}, {settings.val_steps} steps"
     what = {"val_loss": "noise prediction loss", "fid": f"FID (Inception, resize pytorch-fid, {sampling})",
             "fid_encoder": f"Fréchet distance of the encoder's features (no FID, not comparable; {sampling})"}
-    text, best = (LAST, tried[-1]) if n < FEW else (BEST, best)
-    return text.format(what=what[column], n=n, value=float(best[column]), epoch=best["epoch"],
-                       epochs=settings.epochs, tried=len(tried))
+    row, why = best, f"the lowest of {len(tried)}"
+    if n < FEW:
+        row, why = tried[-1], "the last, as these are too few to choose by"
+    return (f"the same after epoch {row['epoch']} of {settings.epochs}; {what[column]}\n  on {n} validation "
+            f"patches: **{float(row[column]):.4g}**, {why}.")
 
 def _describe_data(settings, split):
     rows = [(part, split["cases"][part], sum(of.values()), ", ".join(f"{k} {n}" for k, n in of.items()))
@@ -393,7 +377,6 @@ def _describe_data(settings, split):
         shared = "which patches share a case is unknown"
     how = {"paper": "pooled, then split by case",
            "official": "the dataset's own test part, the validation part taken from the rest by case"}
-    limit = f" At most {settings.limit} patches of train and of val are used." if settings.limit else ""
-    return dict(data=Path(settings.data).name, shared=shared, limit=limit,
+    return dict(data=Path(settings.data).name, shared=shared,
                 how=how.get(settings.split, f"split as in `{Path(settings.split).name}`"),
                 counts="\n".join("| {} | {} | {} | {} |".format(*row) for row in rows))
