@@ -35,13 +35,11 @@ from ldm.weights import TensorFile, load_unet, load_vae, open_sd15
 from lora import fold, load_adapter, load_projector, open_adapter
 
 COMPILE_FROM = 100          # images; compiling for fewer takes longer than it saves
+STORED = ".npy, .npz, .csv, .pt or .safetensors"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled. A new option is a field here and its use in `sample`.
-
-    The rest follows: its argument, the PNG's text, the check that an --out holds samples of one kind.
-    """
+    """How images are sampled; also the program's arguments, the PNG's text, and the kind of an --out."""
     cfg: float = option("how to sample", 1.3, "guidance scales w", metavar="W", nargs="+")
     steps: int = option("how to sample", 30, "denoising steps", low=1, high=999)
 
@@ -58,10 +56,9 @@ def guide(eps_null, eps_c, w):
 
 @torch.no_grad()
 def sample(e, projector, unet, sampling, seeds, z_shape):
-    """Algorithm 2: embeddings e (B, d_e), Sampling, a seed per image, z_shape (4, h, w) -> z_0.
+    """Algorithm 2: embeddings e (B, d_e) of references (line 1), Sampling, seeds, z_shape (4, h, w) -> z_0.
 
-    e is the encoder's output for the references (line 1). An image's noise does not depend on its batch (its
-    rounding may). The state z is float32, whatever the U-Net is.
+    An image's noise does not depend on its batch (its rounding may). z is float32, whatever the U-Net is.
     """
     device = projector.null.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -101,16 +98,15 @@ def latent_shape(unet, vae, size):
 # ---- images ------------------------------------------------------------------------------------------
 
 # What images are made with, `batch` at a time. full_batches: fill up the last one, for a compiled U-Net.
-# adapter: its sha256, for provenance; files: of the weights, for a message.
-Model = namedtuple("Model", "unet projector vae z_shape batch full_batches adapter files",
-                   defaults=("in training", "the weights"))
+# adapter: its sha256, for provenance.
+Model = namedtuple("Model", "unet projector vae z_shape batch full_batches adapter")
 # An image to make: its file, the name of its reference, its seed and its Sampling.
 Job = namedtuple("Job", "path reference seed sampling")
 
 def make_images(model, jobs, e):
     """Sample and write an image for each of the jobs; e[reference]: embedding (d_e,) of a reference.
 
-    A batch has one Sampling. Several processes share whole batches: in another batch an image may round
+    Several processes share whole batches, each of one Sampling: in another batch an image may round
     differently. PNGs are written while the next batch is computed. Fails where an image is not finite.
     """
     def write(job, image):
@@ -129,7 +125,7 @@ def make_images(model, jobs, e):
             x = decode(model.vae, z0[:len(part)])
             list(written)               # raises what went wrong
             if not x.isfinite().all():
-                raise Fail(f"{part[0].path} or another of its batch is not finite; check {model.files}")
+                raise Fail(f"{part[0].path} or one of its batch is not finite; check adapter and weights")
             written = writer.map(write, part, to_images(x))
             bar.update(len(part))
         list(written)
@@ -150,15 +146,13 @@ def parse_args():
     source, add = add.add_mutually_exclusive_group(required=True).add_argument, add.add_argument
     source("--ref", nargs="+", metavar="PATH", help="images or folders of them; also looked for in the run")
     source("--split", choices=("train", "val", "test"), help="or every patch of this part of the run's split")
-    source("--embedding", type=Path, metavar="FILE",
-           help="or embeddings (n, d) of its encoder: .npy, .npz, .csv, .pt or .safetensors")
+    source("--embedding", type=Path, metavar="FILE", help=f"or embeddings (n, d) of its encoder: {STORED}")
     add("--label", nargs="+", metavar="CLASS", help="of --split, only patches of these classes")
     add("--limit", type=number(int, 1), metavar="N", help="of --split, N patches at most")
     add("--n", type=number(int, 1), default=1, help="samples per reference")
     add("--mean", action="store_true", help="condition on the mean embedding of all references")
     add("--balance", action="store_true", help="of --split train: fill each class up to the largest")
-    add("--seed", type=number(int, 0, MAX_SEED), default=0,
-        help="image i uses seed + i, in the order of references; of --split, of the whole part")
+    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="image i of the whole part has seed + i")
     add_options(parser, Sampling)
     add = parser.add_argument_group("with which model").add_argument
     add("--run", metavar="DIR", help="a run, its best adapter (default: the newest in runs/)")
@@ -171,8 +165,7 @@ def parse_args():
     add("--batch", type=number(int, 1), default=16, help="images at a time (changes rounding)")
     add("--out", type=Path, metavar="DIR", help="default: samples/stepN[-SPLIT] beside the adapter")
     add("--dtype", choices=DTYPES, default="auto", help="of the U-Net (changes rounding)")
-    add("--no-compile", action="store_true", help="do not torch.compile the U-Net (compiled on CUDA, from "
-        f"{COMPILE_FROM} images on)")
+    add("--no-compile", action="store_true", help=f"no torch.compile (on CUDA from {COMPILE_FROM} images)")
     add("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
     if not args.split and (args.label or args.limit):
@@ -267,9 +260,9 @@ def find_references(args, settings, adapter):
 
 def read_embeddings(path, width):
     """The one array (n, width) or (width,) of finite floating-point numbers in a file -> (n, width)."""
-    with foreign_file(path, "holds no embeddings", "pass .npy, .npz, .csv, .pt or .safetensors"):
-        if not path.is_file():          # a pipe would block
-            raise Fail(f"--embedding {path}: no such file")
+    if not path.is_file():          # a pipe would block
+        raise Fail(f"--embedding {path}: no such file")
+    with foreign_file(path, "holds no embeddings", f"pass {STORED}"):
         if path.suffix.lower() in (".npy", ".npz"):
             found = np.load(path, mmap_mode="r")        # a false shape takes no memory
         elif path.suffix.lower() == ".csv":
@@ -311,32 +304,34 @@ def read_samples(out, guard, folders):
     """
     saved = read_json(out / "samples.json")
     before = asdict(Sampling()) | saved                     # an option that it lacks had its default
-    other = [key.removesuffix("_sha256") for key, value in guard.items() if before.get(key) != value]
-    inside = [folder for folder in folders if folder and os.path.isdir(folder)
-              and out.resolve().is_relative_to(Path(folder).resolve())]
-    problem = (f"is inside {inside[0]}, where its images would be taken for patches" if inside else
-               "holds other files and no samples.json" if not saved and any(out.glob("[!.]*")) else
-               f"holds samples with another {other[0]}" if saved and other else "")
-    if problem:
-        raise Fail(f"--out {out} {problem}; pass another --out")
+    problems = [f"is inside {folder}, where its images would be taken for patches" for folder in folders
+                if folder and os.path.isdir(folder) and out.resolve().is_relative_to(Path(folder).resolve())]
+    if saved:
+        problems += [f"holds samples with another {key.removesuffix('_sha256')}"
+                     for key in guard if before.get(key) != guard[key]]
+    elif any(out.glob("[!.]*")):
+        problems.append("holds other files and no samples.json")
+    if problems:
+        raise Fail(f"--out {out} {problems[0]}; pass another --out")
     return saved.get("references", {})
 
 def open_files(args, settings, adapter):
     """-> U-Net and VAE (TensorFiles), Encoder (None with --embedding). Fails if trained with others."""
     header = adapter.header
+    recorded = dict(sd15=header["base"], vae=header.get("vae"), uni2h=header["encoder"],
+                    encoder=header.get("encoder_recipe"))
+    was = vars(settings) if settings else recorded
     with rank0_first():             # it downloads what is missing
-        unet_file, vae_file = open_sd15(args.sd15 or (settings.sd15 if settings else header["base"]),
-                                        args.vae or (settings.vae if settings else header.get("vae") or None))
-        source = args.uni2h or (settings.uni2h if settings else header["encoder"])
-        recipe = settings.encoder if settings else header.get("encoder_recipe")
-        encoder = None if args.embedding else open_encoder(source, recipe)
-    for file, key in ((unet_file, "base_sha256"), (vae_file, "vae_sha256")):
-        if not args.other_base and file.fingerprint() != header[key]:
-            raise Fail(f"{file.path} is of another base than the one {adapter.path} was trained on "
-                       f"({header['base']}); pass that one with --sd15, or --other-base to use this one")
-    if encoder and encoder.fingerprint() != header["encoder_sha256"]:
-        raise Fail(f"{encoder.file.path} is not the encoder that the adapter was trained with "
-                   f"({header['encoder']}); pass that one with --uni2h")
+        unet_file, vae_file = open_sd15(args.sd15 or was["sd15"], args.vae or was["vae"] or None)
+        encoder = None if args.embedding else open_encoder(args.uni2h or was["uni2h"], was["encoder"])
+    files = {"base": unet_file, "vae": vae_file, "encoder": encoder}
+    for part, file in files.items():
+        own = part != "encoder"         # --other-base accepts it
+        if not file or (own and args.other_base) or file.fingerprint() == header[f"{part}_sha256"]:
+            continue
+        remedy = "pass it with --sd15 or --vae, or --other-base" if own else "pass it with --uni2h"
+        was = header.get(part) or header["base"]
+        raise Fail(f"{adapter.path} was trained with another {part} ({was}); {remedy}")
     return unet_file, vae_file, encoder
 
 def load_model(unet_file, vae_file, adapter, device, batch, compiled, dtype="auto"):
@@ -348,8 +343,7 @@ def load_model(unet_file, vae_file, adapter, device, batch, compiled, dtype="aut
     unet = fold(unet).to(dtype, memory_format=layout(device, dtype))
     if compiled:
         unet = torch.compile(unet, dynamic=False, fullgraph=True)
-    return Model(unet, projector, vae, z_shape, batch, full_batches=compiled,
-                 adapter=file_sha256(adapter.path), files=f"{adapter.path} and {unet_file.path}")
+    return Model(unet, projector, vae, z_shape, batch, compiled, file_sha256(adapter.path))
 
 def write_labels(out, labels, adapter_sha256):
     """labels.csv: a row for each sample in OUT, of any call, by its path. labels: {folder: class}."""

@@ -14,13 +14,14 @@ holds the outputs of the frozen encoders.
 import hashlib
 import json
 import math
-import os
 import shutil
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import harmonic_mean
 
 import torch
 import torch._functorch.config as functorch_config
@@ -45,12 +46,13 @@ from sample import Job, Model, Sampling, latent_shape, make_images, write_real
 DROPOUT = 0.05                          # of the projector's hidden units
 MAX_GRAD_NORM = 1.0                     # the paper names none; the default of Diffusers' scripts
 SAVE_SECONDS = 300
-# Share of a compiled step's activations that is kept for the backward pass; the rest is recomputed. SD1.5 at
-# batch 16, 512 px: 5.3 GiB instead of 10.5, for 8.7 % more FLOPs (tests/test_speed.py).
+# Share of a compiled step's activations kept for the backward pass, the rest being recomputed. SD1.5 at batch
+# 16, 512 px: 5.3 GiB instead of 10.5, for 8.7 % more FLOPs (tests/test_speed.py).
 MEMORY_BUDGET = 0.5
 # Numbers that a step holds at its peak, per image, position of the latent and channel of the first level: 120
 # with checkpointing (counted: `python tests/bench.py memory`), more compiled.
 ACTIVATIONS = 170
+MOMENTS = "exp_avg", "exp_avg_sq"       # of AdamW
 LOSS_SCALE = 2.0 ** 16                  # for float16, whose smallest number is 6e-8: the gradients' factor
 
 def learning_rate_factor(step, warm_up, total):
@@ -64,7 +66,7 @@ def learning_rate_factor(step, warm_up, total):
 STEP, ORDER, VALIDATION, INITIAL = range(4)
 
 def generator(*key):
-    """A CPU generator for integers such as (seed, STEP, step); every other key gives an unrelated stream."""
+    """A CPU generator for integers such as (seed, STEP, step); each key has a stream of its own."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[4:8]))
 
 @dataclass
@@ -101,10 +103,8 @@ def draw_validation(n, z_shape):
     return draws
 
 def batch_of_step(seed, step, batch, n):
-    """Indices of the images of a step; each epoch is a permutation of its own.
-
-    The last batch of an epoch is filled from the start of the permutation, as in DistributedSampler: 5,398
-    images make 338 full batches. (The paper does not say; dropping the rest would make 337.)
+    """Indices of the images of a step; each epoch is a permutation of its own. The last batch is filled from
+    its start, as in DistributedSampler: 5,398 images make 338 full batches (the paper does not say).
     """
     epoch, k = divmod(step, math.ceil(n / batch))
     order = torch.randperm(n, generator=generator(seed, ORDER, epoch))
@@ -131,8 +131,7 @@ class Trainer:
         self.settings, self.device, self.z_shape = settings, device, z_shape
         self.unet, self.projector, self.cache, self.images = unet, projector, cache, images
         self.compiled = device.type == "cuda" and not settings.no_compile
-        if self.compiled:
-            functorch_config.activation_memory_budget = MEMORY_BUDGET
+        functorch_config.activation_memory_budget = MEMORY_BUDGET
         self.network = torch.compile(unet, dynamic=False, fullgraph=True) if self.compiled else unet
         for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
             level.checkpointing = device.type != "cpu" and not self.compiled
@@ -142,17 +141,15 @@ class Trainer:
         self.total = min(settings.epochs * self.steps_per_epoch, settings.max_steps or math.inf)
         self.warm_up = min(self.steps_per_epoch, max(1, self.total // 2))   # half of a run of one epoch
         lora, rest = lora_parameters(unet), dict(projector.named_parameters())
-        self.named = {f"unet.{name}": p for name, p in lora.items()}
-        self.named |= {f"projector.{name}": p for name, p in rest.items()}
+        parts = {"unet": lora, "projector": rest}
+        self.named = {f"{part}.{name}": p for part, found in parts.items() for name, p in found.items()}
         self.parameters = [p.requires_grad_() for p in self.named.values()]
-        self.optimizer = torch.optim.AdamW([
-            dict(params=list(lora.values()), base=settings.lr, weight_decay=1e-3),
-            dict(params=list(rest.values()), base=settings.lr * settings.lr_ratio, weight_decay=1e-4)],
-            lr=settings.lr, betas=(0.9, 0.999), fused=device.type == "cuda")
+        groups = [dict(params=list(lora.values()), base=settings.lr, weight_decay=1e-3),
+                  dict(params=list(rest.values()), base=settings.lr * settings.lr_ratio, weight_decay=1e-4)]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
         self.step, self.history, self.losses, self.best = 0, [], [], math.inf
-        self.stop = 0                           # not 0 where a process was asked to
+        self.stop, self.following = 0, None     # a signal to any process; `load_step` of the next step
         self.began = self.saved_at = time.perf_counter()    # began: earlier by minutes of earlier calls
-        self.following = None                   # the `load_step` of the next step
 
     def images_per_pass(self):
         """--micro-batch; or this process's share of the batch, in as few equal parts as fit the memory."""
@@ -169,11 +166,8 @@ class Trainer:
         return [group["base"] * factor for group in self.optimizer.param_groups]
 
     def load_part(self, hashes, draws, part, size):
-        """Images `part` of a batch -> (how many, cached mean, logvar, e, and Draws), all on the device.
-
-        A compiled network has one shape, of `size` images: the first ones are repeated to fill it.
-        """
-        at = (list(part) * size)[:size] if self.compiled else list(part)
+        """Images `part` of a batch -> (how many, cached mean, logvar, e, and Draws), all on the device."""
+        at = (list(part) * size)[:size] if self.compiled else list(part)        # compiled: for one shape
         draws = draws.subset(at, self.device)
         cached = self.cache.batch([hashes[i] for i in at], draws.mirrored.tolist())
         return len(part), *(to_device(x, self.device) for x in cached), draws
@@ -189,10 +183,8 @@ class Trainer:
         return indices, draws, [self.load_part(hashes, draws, part, size) for part in passes]
 
     def train_step(self):
-        """One iteration of Algorithm 1 -> (loss, gradient norm). Fails, before the update, if not finite.
-
-        Each process computes its share of the batch, in passes; loss and gradient are summed over all. A step
-        that overflowed in float16 is computed again with half the scale.
+        """One iteration of Algorithm 1 -> (loss, gradient norm), summed over passes and processes. Fails,
+        before the update, if not finite; what overflowed in float16 is computed again with half the scale.
         """
         indices, draws, passes = this = self.following or self.load_step(self.step)
         self.optimizer.zero_grad()
@@ -208,15 +200,14 @@ class Trainer:
             p.grad /= self.scale
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
         self.following = self.load_step(self.step + 1)              # while a GPU computes
-        loss, norm, self.stop = torch.stack([total, norm, stop]).tolist()       # where Python waits for it
+        loss, norm, self.stop = torch.stack([total, norm, stop]).tolist()       # waits for it
         if math.isfinite(loss) and not math.isfinite(norm) and self.scale > 1:
             self.scale, self.following = self.scale / 2, this
             return self.train_step()
         if not math.isfinite(loss + norm):
             names = ", ".join(self.images[i][0] for i in indices)
-            raise Fail(f"step {self.step}: loss {loss}, gradient norm {norm}; nothing was updated, and the "
-                       f"last good state is kept. timesteps {draws.t.tolist()}, images {names}. Try a lower "
-                       "--lr, or check these images")
+            raise Fail(f"step {self.step}: loss {loss}, gradient norm {norm}, timesteps {draws.t.tolist()}, "
+                       f"images {names}; the last state is kept. Try a lower --lr, or check these images")
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates(self.step)):
             group["lr"] = rate
         self.optimizer.step()                                                                       # 11
@@ -228,12 +219,8 @@ class Trainer:
 
     @torch.no_grad()
     def validation_loss(self, hashes):
-        """With fixed Draws -> {"val_loss": mean over the images, "val_loss_0" to "_9": of each tenth of the
-        timesteps, None where no image is}.
-        """
-        n = len(hashes)
-        # compiled: the batch of guided sampling, with which it then shares one graph
-        size = self.micro_batch * (2 if self.compiled else 1)
+        """With fixed Draws -> {"val_loss": mean, "val_loss_0" to "_9": at each tenth of the timesteps}."""
+        n, size = len(hashes), self.micro_batch * (1 + self.compiled)   # 2: one graph with guided sampling
         draws, losses = draw_validation(n, self.z_shape), torch.zeros(n, device=self.device)
         for start in shard(range(0, n, size)):
             k, *inputs = self.load_part(hashes, draws, range(start, min(start + size, n)), size)
@@ -255,15 +242,14 @@ class Trainer:
     def save(self, folder, header, best=False):
         """Write adapter (if best, twice), state and log. Fails if a parameter is not finite."""
         if not all(p.isfinite().all() for p in self.parameters):
-            raise Fail(f"step {self.step}: a trained parameter is not finite; the last good state is kept. "
-                       "Try a lower --lr")
+            raise Fail(f"step {self.step}: not finite; the last good state is kept. Try a lower --lr")
         self.saved_at = time.perf_counter()
         if not RANK0:
             return
         for name in ["adapter-best.safetensors"] * best + ["adapter.safetensors"]:
             save_adapter(folder / name, self.unet, self.projector, header | {"step": str(self.step)})
         moments = {f"{name}/{key}": self.optimizer.state[p][key] for name, p in self.named.items()
-                   if p in self.optimizer.state for key in ("exp_avg", "exp_avg_sq")}
+                   if p in self.optimizer.state for key in MOMENTS}
         save_tensors(folder / "state.safetensors", {**self.named, **moments}, {
             "step": str(self.step), "best": repr(self.best), "losses": json.dumps(self.losses),
             "history": json.dumps(self.history), "minutes": repr(self.minutes_spent()),
@@ -274,58 +260,110 @@ class Trainer:
     @torch.no_grad()
     def restore(self, path):
         """Return to the state that `save` wrote."""
-        file, moments = TensorFile(path), ("exp_avg", "exp_avg_sq")
+        file = TensorFile(path)
         with foreign_file(path, advice="restore it, or pass another --run"):
             self.step, self.best = int(file.header["step"]), float(file.header["best"])
             minutes = float(file.header.get("minutes", 0))
             self.scale = min(float(file.header.get("scale", self.scale)), self.largest_scale)
             self.losses, self.history = json.loads(file.header["losses"]), json.loads(file.header["history"])
-            state = {}
-            for i, (name, p) in enumerate(self.named.items()):
+            for name, p in self.named.items():
                 p.copy_(file.get(name).view_as(p))
                 if f"{name}/exp_avg" in file.names:
-                    state[i] = {"step": torch.tensor(float(self.step))} | {
-                        key: file.get(f"{name}/{key}").view_as(p).clone() for key in moments}
-            ends = [0, *(row["step"] for row in self.history)]      # of epochs; `losses` are those since
-            rows = all(row.keys() >= {"epoch", "val_loss"} for row in self.history)
-            finite = math.isfinite(self.scale + minutes + sum(self.losses))
-            in_order = sorted([*ends, self.step, self.total]) == [*ends, self.step, self.total]
-            if not (rows and finite and in_order and len(self.losses) == self.step - ends[-1]):
+                    step = torch.tensor(float(self.step), device=self.device)
+                    self.optimizer.state[p] = {"step": step} | {
+                        key: file.get(f"{name}/{key}").view_as(p).to(p, copy=True) for key in MOMENTS}
+            ends = [0, *(row["step"] for row in self.history if row.keys() >= {"epoch", "val_loss"})]
+            ends += [self.step, self.total]
+            complete = ends == sorted(ends) and len(self.losses) == self.step - ends[-3]
+            if not (complete and math.isfinite(self.scale + minutes + sum(self.losses))):
                 raise ValueError("its step and its log do not match")
         self.began, self.following = time.perf_counter() - 60 * minutes, None
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+def train(trainer, validation, folder, header):
+    """Steps to the end; `end_epoch` after each epoch. -> the exit code where a signal stopped it."""
+    with progress(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
+        SIGNALS.deferred, seconds = True, []        # seconds: of each step of this epoch
+        while True:                                                                                 # 2
+            if trainer.epoch_is_due():
+                row, best = end_epoch(trainer, validation, seconds)
+                trainer.save(folder, header, best)
+                if RANK0:
+                    save_text(folder / "README.md", model_card(folder))
+                shown = {k: v for k, v in row.items() if v is not None and not k.startswith("val_loss_")}
+                bar.write(" ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+                seconds = []
+            if trainer.step == trainer.total:                                                       # 12
+                return None
+            began = time.perf_counter()
+            loss, norm = trainer.train_step()                                               # 3 to 11
+            seconds.append(time.perf_counter() - began)
+            bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.3f}", refresh=False,
+                            images_per_s=f"{trainer.settings.batch / seconds[-1]:.1f}")
+            bar.update()
+            # with several processes it comes with the gradients, so that all stop after the same step
+            stop = SIGNALS.received if WORLD == 1 else trainer.stop
+            if stop or trainer.epoch_is_due() or time.perf_counter() - trainer.saved_at > SAVE_SECONDS:
+                trainer.save(folder, header)
+            if stop:
+                bar.write(f"{folder}: saved at step {trainer.step}; repeat the command to resume")
+                barrier()                   # rank 0 writes
+                return 128 + (SIGNALS.received or signal.SIGTERM)
+
+def end_epoch(trainer, validation, seconds):
+    """Validate -> the row of the log, not saved yet; whether these weights are the best, as fake/ then is."""
+    SIGNALS.kept = f"; saved at step {trainer.step} of {trainer.total}; repeat the command to resume"
+    SIGNALS.deferred = False                # all is saved: a stop during validation or sampling loses nothing
+    SIGNALS.leave()
+    epoch = math.ceil(trainer.step / trainer.steps_per_epoch)
+    rates = trainer.learning_rates(trainer.step - 1)
+    speeds = [trainer.settings.batch / s for s in seconds[1:]]          # the first step compiles
+    row = dict(epoch=epoch, step=trainer.step, train_loss=sum(trainer.losses) / len(trainer.losses),
+               **trainer.validation_loss(validation.hashes), lr_lora=rates[0], lr_projector=rates[1],
+               images_per_second=round(harmonic_mean(speeds), 2) if speeds else None,
+               peak_memory_gb=round(peak_memory(trainer.device), 2))
+    due = not validation.sampled or epoch % trainer.settings.val_every == 0 or trainer.step == trainer.total
+    row[validation.column] = validation.distance(trainer, epoch) if due else None
+    SIGNALS.deferred = True
+    best = due and (validation.few or row[validation.score] < trainer.best)
+    if best:
+        trainer.best = row[validation.score]
+    validation.finish(best)
+    row["minutes"] = round(trainer.minutes_spent(), 2)
+    trainer.history, trainer.losses = trainer.history + [row], []
+    return row, best
 
 class Validation:
     """The loss of all validation images; the distance of one sample of each, image i with seed i (Table 4).
-
-    A run's real/ holds these images at the model's size, fake/ the best adapter's samples: fid.py gives their
-    logged distance; grids/ has eight pairs of every sampled epoch.
+    fid.py gives the same of real/, the images at the model's size, and fake/, the best adapter's samples.
     """
 
-    def __init__(self, settings, inputs, hashes, device):
-        """hashes: of the files of all validation images, of which --val-samples are sampled."""
-        self.hashes, self.vae_file, self.folder = hashes, inputs.vae_file, inputs.folder
+    def __init__(self, inputs, hashes, device):
+        """hashes: of all validation images' files."""
+        settings, self.hashes, self.vae_file = inputs.settings, hashes, inputs.vae_file
+        self.folder, self.made = inputs.folder, inputs.folder / ".fake"
         self.extract = partial(inputs.space.extract, device=device)
         title = {p.name: p.title for p in inputs.patches}
         pairs = sorted(zip(inputs.names["val"], hashes), key=lambda pair: title[pair[0]])
         pairs = subsample(pairs, settings.val_samples)
         self.sampled = [digest for _, digest in pairs]
         sources, _ = name_references([(title[name], inputs.data / name) for name, _ in pairs], {})
-        self.real, self.fake, made = ([self.folder / part / f"{name}.png" for name in sources]
-                                      for part in ("real", "fake", ".fake"))
-        sampling = Sampling(cfg=settings.val_cfg, steps=settings.val_steps)
-        self.jobs = [Job(path, name, i, sampling) for i, (name, path) in enumerate(zip(sources, made))]
+        real = {name: self.folder / "real" / f"{name}.png" for name in sources}
+        how, self.real = Sampling(cfg=settings.val_cfg, steps=settings.val_steps), list(real.values())
+        self.jobs = [Job(self.made / f"{name}.png", name, i, how) for i, name in enumerate(sources)]
         if RANK0:
-            write_real(dict(zip(sources, self.real)), sources, settings.size, rewrite=not inputs.started)
+            shutil.rmtree(self.made, ignore_errors=True)        # of a run that was killed
+            write_real(real, sources, settings.size, rewrite=not inputs.started)
             if self.real:
                 save_image(self.folder / "patch.png", load_rgb(self.real[0]))
         barrier()
-        several = len(self.real) > 1
+        several = len(real) > 1
         self.column = "fid" if inputs.space.kind == "inception" else "fid_encoder"
         self.score = self.column if several else "val_loss"     # the best adapter has its lowest value
         self.few = len(self.sampled if several else hashes) < FEW       # or is the last: no chance
         self.features = self.extract(self.real) if several else None
+        if self.few:
+            print(f"note: a {self.score} of fewer than {FEW} validation images chooses by chance: "
+                  "adapter-best.safetensors and fake/ are those of the last epoch")
 
     def distance(self, trainer, epoch):
         """Sample with the weights as they are -> the distance; None for fewer than two images."""
@@ -333,7 +371,7 @@ class Validation:
             return None
         e = trainer.cache.batch(self.sampled, [False] * len(self.sampled))[2]
         model = Model(trainer.network, trainer.projector, load_vae(self.vae_file, trainer.device),
-                      trainer.z_shape, trainer.micro_batch, full_batches=trainer.compiled)
+                      trainer.z_shape, trainer.micro_batch, trainer.compiled, "in training")
         make_images(model, self.jobs, {job.reference: row for job, row in zip(self.jobs, e)})
         fake = [job.path for job in self.jobs]
         if RANK0:
@@ -344,11 +382,11 @@ class Validation:
 
     def finish(self, best):
         """Make the newest samples those of fake/ if they are the best; else remove them."""
-        if RANK0:
-            for job, path in zip(self.jobs, self.fake) if best else ():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(job.path, path)
-            shutil.rmtree(self.folder / ".fake", ignore_errors=True)
+        if RANK0 and best and self.made.exists():
+            shutil.rmtree(self.folder / "fake", ignore_errors=True)
+            self.made.rename(self.folder / "fake")
+        elif RANK0:
+            shutil.rmtree(self.made, ignore_errors=True)
 
 # ---- the program: open, build, train -----------------------------------------------------------------
 
@@ -360,57 +398,51 @@ def main():
         silence()
     device = pick_device(settings.device)
     join_processes(device)
-    settings = replace(settings, features=broadcast(settings.features or pick_features(settings)))
     inputs = Inputs(settings, resumed)
-    trainer, validation, header = build(settings, inputs, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)      # without that of caching
+    trainer, validation, header = build(inputs, device)
     if stop := train(trainer, validation, inputs.folder, header):
         return stop
-    if RANK0:           # again, as a run that was killed while it saved may lack them
+    if RANK0:           # again: a run that was killed while it saved may lack them
         save_csv(inputs.folder / "log.csv", trainer.history)
         save_text(inputs.folder / "README.md", model_card(inputs.folder))
-    peak = max(row.get("peak_memory_gb", 0) for row in trainer.history)
     ref = "patch.png" if validation.sampled else "PATCH.png"
+    command = command_line("sample.py", "--run", inputs.folder, "--ref", ref)
     print(f"{inputs.folder}: complete after {trainer.step} steps; {'last' if validation.few else 'best'} "
-          f"{validation.score} {trainer.best:.4f}; peak memory {peak:.2f} GB. "
-          f"Next: {command_line('sample.py', '--run', inputs.folder, '--ref', ref)}")
-
-def pick_features(settings):
-    """The features of the validation FID: those that the run began with, else by what is available."""
-    saved = read_settings(settings.run)
-    default = "inception" if inception_available(settings.inception) else "encoder"
-    return saved.features if saved and saved.features else default
+          f"{validation.score} {trainer.best:.4f}. Next: {command}")
 
 class Inputs:
     """A run's folder, made or found, and what it reads, opened and checked; nothing is computed yet."""
 
     def __init__(self, settings, resumed):
         self.folder = folder = Path(settings.run)
+        toy = settings.data == TOY_DATA                 # the toy tissue is drawn beside the run
+        self.data = folder.parent / TOY_DATA if toy else Path(settings.data)
         if WORLD > settings.batch:
-            raise Fail(f"--batch {settings.batch} has less than an image for each of {WORLD} processes; "
-                       "start fewer")
+            raise Fail(f"--batch {settings.batch}: fewer images than {WORLD} processes; start fewer")
+        # the features of the validation FID: those that the run began with, else by what is available
+        features = settings.features or getattr(read_settings(folder), "features", None) or (
+            "inception" if inception_available(settings.inception) else "encoder")
+        self.settings = settings = replace(settings, features=broadcast(features))
         with rank0_first():
-            # a wrong folder is found before gigabytes are downloaded
             self.started = (folder / "state.safetensors").exists()      # there is something to resume from
             read = partial(read_dataset, case=settings.case, say=None if self.started else print)
-            patches = None if settings.data == TOY_DATA else read(settings.data)
-            inside = patches and folder.resolve().is_relative_to(Path(settings.data).resolve())
-            if inside and not self.started:
-                raise Fail(f"--run {folder} is inside the dataset {settings.data}; pass another --run")
+            patches = None if toy else read(self.data)      # before gigabytes are downloaded
+            if patches and not self.started and folder.resolve().is_relative_to(self.data.resolve()):
+                raise Fail(f"--run {folder} is inside the dataset {self.data}; pass another --run")
             self.unet_file, self.vae_file = open_sd15(settings.sd15, settings.vae)
             self.encoder = open_encoder(settings.uni2h, settings.encoder)
             # on the meta device: arguments that do not fit are found before anything is computed or written
             unet, vae = load_unet(self.unet_file, "meta"), load_vae(self.vae_file, "meta")
             self.z_shape = latent_shape(unet, vae, settings.size)
-            self.data = open_data(settings, folder, announce=not resumed)
-            self.patches = patches or read(self.data)
+            if toy and not resumed:
+                print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop. "
+                      "For the real thing: python train.py --data FOLDER", flush=True)
+            self.patches = patches or read(write_toy_tissue(self.data))
             self.lock = Lock(folder) if RANK0 and folder.is_dir() else None
             if not self.started and (folder / "log.csv").exists():      # it is written after a state
                 raise Fail(f"{folder}/state.safetensors is missing; restore it, or pass another --run")
             split = split_of_run(folder, self.patches, settings.split, self.started)
             self.names = {part: subsample(found, settings.limit) for part, found in split.items()}
-            # whose features the validation FID compares
             self.space = Inception(settings.inception) if settings.features == "inception" else self.encoder
             files = dict(vae=self.vae_file, encoder=self.encoder, base=self.unet_file)
             self.sha256 = {name: file.fingerprint() for name, file in files.items()}
@@ -422,83 +454,64 @@ class Inputs:
             if RANK0:
                 save_text(folder / "split.json", describe_split(split, self.patches))
         check_same("weights", self.sha256)
-        print(describe(self.patches, split))
+        describe(self.patches, split)
 
 def check_init(settings, sha256):
     """The hash of the adapter of --init. Fails unless it has the settings' shapes and is of these weights."""
     header = open_adapter(settings.init).header
-    wanted = dict(rank=settings.rank, alpha=settings.alpha / settings.rank * settings.rank,
-                  hidden=settings.hidden, tokens=settings.tokens, depth=settings.depth,
-                  token_norm=int(settings.token_norm), base_sha256=sha256["base"],
-                  encoder_sha256=sha256["encoder"])
+    wanted = {name: getattr(settings, name) for name in ("rank", "hidden", "tokens", "depth")}
+    wanted |= dict(alpha=settings.alpha / settings.rank * settings.rank, token_norm=int(settings.token_norm),
+                   base_sha256=sha256["base"], encoder_sha256=sha256["encoder"])
     for name, value in wanted.items():
         if header.get(name) != str(value):
             raise Fail(f"--init {settings.init} was trained with {name.replace('_', '-')} "
                        f"{header.get(name)}, not {value}; pass what it was trained with, or another adapter")
     return file_sha256(settings.init)
 
-def open_data(settings, folder, announce):
-    """The folder of the dataset; the toy tissue is drawn beside the run."""
-    if settings.data != TOY_DATA:
-        return Path(settings.data)
-    if announce:
-        print("No --data: a small run on procedural tissue with the toy base, minutes on a laptop.\nFor the "
-              "real thing: python train.py --data FOLDER (Stable Diffusion 1.5 and UNI2-h come from the hub)",
-              flush=True)
-    return write_toy_tissue(folder.parent / TOY_DATA)
-
 def describe(patches, split):
-    """The dataset and its split, with an example of each class and its case."""
-    cases, classes = len({p.case for p in patches}), sorted({p.label for p in patches})
+    """Print the dataset and its split, with an example of each class and its case."""
     parts = ", ".join(f"{part} {len(names)}" for part, names in split.items())
-    lines = [f"{len(patches)} patches of {cases} cases in {len(classes)} classes: {parts}"]
-    for label in classes:
-        own = [p for p in patches if p.label == label]
-        lines.append(f"    {label}: {len(own)}, such as {own[0].name} of case {own[0].case}")
-    return "\n".join(lines)
+    classes, first = Counter(p.label for p in patches), {p.label: p for p in reversed(patches)}
+    cases = len({p.case for p in patches})
+    print(f"{len(patches)} patches of {cases} cases in {len(classes)} classes: {parts}")
+    for label, n in sorted(classes.items()):
+        print(f"    {label}: {n}, such as {first[label].name} of case {first[label].case}")
 
-def build(settings, inputs, device):
+def build(inputs, device):
     """Cache the encoders' outputs; build or restore the rest -> Trainer, Validation, adapter header."""
-    folder, sha256 = inputs.folder, dict(inputs.sha256)
+    settings, folder, sha256 = inputs.settings, inputs.folder, dict(inputs.sha256)
     SIGNALS.kept = "; the cache keeps what it has; repeat the command to resume"
     cache = Cache(folder.parent / "cache", sha256["vae"], sha256["encoder"], settings.size)
     encoders = partial(load_encoders, inputs.vae_file, inputs.encoder, device)
     paths = {part: [inputs.data / name for name in names] for part, names in inputs.names.items()}
     hashes = {part: cache.fill(paths[part], encoders) for part in ("train", "val")}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()        # of the encoders
+    if device.type == "cuda":           # of the encoders
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     sha256["images"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     if RANK0 and not inputs.started:
         hashes["test"] = hash_files(paths["test"])
         note_equal_images(inputs.names, hashes, inputs.patches)
-    with rank0_first():
-        check_or_create(folder, settings, sha256)
+    check_or_create(folder, settings, sha256)
     dtype = frozen_dtype(device, settings.dtype, inputs.unet_file.shapes["conv_in.weight"][0])
     unet = load_unet(inputs.unet_file, device, dtype)
     if settings.init and not inputs.started:
         projector = load_adapter(open_adapter(settings.init), unet)
     else:
-        inject(unet, settings.rank, settings.alpha, torch.Generator().manual_seed(settings.seed))
-        torch.manual_seed(generator(settings.seed, INITIAL).initial_seed())     # for the projector
-        projector = build_projector(settings, inputs.encoder.width, unet.context).to(device)
+        projector = new_adapter(unet, settings, inputs.encoder.width).to(device)
     print(parameter_table(unet, projector))
     images = list(zip(inputs.names["train"], hashes["train"]))
     trainer = Trainer(settings, unet, projector, cache, images, inputs.z_shape, device)
     if inputs.started:
         trainer.restore(folder / "state.safetensors")
         print(f"{folder}: found, resumes after step {trainer.step} of {trainer.total}")
-    validation = Validation(settings, inputs, hashes["val"], device)
-    if validation.few:
-        print(f"note: a {validation.score} of fewer than {FEW} validation images chooses by chance: "
-              "adapter-best.safetensors and fake/ are those of the last epoch")
-    header = dict(base=public_name(settings.sd15), base_sha256=sha256["base"], vae_sha256=sha256["vae"],
-                  vae=public_name(settings.vae or ""), encoder=public_name(inputs.encoder.source),
-                  encoder_recipe=inputs.encoder.recipe.name, encoder_sha256=sha256["encoder"],
-                  resolution=settings.size, seed=settings.seed, init=public_name(settings.init or ""),
-                  dtype=str(dtype).removeprefix("torch."),
-                  encoder_licence=inputs.encoder.recipe.licence,
-                  licence=licence(settings.sd15, inputs.encoder.recipe.terms))
-    return trainer, validation, {key: str(value) for key, value in header.items()}
+    names = dict(base=settings.sd15, vae=settings.vae, encoder=inputs.encoder.source, init=settings.init)
+    recipe, header = inputs.encoder.recipe, {key: public_name(name or "") for key, name in names.items()}
+    header |= dict(base_sha256=sha256["base"], vae_sha256=sha256["vae"], encoder_sha256=sha256["encoder"],
+                   resolution=str(settings.size), seed=str(settings.seed), dtype=str(dtype).partition(".")[2],
+                   encoder_recipe=recipe.name, encoder_licence=recipe.licence,
+                   licence=licence(settings.sd15, recipe.terms))
+    return trainer, Validation(inputs, hashes["val"], device), header
 
 def load_encoders(vae_file, encoder, device):
     """-> (encode, embed) for Cache.fill, which frees them, and so the two networks, before training."""
@@ -510,67 +523,12 @@ def load_encoders(vae_file, encoder, device):
         return [torch.cat(part).cpu() for part in zip(*parts)]
     return encode, partial(encoder.embed, network)
 
-def build_projector(settings, width, context):
-    """The untrained projector from embeddings of this width to the U-Net's context width."""
-    return Projector(width, settings.hidden, settings.tokens, context, settings.depth, settings.token_norm)
-
-def train(trainer, validation, folder, header):
-    """Steps to the end; `end_epoch` after each epoch. -> the exit code where a signal stopped it."""
-    with progress(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
-        SIGNALS.deferred = True
-        clock, images = None, 0             # since `clock`, which the first step starts: it compiles
-        while True:                                                                                 # 2
-            if trainer.epoch_is_due():
-                speed = images / (time.perf_counter() - clock) if images else None
-                row, best = end_epoch(trainer, validation, speed and round(speed, 2))
-                trainer.save(folder, header, best)
-                if RANK0:
-                    save_text(folder / "README.md", model_card(folder))
-                texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()
-                         if v is not None and not k.startswith("val_loss_")}
-                bar.write(" ".join(f"{k} {text}" for k, text in texts.items()))
-                clock, images = time.perf_counter(), 0
-            if trainer.step == trainer.total:                                                       # 12
-                return None
-            loss, norm = trainer.train_step()
-            now = time.perf_counter()
-            clock, images = (clock, images + trainer.settings.batch) if clock else (now, 0)
-            bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.3f}", refresh=False,
-                            images_per_s=f"{images / (now - clock):.1f}" if images else "")
-            bar.update()
-            # with several processes it comes with the gradients, so that all stop after the same step
-            stop = SIGNALS.received if WORLD == 1 else trainer.stop
-            if trainer.epoch_is_due() or stop or now - trainer.saved_at > SAVE_SECONDS:
-                trainer.save(folder, header)
-            if stop:
-                bar.write(f"{folder}: saved at step {trainer.step} of {trainer.total}; repeat the command to "
-                          "resume")
-                barrier()                   # rank 0 writes
-                return 128 + (SIGNALS.received or signal.SIGTERM)
-
-def end_epoch(trainer, validation, images_per_second):
-    """Validation loss and samples with the current weights -> the row of the log, which is not saved yet, and
-    whether these weights are the best: then `trainer.best` is their score, and fake/ has their samples.
-    """
-    SIGNALS.kept = f"; saved at step {trainer.step} of {trainer.total}; repeat the command to resume"
-    SIGNALS.deferred = False                # all is saved: a stop during validation or sampling loses nothing
-    SIGNALS.leave()
-    epoch = math.ceil(trainer.step / trainer.steps_per_epoch)
-    rates = trainer.learning_rates(trainer.step - 1)
-    row = dict(epoch=epoch, step=trainer.step, train_loss=sum(trainer.losses) / len(trainer.losses),
-               **trainer.validation_loss(validation.hashes), lr_lora=rates[0], lr_projector=rates[1],
-               images_per_second=images_per_second, peak_memory_gb=round(peak_memory(trainer.device), 2))
-    due = not validation.sampled or epoch % trainer.settings.val_every == 0 or trainer.step == trainer.total
-    row[validation.column] = validation.distance(trainer, epoch) if due else None
-    SIGNALS.deferred = True
-    score = row[validation.score] if due else None
-    best = score is not None and (validation.few or score < trainer.best)
-    if best:
-        trainer.best = score
-    validation.finish(best)
-    row["minutes"] = round(trainer.minutes_spent(), 2)
-    trainer.history, trainer.losses = trainer.history + [row], []
-    return row, best
+def new_adapter(unet, settings, width):
+    """Wrap the U-Net's attention in LoRA -> an untrained Projector from embeddings of this width."""
+    inject(unet, settings.rank, settings.alpha, torch.Generator().manual_seed(settings.seed))
+    torch.manual_seed(generator(settings.seed, INITIAL).initial_seed())         # for the projector
+    s = settings
+    return Projector(width, s.hidden, s.tokens, unet.context, s.depth, s.token_norm)
 
 def count_parameters(settings):
     """Table 2 for these settings; for Stable Diffusion 1.5 and UNI2-h themselves no file is needed."""
@@ -578,8 +536,7 @@ def count_parameters(settings):
     recipe = RECIPES.get((settings.encoder or UNI2H.name).lower())
     known = recipe and settings.uni2h in (None, recipe.repository)
     width = recipe.shape[0] if known else open_encoder(settings.uni2h, settings.encoder).width
-    unet = inject(unet, settings.rank, settings.alpha)
-    return parameter_table(unet, build_projector(settings, width, unet.context))
+    return parameter_table(unet, new_adapter(unet, settings, width))
 
 if __name__ == "__main__":
     run_program(main)
