@@ -53,8 +53,8 @@ def load_rgb(path):
         tags, raw = getattr(image, "tag_v2", {}), str([tile[3] for tile in image.tile])
         grey16 = image.mode.startswith("I;16")
         deep = grey16 or (";16" in raw and image.format in ("PNG", "TIFF"))
-        noise = tags.get(284) == 2 and max(tags.get(258, [8])) > 8 and not deep     # as Pillow would read it
-        if noise or image.mode in ("I", "F"):
+        planes = tags.get(284) == 2 and max(tags.get(258, [8])) > 8 and not deep    # Pillow would read noise
+        if planes or image.mode in ("I", "F"):
             raise ValueError("it has 16 bits in separate planes, 32 bits, or floating-point pixels")
         image = ImageOps.exif_transpose(image)
         if grey16:                      # Pillow's own conversion would clip all above 255 to white
@@ -344,17 +344,15 @@ def _list_rows(path, left):
     """A list as Chaoyang's -> (name, label, None, part) of each entry that is decided."""
     with foreign_file(path, 'is no list of {"name": ..., "label": ...}', "write it again"):
         for i, row in enumerate(json.loads(path.read_bytes())):
-            if not isinstance(row, dict) or not isinstance(row.get("name"), str):
-                raise ValueError(f'entry {i} has no "name"')
+            name = str(row["name"])
             votes = [row["label"]] * 2 if "label" in row else [row.get(f"label_{x}") for x in "ABC"]
             label = max(votes, key=votes.count)
             if votes.count(label) < 2:
-                left["patches without a majority among the annotators"].append(row["name"])
+                left["patches without a majority among the annotators"].append(name)
             elif re.fullmatch(r"[0-3](\.0*)?", str(label).strip()):
-                yield row["name"], CLASSES[int(float(label))], None, PARTS[path.stem]
+                yield name, CLASSES[int(float(label))], None, PARTS[path.stem]
             else:
-                raise ValueError(f"entry {i} has the label {label!r}, not 0 to 3 ({', '.join(CLASSES)}), "
-                                 "from label or two of label_A, label_B and label_C")
+                raise ValueError(f"entry {i} has the label {label!r}, not 0 to 3: {', '.join(CLASSES)}")
 
 # ---- the split ---------------------------------------------------------------------------------------------
 

@@ -334,7 +334,7 @@ def test_a_safe_name_fits_every_file_system():
     ('[{"name": "train/a.JPG", "label": NaN}]', "label nan"),
     ('[{"name": "train/a.JPG", "label": true}]', "label True"), ('{"name": 1}', "is no list of"),
     ("[", "is no list of"),
-    ('[{"label": 0}]', "entry 0"),
+    ('[{"label": 0}]', "is no list of"),
     ('[{"name": "train/a.JPG", "label": 0}, {"name": "train/a.JPG", "label": 0}]', "listed twice"),
     ("[]", "no images"), ("[" * 100_000, "is no list of")])
 def test_a_wrong_list_is_refused_by_entry(text, words, tmp_path):
