@@ -120,8 +120,8 @@ def load_projector(file):
     with foreign_file(file.path, "has a damaged projector", REMEDY):
         with torch.device("meta"):          # sizes in a header take no memory, unless the tensors have them
             projector = Projector.from_header(file.header)
-        names = [name for name in file.names if name.startswith("lora_projector.")]
-        state = {name.removeprefix("lora_projector."): file.get(name).float() for name in names}
+        prefix = "lora_projector."
+        state = {n.removeprefix(prefix): file.get(n).float() for n in file.names if n.startswith(prefix)}
         projector.load_state_dict(state, assign=True)
     return projector.requires_grad_(False)
 
@@ -132,19 +132,16 @@ def load_adapter(file, unet):
     content, the caller checks by the header's `base_sha256`.
     """
     projector, (rank, alpha, tensors) = load_projector(file), read_lora(file)
-    parameters = lora_parameters(inject(unet, rank, alpha))
-    wanted, found = ({(name, *t.shape) for name, t in named.items()} for named in (parameters, tensors))
+    adapted = lora_parameters(inject(unet, rank, alpha))
+    wanted, found = ({(name, *t.shape) for name, t in named.items()} for named in (adapted, tensors))
     if wanted != found:
         name, *_ = min(wanted ^ found)
         raise Fail(f"{file.path} does not fit this base: {name} is missing or of another shape; with --sd15 "
                    f"pass the one it was trained on ({file.header['base']})")
     if not all(tensor.isfinite().all() for tensor in (*tensors.values(), *projector.parameters())):
         raise Fail(f"{file.path}: a number in it is not finite; {REMEDY}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-    unet.requires_grad_(False)
-    return projector.to(next(unet.parameters()).device)
+    unet.load_state_dict(tensors, strict=False)         # which has other parameters too
+    return projector.to(next(unet.requires_grad_(False).parameters()).device)
 
 def read_lora(file):
     """The LoRA of an open adapter -> (rank, α, {name: A (r, d_in) or B (d_out, r)}), as `lora_parameters`."""
@@ -167,21 +164,20 @@ def export(path, form):
     """Write an adapter's LoRA beside it under the names of "kohya", "diffusers" or "peft" -> the new file."""
     file = open_adapter(path)
     rank, alpha, lora = read_lora(file)
-    tensors, header = {}, {"licence": file.header.get("licence", "")}
     out = path.with_name(f"{path.stem}-{form}.safetensors")
+    header = {"licence": file.header.get("licence", "")}
+    prefix = "unet." if form == "diffusers" else "base_model.model."
+    tensors = {f"{prefix}{name[:-1]}lora_{name[-1]}.weight": tensor for name, tensor in lora.items()}
     if form == "kohya":
-        for name, tensor in lora.items():
-            layer = "lora_unet_" + name[:-2].replace(".", "_")
-            kind = "lora_down" if name.endswith("A") else "lora_up"
-            tensors |= {f"{layer}.{kind}.weight": tensor, f"{layer}.alpha": torch.tensor(alpha)}
+        layers = {name: "lora_unet_" + name[:-2].replace(".", "_") for name in lora}
+        tensors = {f"{layers[name]}.lora_{'down' if name.endswith('A') else 'up'}.weight": tensor
+                   for name, tensor in lora.items()}
+        tensors |= {f"{layer}.alpha": torch.tensor(alpha) for layer in layers.values()}
         header |= {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1",
                    "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
-    else:
-        prefix = "unet." if form == "diffusers" else "base_model.model."
-        tensors = {f"{prefix}{name[:-1]}lora_{name[-1]}.weight": tensor for name, tensor in lora.items()}
-    if form == "diffusers":
-        header["lora_adapter_metadata"] = json.dumps(peft_config(rank, alpha, "unet."))
-    elif form == "peft":            # a folder, with its configuration in a file
+    elif form == "diffusers":
+        header["lora_adapter_metadata"] = json.dumps(peft_config(rank, alpha, prefix))
+    else:                           # a folder, with its configuration in a file
         out = out.with_suffix("") / "adapter_model.safetensors"
         config = {"peft_type": "LORA", "bias": "none"} | peft_config(rank, alpha)
         save_text(out.with_name("adapter_config.json"), json.dumps(config, indent=1) + "\n")
