@@ -101,13 +101,12 @@ class TensorFile:
             numbers = tensor if tensor.itemsize > 1 else tensor.float()
             parts = numbers.tensor_split(max(1, len(numbers) // BLOCK))
             ranges = torch.stack([torch.stack(part.aminmax()) for part in parts]).float()       # (parts, 2)
-            if not ranges.isfinite().all():
-                raise Fail(f"{self.path}: {name} contains numbers that are not finite (NaN, infinity, or "
-                           "beyond float32); download it again, or pass another file")
             matrix = len(self.shapes[ours]) > 1 and name.endswith("weight")
-            if matrix and (ranges == 0).all(1).any():
-                raise Fail(f"{self.path}: {name} is zero in a part where weights must be, as an interrupted "
-                           "copy leaves it; download it again")
+            gap = matrix and (ranges == 0).all(1).any()
+            if gap or not ranges.isfinite().all():
+                problem = ("is zero in a part where weights must be, as an interrupted copy leaves it" if gap
+                           else "contains numbers that are not finite (NaN, infinity, or beyond float32)")
+                raise Fail(f"{self.path}: {name} {problem}; download it again, or pass another file")
         return f"{ours} {hashlib.sha256(tensor.view(torch.uint8).numpy()).hexdigest()}"
 
 class _Stub:
@@ -177,8 +176,8 @@ def find_file(argument, source, names):
             return file
     if re.fullmatch(HUB_NAME, str(source)) and not path.exists():
         return hub_file(str(source), names)
-    raise Fail(f"{argument} {source}: no such file, nor folder with {' or '.join(names[:2])}; pass the file "
-               f"or folder of the weights, or a Hugging Face repository such as {SD15}")
+    raise Fail(f"{argument} {source}: no such file, nor folder with {names[0]}; pass the file or folder of "
+               f"the weights, or a Hugging Face repository such as {SD15}")
 
 # ---- Stable Diffusion 1.5 ----------------------------------------------------------------------------------
 
@@ -360,17 +359,17 @@ def hub_file(repository, candidates):
             return Path(path)
     configs = {re.sub("[^/]+$", "config.json", name) for name in candidates} | {SCHEDULER}
     try:
-        files = {f.rfilename: f.size or 0 for f in hub.model_info(repository, files_metadata=True).siblings}
+        listed = hub.model_info(repository, files_metadata=True, timeout=30).siblings
+        files = {f.rfilename: f.size or 0 for f in listed}
         weights = [name for name in candidates if name in files][:1]
         for name in sorted(configs & files.keys()) + weights:
-            print(f"downloading {name} of {repository} ({files[name] / 1e9:.2f} GB) to "
-                  f"{hub.constants.HF_HUB_CACHE}", file=sys.stderr)
+            what = f"{name} of {repository} ({files[name] / 1e9:.2f} GB)"
+            print(f"downloading {what} to {hub.constants.HF_HUB_CACHE}", file=sys.stderr)
             path = Path(hub.hf_hub_download(repository, name))      # which resumes a broken one
     except Exception as problem:            # of the hub's client and the libraries beneath it
         if getattr(getattr(problem, "response", None), "status_code", None) in (401, 403):
-            remedy = ("It is gated, private or not there: check the name, request access on https://"
-                      f"huggingface.co/{repository} (UNI2-h's asks for an institutional e-mail address), and "
-                      "run `hf auth login` or set HF_TOKEN")
+            remedy = ("It is gated, private or not there: check the name, request access with an "
+                      f"institutional address on https://huggingface.co/{repository}, then run `hf auth login`")
         else:
             remedy = ("Check the name, the connection, HTTPS_PROXY and HF_HUB_OFFLINE, and that HF_HOME has "
                       "space and may be written to; or try again later")

@@ -677,7 +677,7 @@ class Hub:
     def __init__(self, monkeypatch, folder, files, cached=()):
         import huggingface_hub as hub
 
-        def model_info(repository, files_metadata):
+        def model_info(repository, files_metadata, timeout):
             return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=len(data))
                                              for name, data in files.items()])
 
