@@ -368,8 +368,8 @@ def hub_file(repository, candidates):
             path = Path(hub.hf_hub_download(repository, name))      # which resumes a broken one
     except Exception as problem:            # of the hub's client and the libraries beneath it
         if getattr(getattr(problem, "response", None), "status_code", None) in (401, 403):
-            remedy = ("It is gated, private or not there: check the name, request access with an "
-                      f"institutional address on https://huggingface.co/{repository}, then run `hf auth login`")
+            remedy = ("It is gated, private or not there: check the name, request access on https://"
+                      f"huggingface.co/{repository} with an institutional address, then run `hf auth login`")
         else:
             remedy = ("Check the name, the connection, HTTPS_PROXY and HF_HUB_OFFLINE, and that HF_HOME has "
                       "space and may be written to; or try again later")
