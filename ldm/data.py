@@ -97,8 +97,7 @@ def _open_image(path):
 
 def resize_crop(image, size, filter=Image.Resampling.LANCZOS, shorter=None):
     """Resize the shorter side (to `size` if not given), antialiased; center-crop, as torchvision does."""
-    short = min(image.size)
-    w, h = (int((shorter or size) * side / short) for side in image.size)
+    w, h = (int((shorter or size) * side / min(image.size)) for side in image.size)
     if (w, h) != image.size:
         image = image.resize((w, h), filter)
     left, top = round((w - size) / 2), round((h - size) / 2)
@@ -373,16 +372,13 @@ def split_patches(patches, parts=PROPORTIONS):
     total, whole = Counter(p.label for p in patches), sum(parts.values())
     target = {(part, label): n * size / whole for part, size in parts.items() for label, n in total.items()}
     count, chosen = Counter(), {part: [] for part in parts}
-
-    def cost(part):
-        return sum(n * (2 * (count[part, label] - target[part, label]) + n) / target[part, label]
-                   for label, n in added.items())
-
     order = sorted(cases, key=lambda case: (-len(cases[case]), hashlib.sha256(case.encode()).hexdigest()))
     for left, case in zip(range(len(order), 0, -1), order):
         added = Counter(p.label for p in cases[case])
         empty = [part for part in parts if not chosen[part]]
-        part = min(empty if len(empty) == left else parts, key=cost)
+        part = min(empty if len(empty) == left else parts, key=lambda part: sum(
+            n * (2 * (count[part, label] - target[part, label]) + n) / target[part, label]
+            for label, n in added.items()))
         chosen[part] += cases[case]
         count.update({(part, label): n for label, n in added.items()})
     return {part: sorted(p.name for p in chosen[part]) for part in parts}
