@@ -9,7 +9,6 @@ import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -165,13 +164,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def number(kind, low, high=10 ** 6):
     """An argparse type: an int or float from low to high. Refuses nan."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low} to {high}")
         return value
+    parse.__name__ = kind.__name__          # as which argparse refuses what is no number
     return parse
 
 def option(group, default, help, low=0, high=10 ** 6, **more):
@@ -279,10 +276,7 @@ def read_json(path):
     if not Path(path).exists():
         return {}
     with foreign_file(path):
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(data, dict):
-        raise Fail(f"{path} was not written by this program; restore or remove it")
-    return data
+        return {} | json.loads(Path(path).read_text(encoding="utf-8"))      # not of a list or a number
 
 def save_csv(path, rows):
     """Write [{column: value}] with the columns of the last; what a row lacks, or None, is an empty cell."""

@@ -144,24 +144,22 @@ def read_settings(folder):
                  for name, value in values.items() if value != getattr(Settings, name, None)]
     try:
         settings = Settings(**vars(parser.parse_args(arguments)))
-        if asdict(settings) == asdict(settings) | values:
-            return settings
-        problem = "a setting is of another type"
-    except Fail as cause:
-        problem = cause
-    raise Fail(f"{path} is damaged or of another version ({problem}); restore it, or pass another --run")
+        if asdict(settings) != asdict(settings) | values:
+            raise Fail("a setting is of another type")
+    except Fail as problem:
+        raise Fail(f"{path} is damaged or of another version ({problem}); restore it, or pass "
+                   "another --run") from None
+    return settings
 
 def check_or_create(folder, settings, sha256):
     """Check that the run in this folder has these settings and hashes, or make the folder a run of these.
 
     Until a run has saved an adapter its config.json is replaced: its settings may be why it stopped.
     """
-    path = folder / "config.json"
-    if folder.exists() and not folder.is_dir():
-        raise Fail(f"--run {folder} is a file; pass a folder")
-    saved = read_settings(folder)
-    if saved is None and any(p.name != "split.json" for p in folder.glob("[!.]*")):
-        raise Fail(f"{folder} holds other files and no run of train.py; pass another --run")
+    path, saved = folder / "config.json", read_settings(folder)
+    others = [p for p in folder.glob("[!.]*") if p.name != "split.json"]
+    if folder.is_file() or (saved is None and others):
+        raise Fail(f"{folder} is a file, or holds other files and no run of train.py; pass another --run")
     if not RANK0:
         return
     if not any(folder.glob("[!.]*.safetensors")):
@@ -297,9 +295,8 @@ tags: [lora, stable-diffusion, histopathology, synthetic-data]
 ---
 # {name}
 
-Patches with the morphology of a reference patch: embeddings of the pathology encoder `{encoder}` replace the
-text condition of `{base}`, through a projector and LoRA (Kuzmin and Berezsky 2026,
-https://doi.org/10.15587/2706-5448.2026.355663).
+Patches with the morphology of a reference patch: embeddings of the encoder `{encoder}` replace the text
+condition of `{base}`, through a projector and LoRA (https://doi.org/10.15587/2706-5448.2026.355663).
 
 - `adapter.safetensors`: LoRA of rank {rank} (α {alpha:g}) on Q, K, V and O, projector to {tokens} tokens,
   null embedding; the last.
@@ -318,8 +315,8 @@ check `python -m ldm.report` (memorisation) before you share it.
 |---|---|---|---|
 {counts}
 
-{step} steps, to epoch {epoch} of {epochs}, batch {batch}, seed {seed},
-learning rates {lr:g} (LoRA) and {lr_projector:g} (projector); {minutes} minutes.
+{step} steps, to epoch {epoch} of {epochs}, batch {batch}, seed {seed}, learning rate {lr:g} (of the projector
+{lr_ratio:g} times that); {minutes} minutes.
 Command: `{command}`
 Environment: {environment}
 Hashes (sha256) of the weights' tensors and of all image files: {sha256}
@@ -339,8 +336,7 @@ def model_card(folder):
         name=folder.name, base=public_name(settings.sd15), encoder=header["encoder"],
         terms=f"license: other\nlicense_name: {terms}" if terms else "license: mit",
         best=_describe_best(folder, settings, split, log), **_describe_data(settings, split),
-        lr_projector=settings.lr * settings.lr_ratio, licence=header["licence"],
-        command=shlex.join(["python", *map(public_name, config["command"])]),
+        command=shlex.join(["python", *map(public_name, config["command"])]), licence=header["licence"],
         environment=", ".join(f"{k} {v}" for k, v in config["environment"].items() if v),
         sha256=", ".join(f"{k} {v[:16]}" for k, v in config["sha256"].items())))
     report = folder / "report" / "report.md"

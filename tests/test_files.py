@@ -122,6 +122,15 @@ def test_a_wait_for_processes_that_do_not_come_is_ended_by_a_signal():
     waiting.terminate()
     assert waiting.wait(5) in (143, -signal.SIGTERM)
 
+def test_what_is_printed_before_a_wait_is_not_lost_when_a_signal_ends_it():
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from ldm import app;"
+            "app.run_program(lambda: (print('begun'), app.SIGNALS.wait(time.sleep, 9)))")
+    waiting = subprocess.Popen([sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE, text=True)
+    assert waiting.stdout.readline() == "begun\n"
+    time.sleep(0.5)
+    waiting.terminate()
+    assert waiting.wait(5) == -signal.SIGTERM
+
 def test_a_program_that_is_stopped_says_what_is_kept(capsys, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda kind, handler: None)
     def main():
