@@ -186,7 +186,7 @@ def process(name, *args, cwd, check=True, **environment):
 def small(base, uni2h, dataset):
     """Arguments of a training run that takes seconds."""
     return ["--data", dataset, "--sd15", base, "--uni2h", uni2h, "--size", 64, "--rank", 2, "--hidden", 32,
-            "--batch", 4]
+            "--batch", 4, "--val-steps", 2]
 
 @pytest.fixture(scope="session")
 def trained(small, tmp_path_factory):

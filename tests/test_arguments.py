@@ -63,7 +63,7 @@ def test_the_defaults_are_the_papers_and_with_the_toy_its_own(monkeypatch, datas
 def test_a_setting_that_an_older_run_lacks_has_its_default(trained, tmp_path, monkeypatch):
     """So that a new setting does not keep earlier runs from resuming."""
     config = json.loads((trained / "config.json").read_text())
-    for name in ("token_norm", "val_steps", "cfg_drop"):
+    for name in ("token_norm", "val_every", "cfg_drop"):
         del config["args"][name]
     config["args"] |= dict(quiet=True, parameters=False)            # what older versions saved
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -85,7 +85,7 @@ def test_the_psnr_of_a_constant_difference_is_known():
 def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch):
     assert report.SWEEP == [f"{w / 10:.1f}" for w in range(10, 21)]
     monkeypatch.setattr(report, "SWEEP", ["1.0", "1.3"])
-    monkeypatch.setattr(report, "call", lambda name, *args: program(name, *args, cwd=trained,
+    monkeypatch.setattr(report, "call", lambda name, *args: program(name, *args, "--steps", 2, cwd=trained,
                                                                     check=False).returncode)
     result = program("ldm.report", trained, "--limit", 8, cwd=trained)
     out = trained / "report"

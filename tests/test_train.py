@@ -365,7 +365,7 @@ def test_the_best_adapter_has_the_lowest_fid_or_loss_unless_few_images_choose_an
         return {"val_loss": value} if owner is Trainer else value
     monkeypatch.setattr(owner, name, measured)
     monkeypatch.setattr(train, "FEW", few)
-    program("train.py", *small, "--epochs", 3, "--val-samples", samples, "--val-steps", 2, "--run", "runs/x",
+    program("train.py", *small, "--epochs", 3, "--val-samples", samples, "--run", "runs/x",
             cwd=tmp_path)
     steps = [train.TensorFile(tmp_path / f"runs/x/{name}.safetensors").header["step"]
              for name in ("adapter", "adapter-best")]
@@ -376,8 +376,8 @@ def test_the_best_adapter_has_the_lowest_fid_or_loss_unless_few_images_choose_an
     assert find_adapter(tmp_path / "runs/x", None).path.name == "adapter-best.safetensors"
 
 def test_samples_are_drawn_at_every_kth_epoch_and_at_the_last(small, tmp_path):
-    program("train.py", *small, "--epochs", 3, "--val-samples", 2, "--val-every", 2, "--val-steps", 2,
-            "--run", "runs/x", cwd=tmp_path)
+    program("train.py", *small, "--epochs", 3, "--val-samples", 2, "--val-every", 2, "--run", "runs/x",
+            cwd=tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "runs/x/log.csv")))
     assert [bool(row["fid_encoder"]) for row in rows] == [False, True, True]
     assert sorted(p.name for p in (tmp_path / "runs/x/grids").iterdir()) == ["epoch02.png", "epoch03.png"]
