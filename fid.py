@@ -35,13 +35,12 @@ def frechet_distance_of_moments(mu1, sigma1, mu2, sigma2):
 def frechet_distance(x, y):
     """The same of features: exact also for fewer images than features, where Σ is singular.
 
-    With X and Y centred and scaled so that Σ = XᵀX, tr (Σ₁Σ₂)^½ is the nuclear norm of X Yᵀ, an n x m matrix,
-    found hundreds of times faster than a root of d x d.
+    With X and Y centred and scaled so that Σ = XᵀX, tr (Σ₁Σ₂)^½ is the nuclear norm of X Yᵀ, which is n x m.
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if min(len(x), len(y)) > x.shape[1]:
-        return frechet_distance_of_moments(*(m for f in (x, y) for m in (f.mean(0), np.cov(f, rowvar=False))))
+    x, y = np.float64(x), np.float64(y)
     mu_x, mu_y = x.mean(0), y.mean(0)
+    if min(len(x), len(y)) > x.shape[1]:
+        return frechet_distance_of_moments(mu_x, np.cov(x, rowvar=False), mu_y, np.cov(y, rowvar=False))
     x, y = (x - mu_x) / np.sqrt(len(x) - 1), (y - mu_y) / np.sqrt(len(y) - 1)
     nuclear = scipy.linalg.svdvals(x @ y.T).sum()
     return float(np.square(mu_x - mu_y).sum() + np.square(x).sum() + np.square(y).sum() - 2 * nuclear)
@@ -62,8 +61,7 @@ def kid(x, y, subset=1000, subsets=100, seed=2020):
     The subsets have min(subset, n, m) images, drawn without replacement in torch-fidelity's order (same seed,
     same subsets). Where that is all of both sets there is only one subset, hence std 0. None for too few.
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    size = min(subset, len(x), len(y))
+    x, y, size = np.float64(x), np.float64(y), min(subset, len(x), len(y))
     if min(len(x), len(y)) < MIN_KID:
         return dict(kid=None, kid_std=None, kid_subset=size)
     rng, values = np.random.RandomState(seed), []
@@ -72,11 +70,10 @@ def kid(x, y, subset=1000, subsets=100, seed=2020):
     return dict(kid=float(np.mean(values)), kid_std=float(np.std(values)), kid_subset=size)
 
 def bootstrap_interval(distance, x, y, repeats=200, level=0.95, seed=0):
-    """Bootstrap of distance(x, y), where row i of y was made from row i of x -> (low, high).
+    """Bootstrap of distance(x, y) over pairs, row i of y made from row i of x -> (low, high).
 
-    Pairs are resampled: separately, they would spread more than they do. (Patches of one case are not
-    independent: the interval is too narrow for that.) Only the spread of resampled sets is used, around the
-    estimate: they repeat images, and so have a Fréchet distance's bias twice.
+    Only the spread of resampled sets is used, around the estimate: they repeat images, and so have a Fréchet
+    distance's bias twice. Patches of one case are not independent: the interval is too narrow for that.
     """
     rng, estimate = np.random.default_rng(seed), distance(x, y)
     values = [distance(x[i], y[i]) for i in rng.integers(len(x), size=(repeats, len(x)))]
@@ -130,9 +127,8 @@ def fit_linear(x, labels, penalty=1.0):
 
 def accuracy_and_mcc(a, b):
     """Labels (n,) and guesses (n,) -> mean recall of the classes; Matthews correlation (0 for one guess)."""
-    names, codes = np.unique([a, b], return_inverse=True)
-    joint = np.zeros((len(names), len(names)))
-    np.add.at(joint, tuple(codes.reshape(2, -1)), 1 / len(a))
+    names = np.unique([a, b])
+    joint = np.float64(names[:, None] == a) @ np.float64(np.asarray(b)[:, None] == names) / len(a)
     in_a, in_b, hits = joint.sum(1), joint.sum(0), joint.diagonal()
     spread = (1 - in_a @ in_a) * (1 - in_b @ in_b)
     mcc = (hits.sum() - in_a @ in_b) / np.sqrt(spread) if spread > 1e-9 else 0.0
@@ -165,8 +161,6 @@ class ImageSet:
 
 def with_moments(mu, sigma):
     """d + 1 rows with the mean (d,) and the covariance (d, d). Raises ValueError if there can be none."""
-    if sigma.shape != 2 * mu.shape:
-        raise ValueError(f"the mean has the shape {mu.shape}, the covariance {sigma.shape}")
     values, vectors = np.linalg.eigh(sigma)
     tolerance = 1e-5 * np.abs(values).max()         # of float32
     if values[0] < -tolerance or np.abs(sigma - sigma.T).max() > tolerance:
@@ -190,8 +184,7 @@ def read_set(path, space, device="cpu", batch=32):
         return load_set(path)
     files = images_of(path)
     names = [file.relative_to(path).as_posix() for file in files]
-    features = space.extract(files, device, batch)
-    return ImageSet(features, names, (space.kind, space.resize, space.short_hash))
+    return ImageSet(space.extract(files, device, batch), names, (space.kind, space.resize, space.short_hash))
 
 def save_set(path, images):
     """Write statistics as pytorch-fid reads them (mu, sigma), with the features (float32) and their space."""
@@ -200,24 +193,19 @@ def save_set(path, images):
         np.savez(f, mu=x.mean(0), sigma=np.cov(x, rowvar=False), features=x.astype(np.float32),
                  names=images.names, kind=kind, resize=resize, weights=weights)
 
-# What `save_set` writes, and its names elsewhere: pytorch-fid and guided-diffusion write mu and sigma,
-# clean-fid feats, older programs mean and cov. Earlier versions of this one wrote no kind.
-ARRAYS = dict(mu=("mu", "mean"), sigma=("sigma", "cov"), features=("features", "feats"), names=("names",),
-              kind=("kind",), resize=("resize",), weights=("weights",))
+# The arrays of `save_set`, and what others call them: clean-fid writes feats, older programs mean and cov.
+ARRAYS = {name: name for name in ("mu", "sigma", "features", "names", "kind", "resize", "weights")}
+ARRAYS |= dict(mean="mu", cov="sigma", feats="features")
 
 def load_set(path):
     """Read an .npz of ours or of another program -> ImageSet."""
     with foreign_file(path, "contains no statistics of features", "use those of fid.py --save"):
         with np.load(path, allow_pickle=False) as f:
-            data = {name: f[key] for name, keys in ARRAYS.items() for key in keys if key in f}
-            if "arr_0" in f and not data:
-                raise ValueError("arr_0 alone is no statistics; write samples as PNG files")
+            data = {name: f[key] for key, name in ARRAYS.items() if key in f}
         if "features" not in data:
             return ImageSet(with_moments(np.float64(data["mu"]), np.float64(data["sigma"])))
-        features, resize, space = np.float64(data["features"]), str(data.get("resize")), None
-        if "weights" in data:
-            kind = data.get("kind", "inception" if resize in RESIZERS else "encoder")
-            space = str(kind), resize, str(data["weights"])
+        features = np.float64(data["features"])
+        space = tuple(str(data[key]) for key in ("kind", "resize", "weights")) if "kind" in data else None
         return ImageSet(features, data.get("names", [""] * len(features)), space)
 
 def compare(real, fake, subset=1000):
@@ -225,7 +213,7 @@ def compare(real, fake, subset=1000):
     d = [images.features.shape[1] for images in (real, fake)]
     if d[0] != d[1]:
         raise Fail(f"one has {d[0]} features, the other {d[1]}: use one network for both")
-    if real.space and fake.space and real.space != fake.space:
+    if real.space != fake.space and real.space and fake.space:
         raise Fail(f"REAL has features of {', '.join(real.space)}; FAKE of {', '.join(fake.space)}: make one "
                    "again, with the --resize and --inception of the other")
     others = kid(real.features, fake.features, subset) if real.n and fake.n else {}
@@ -246,14 +234,12 @@ def compare_classes(real, fake, subset=1000):
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("real", metavar="REAL", nargs="?", help="folder of images, or .npz of statistics")
+    parser.add_argument("real", metavar="REAL", help="folder of images, or .npz of statistics")
     parser.add_argument("fake", metavar="FAKE", nargs="*", help="folders or .npz files to compare with it")
     parser.add_argument("--per-class", action="store_true", help="KID x 1000 for every common subfolder")
     parser.add_argument("--resize", choices=RESIZERS, help="whose number to reproduce (default: pytorch-fid)")
-    parser.add_argument("--kid-subset", type=number(int, 2), default=1000, metavar="N",
-                        help="images per subset of KID, at most those that there are")
-    parser.add_argument("--inception", metavar="FILE",
-                        help="pytorch-fid's weights, .pth or .safetensors (default: torch.hub's cache)")
+    parser.add_argument("--kid-subset", type=number(int, 2), default=1000, help="images per subset of KID")
+    parser.add_argument("--inception", metavar="FILE", help="its weights (default: torch.hub's cache)")
     parser.add_argument("--features", choices=("inception", "encoder"),
                         help="default: inception; for a toy run without its weights, the run's encoder")
     parser.add_argument("--save", metavar="FILE", help="write the statistics of REAL to this .npz file")
@@ -261,8 +247,6 @@ def parse_args():
     parser.add_argument("--batch", type=number(int, 1), default=32, help="images at a time")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
-    if args.real is None:
-        raise Fail("pass REAL, a folder of real images or its statistics (.npz), and FAKE, one to compare")
     if not args.fake and (args.json or not args.save):
         raise Fail("pass FAKE, a second folder to compare with, or --save FILE.npz alone")
     if args.features == "encoder" and (args.resize or args.inception):
@@ -276,10 +260,9 @@ def choose_space(args):
     """The feature space of --features (by default, that of the run that REAL lies in), and --resize."""
     inside = (p for p in args.real.resolve().parents if (p / "adapter.safetensors").is_file())
     settings = next(map(read_settings, inside), None)
-    toy = settings is not None and settings.uni2h == "toy"
-    default = "inception" if not toy or args.resize or inception_available(args.inception) else "encoder"
+    toy = settings and settings.uni2h == "toy" and not args.resize and not inception_available(args.inception)
     with rank0_first():            # rank 0 downloads what is missing
-        if (args.features or default) == "inception":
+        if args.features == "inception" or not (args.features or toy):
             return Inception(args.inception, args.resize or "pytorch-fid")
         if settings is None:
             raise Fail(f"--features encoder: {args.real} is in no run of train.py; pass --features inception")
@@ -309,9 +292,9 @@ def describe_kid(row):
     """KID x 1000 with its spread."""
     if row["kid"] is None:
         return f"KID: too few images (from {MIN_KID} of each on)"
-    value, spread, n = 1000 * row["kid"], 1000 * row["kid_std"], row["kid_subset"]
-    how = f" ± {spread:.3f} (100 subsets of {n})" if spread else f" (one subset, all {n})"
-    return f"KID x 1000 {value:.3f}{how}"
+    spread, n = 1000 * row["kid_std"], row["kid_subset"]
+    how = f"± {spread:.3f} (100 subsets of {n})" if spread else f"(one subset, all {n})"
+    return f"KID x 1000 {1000 * row['kid']:.3f} {how}"
 
 def main():
     args = parse_args()

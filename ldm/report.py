@@ -86,14 +86,12 @@ class Evaluation:
                 sys.exit(code)              # sample.py has printed the reason
         return paths
 
+    @torch.no_grad()
     def reconstructed(self, part):
         """The images of a part through the VAE and back -> PIL images."""
-        vae, images = load_vae(open_sd15(self.settings.sd15, self.settings.vae)[1], self.device), []
-        for path in self.real(part):
-            x = to_tensor([load_rgb(path)], self.settings.size).to(self.device)
-            with torch.no_grad():
-                images += to_images(vae.reconstruct(x))
-        return images
+        vae = load_vae(open_sd15(self.settings.sd15, self.settings.vae)[1], self.device)
+        inputs = (to_tensor([load_rgb(path)], self.settings.size) for path in self.real(part))
+        return [image for x in inputs for image in to_images(vae.reconstruct(x.to(self.device)))]
 
     def flipped(self, part, n):
         """COPIES flips and turns of each of n images of a part -> PIL images, in the order of `fake`."""
@@ -136,10 +134,9 @@ def table7(ev):
             if of:
                 real, fake = (np.array(subsample(x, len(ev.patches["val"]))) for x in (real, fake))
             low, high = fid.bootstrap_interval(distance, real, fake)
-            others = ev.features(space, "real", "train", len(real))
+            floor = None if of else distance(real, ev.features(space, "real", "train", len(real)))
             yield dict(part=part, features=space.kind, n=len(real), fid=distance(real, fake), fid_low=low,
-                       fid_high=high, floor_real=None if of else distance(real, others),
-                       **fid.kid(real, fake, 1000))
+                       fid_high=high, floor_real=floor, **fid.kid(real, fake))
 
 def table8(ev):
     """Table 8: KID of each class of the test part (the paper gives it x 1000); "-" below 20 images"""
@@ -148,7 +145,7 @@ def table8(ev):
         real, fake = ev.pair(space, "test")
         for name in np.unique(labels):
             x, y = real[labels == name], fake[labels == name]
-            yield {"class": name, "features": space.kind, "n": len(x)} | fid.kid(x, y, 1000)
+            yield {"class": name, "features": space.kind, "n": len(x)} | fid.kid(x, y)
 
 def figure5(ev):
     """Figure 5: real | synthetic of each class, from the test part"""
@@ -187,9 +184,14 @@ def colour_table(ev):
 def floors_table(ev):
     """Floors: what hardly visible changes cost, of the test images through the VAE or saved as JPEG against
     themselves: PSNR in dB, and their distance"""
-    real = list(map(load_rgb, ev.real("test")))
-    for name in ("VAE", "JPEG 95", "JPEG 75"):
-        images = ev.reconstructed("test") if name == "VAE" else [as_jpeg(x, int(name[5:])) for x in real]
+    def jpeg(image, quality):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return Image.open(buffer).convert("RGB")
+
+    real, changed = list(map(load_rgb, ev.real("test"))), {"VAE": ev.reconstructed("test")}
+    changed |= {f"JPEG {quality}": [jpeg(image, quality) for image in real] for quality in (95, 75)}
+    for name, images in changed.items():
         row = dict(images=name, n=len(real), psnr=fid.psnr(real, images))
         for space in ev.spaces:
             x = space.extract(images, ev.device)
@@ -274,10 +276,9 @@ def ablation():
     parser.add_argument("--row", type=number(int, 1, len(ROWS)), metavar="N",
                         help="only this row of ldm/table6.csv, 1 (the baseline) to 12")
     args, rest = parser.parse_known_args()
-    rest += ["--val-cfg", 1.3]
     for row in ROWS[args.row - 1:args.row] if args.row else ROWS:       # α: train.py's default, the rank
         flags = [f"--{name.replace('_', '-')}={row[name]}" for name in FACTORS]
-        if code := call("train.py", *rest, *flags, "--run", row_folder(args.ablation, row)):
+        if code := call("train.py", *rest, "--val-cfg=1.3", *flags, "--run", row_folder(args.ablation, row)):
             sys.exit(code)              # train.py has printed why; it returns at once where a run is complete
     table = table6(args.ablation)
     if not table:
@@ -287,12 +288,6 @@ def ablation():
     print(f"{len(table)} of {len(ROWS)} rows; the paper's FIDs are of Chaoyang, 512 px, SD1.5 and UNI2-h")
 
 # ---- pictures and the program ------------------------------------------------------------------------------
-
-def as_jpeg(image, quality):
-    """A PIL image through JPEG and back."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
 
 def save_sheet(path, pairs, texts):
     """A contact sheet of pairs of image files, two pairs in a row, a text above each image."""
@@ -314,15 +309,13 @@ def main():
         return ablation()
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS),
-                        help="parts of the report (default: all)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="(default: all)")
     parser.add_argument("--cfg", type=number(float, 0), default=1.3, help="guidance of all but the sweep")
     parser.add_argument("--limit", type=number(int, 8), default=400, metavar="N",
                         help="samples of training images; and as many again for usefulness")
     parser.add_argument("--judge", nargs="+", default=[], metavar="NAME",
                         help="other encoders to measure with, as --encoder of train.py names them")
-    parser.add_argument("--inception", metavar="FILE",
-                        help="pytorch-fid's weights (default: torch.hub's cache)")
+    parser.add_argument("--inception", metavar="FILE", help="its weights (default: torch.hub's cache)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
     evaluation = Evaluation(args)

@@ -238,14 +238,14 @@ def test_statistics_of_other_programs_are_read_without_weights_and_named_unknown
     assert "resizer and network unknown" in out and "network of x.npz, y.npz are unknown" in out
 
 @pytest.mark.parametrize("content, reason", [
-    (dict(mu=np.zeros(3), sigma=np.eye(4)), "shape"), (dict(sigma=np.eye(3)), "'mu'"),
+    (dict(mu=np.zeros(3), sigma=np.eye(4)), "mismatch"), (dict(sigma=np.eye(3)), "'mu'"),
     (dict(mu=np.array([{}], dtype=object), sigma=np.eye(3)), "allow_pickle"),
     (dict(mu=np.array(["a", "b"]), sigma=np.eye(2)), "could not convert"),
     (dict(mu=np.full(2, np.nan), sigma=np.eye(2)), "not finite"),
     (dict(mu=MU, sigma=-SIGMA), "semidefinite"),
     (dict(mu=MU, sigma=SIGMA - np.eye(12)), "semidefinite"),
     (dict(mu=MU, sigma=SIGMA + np.triu(SIGMA, 1)), "symmetric"), (dict(feats=X[0]), "shape"),
-    (dict(arr_0=np.zeros((4, 8, 8, 3), np.uint8)), "samples")])
+    (dict(arr_0=np.zeros((4, 8, 8, 3), np.uint8)), "'mu'")])
 def test_foreign_archives_that_hold_no_statistics_are_refused(content, reason, tmp_path):
     np.savez(tmp_path / "x.npz", **content)
     with pytest.raises(Fail, match=f"no statistics.*{reason}"):
