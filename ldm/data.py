@@ -469,7 +469,7 @@ class Cache:
     One folder per (VAE, encoder, size), named by the hash of their fingerprints; in it a file per image,
     under its hash: nothing can be stale. Runs may share it, and be interrupted.
     """
-    BATCH = 4           # small enough for 12 GB at 512 px
+    BATCH, COLUMNS = 4, ("mean", "logvar", "embedding")     # four: small enough for 12 GB at 512 px
 
     def __init__(self, folder, vae_sha256, encoder_sha256, size):
         key = f"2 {vae_sha256} {encoder_sha256} {size}"
@@ -478,6 +478,9 @@ class Cache:
     def _file(self, image):
         return self.folder / f"{image}.safetensors"
 
+    def _missing(self, images):
+        return [path for h, path in images if not self._file(h).exists()]
+
     def fill(self, paths, encoders):
         """Add the images that are missing -> the hash of each path's file.
 
@@ -485,9 +488,10 @@ class Cache:
         mean, logvar; embed: PIL images -> e. Several processes share the work.
         """
         hashes = hash_files(paths)
-        images = dict(zip(hashes, paths))
-        todo = broadcast([(h, path) for h, path in images.items() if not self._file(h).exists()])
-        batches = shard([todo[i:i + self.BATCH] for i in range(0, len(todo), self.BATCH)])
+        images = list(dict(zip(hashes, paths)).items())
+        batches = [images[i:i + self.BATCH] for i in range(0, len(images), self.BATCH)]
+        # whole batches, as another one may round differently
+        batches = shard(broadcast([batch for batch in batches if self._missing(batch)]))
         if batches:
             encode, embed = encoders()
             with ThreadPoolExecutor() as pool:
@@ -497,10 +501,11 @@ class Cache:
                     x = to_tensor(found, self.size)
                     latents = encode(torch.cat([x, x.flip(-1)]))
                     mean, logvar = (t.unflatten(0, (2, -1)).transpose(0, 1) for t in latents)
-                    for (h, _), *row in zip(batch, mean, logvar, embed(found)):
-                        save_tensors(self._file(h), dict(zip(("mean", "logvar", "embedding"), row)), {})
+                    for image, *row in zip(batch, mean, logvar, embed(found)):
+                        if self._missing([image]):
+                            save_tensors(self._file(image[0]), dict(zip(self.COLUMNS, row)), {})
         barrier()
-        if lost := [path for h, path in images.items() if not self._file(h).exists()]:
+        if lost := self._missing(images):
             raise Fail(f"{lost[0]} is not in the cache {self.folder}; all processes must see the same files")
         return hashes
 
@@ -510,5 +515,6 @@ class Cache:
         for path, flip in zip(map(self._file, hashes), mirrored):
             with foreign_file(path, "is damaged", "remove it, and cache the images again"):
                 file = load_file(path)
-                rows.append((file["mean"][int(flip)], file["logvar"][int(flip)], file["embedding"]))
+                mean, logvar, e = (file[name] for name in self.COLUMNS)
+                rows.append((mean[int(flip)], logvar[int(flip)], e))
         return tuple(map(torch.stack, zip(*rows)))
