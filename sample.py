@@ -152,7 +152,7 @@ def parse_args():
     add("--n", type=number(int, 1), default=1, help="samples per reference")
     add("--mean", action="store_true", help="condition on the mean embedding of all references")
     add("--balance", action="store_true", help="of --split train: fill each class up to the largest")
-    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="image i of the whole part has seed + i")
+    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="image i of all the references has seed + i")
     add_options(parser, Sampling)
     add = parser.add_argument_group("with which model").add_argument
     add("--run", metavar="DIR", help="a run, its best adapter (default: the newest in runs/)")
