@@ -30,7 +30,8 @@ def frechet_distance_of_moments(mu1, sigma1, mu2, sigma2):
     if not np.isfinite(root).all():             # singular: pytorch-fid's remedy
         offset = 1e-6 * np.eye(len(sigma1))
         root = scipy.linalg.sqrtm((sigma1 + offset) @ (sigma2 + offset))
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root).real)
+    distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root).real
+    return max(0.0, float(distance))            # of two equal sets rounding may make it -0.0
 
 def frechet_distance(x, y):
     """The same of features: exact also for fewer images than features, where Σ is singular.

@@ -26,9 +26,11 @@ from .vae import SCALE, VAE
 
 BUILT_IN = {"toy": Path(__file__).parent / "toy"}       # names that stand for weights in this repository
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SHA256 = {f"{SD15}/{part}/diffusion_pytorch_model.safetensors": sha256 for part, sha256 in (
-    ("unet", "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1"),       # as published
-    ("vae", "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c"))}
+SHA256 = {f"{SD15}/{name}.safetensors": sha256 for name, sha256 in (                    # as published
+    ("unet/diffusion_pytorch_model", "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1"),
+    ("unet/diffusion_pytorch_model.fp16", "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21"),
+    ("vae/diffusion_pytorch_model", "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c"),
+    ("vae/diffusion_pytorch_model.fp16", "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c"))}
 HINT = ("It does not fit Stable Diffusion 1.5, as Stable Diffusion 2, SDXL, inpainting models and parts of a "
         f"model do not; pass one such as {SD15}")
 
@@ -175,7 +177,8 @@ def find_file(argument, source, names):
         if file.is_file():
             return file
     if re.fullmatch(HUB_NAME, str(source)) and not path.exists():
-        return hub_file(str(source), names)
+        # float16 is half the download, and finer than the bfloat16 that it is used in
+        return hub_file(str(source), sorted(names, key=lambda name: ".fp16.safetensors" not in name))
     raise Fail(f"{argument} {source}: no such file, nor folder with {names[0]}; pass the file or folder of "
                f"the weights, or a Hugging Face repository such as {SD15}")
 

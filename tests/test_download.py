@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ldm import encoder
+from ldm import encoder, weights
 from ldm.app import Fail
 from ldm.weights import hub_file
 
@@ -165,3 +165,12 @@ def test_the_inception_weights_are_checked_and_appear_whole_or_not_at_all(
         for text in ("cannot get the Inception weights", words, "--inception"):
             assert text in str(problem.value)
         assert files == []
+
+def test_float16_is_taken_of_a_repository_and_the_full_file_of_a_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights, "hub_file", lambda repository, names: names[0])
+    names = [f"unet/x{kind}.safetensors" for kind in ("", ".fp16", ".non_ema")]
+    assert weights.find_file("--sd15", "owner/name", names) == "unet/x.fp16.safetensors"
+    (tmp_path / "unet").mkdir()
+    for name in names:
+        (tmp_path / name).touch()
+    assert weights.find_file("--sd15", str(tmp_path), names) == tmp_path / names[0]
