@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,7 +244,6 @@ def test_a_run_leaves_what_the_readme_says(trained, tmp_path):
 
 def test_a_model_card_says_no_more_than_is_known(trained, tmp_path):
     """An official split with a case in two parts, before the first samples; and patches of unknown cases."""
-    import shutil
     copy = shutil.copytree(trained, tmp_path / "x")
     (copy / "adapter-best.safetensors").unlink()
     config, split = (json.loads((copy / name).read_text()) for name in ("config.json", "split.json"))
@@ -332,6 +332,12 @@ def test_a_sampler_that_is_asked_to_stop_leaves_whole_images_and_goes_on(trained
     assert all(path.stat().st_mtime_ns == then for path, then in made.items())
     assert len(list(tmp_path.glob("out/cfg1.3/*/*.png"))) > len(made)
 
+@pytest.fixture
+def cached(trained, tmp_path):
+    """Runs in tmp_path find the images encoded, as a second run beside a first does."""
+    shutil.copytree(trained.parent / "cache", tmp_path / "runs/cache")
+
+@pytest.mark.usefixtures("cached")
 @pytest.mark.parametrize("moment", ["step", "validation", "samples"])
 def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
     """SIGTERM in the third step, or after the first epoch: the steps till then are saved, and no more."""
@@ -351,6 +357,7 @@ def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
     epoch = math.ceil(len(json.loads((tmp_path / "runs/x/split.json").read_text())["train"]) / 4)
     assert int(state["step"]) == len(json.loads(state["losses"])) == (3 if moment == "step" else epoch)
 
+@pytest.mark.usefixtures("cached")
 @pytest.mark.parametrize("few, best", [(2, 2), (10, 3)])
 @pytest.mark.parametrize("samples, owner, name", [(0, Trainer, "validation_loss"),
                                                   (2, train.Validation, "distance")])
@@ -375,6 +382,7 @@ def test_the_best_adapter_has_the_lowest_fid_or_loss_unless_few_images_choose_an
     from sample import find_adapter
     assert find_adapter(tmp_path / "runs/x", None).path.name == "adapter-best.safetensors"
 
+@pytest.mark.usefixtures("cached")
 def test_samples_are_drawn_at_every_kth_epoch_and_at_the_last(small, tmp_path):
     program("train.py", *small, "--epochs", 3, "--val-samples", 2, "--val-every", 2, "--run", "runs/x",
             cwd=tmp_path)
@@ -465,7 +473,6 @@ def test_a_finished_run_is_not_extended_but_a_new_one_starts_from_its_adapter(tr
     program("train.py", "--resume", "runs/y", cwd=tmp_path)         # for which the adapter is not needed
 
 def test_other_data_under_the_name_of_a_run_is_called_so(trained, small, dataset, tmp_path):
-    import shutil
     copy = shutil.copytree(trained, tmp_path / "runs/x")
     arguments = [*small, "--epochs", 2, "--val-samples", 2, "--run", "runs/x"]
     other = shutil.copytree(dataset, tmp_path / "other")
@@ -487,7 +494,6 @@ def test_a_folder_of_someone_elses_is_not_made_a_run(small, tmp_path):
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "mine/real/precious.png"]
 
 def test_a_run_without_its_split_or_with_a_damaged_state_is_refused(trained, small, tmp_path):
-    import shutil
     copy = shutil.copytree(trained, tmp_path / "runs/x")
     shutil.copytree(trained.parent / "cache", tmp_path / "runs/cache")
     arguments = [*small, "--epochs", 2, "--val-samples", 2, "--run", "runs/x"]
@@ -508,7 +514,6 @@ def test_a_run_without_its_split_or_with_a_damaged_state_is_refused(trained, sma
     lambda c: c.update(command="train.py"), lambda c: c.update(args=[]),
     lambda c: c["args"].update(lr="fast"), lambda c: c["args"].update(depth=9)])
 def test_a_run_with_a_damaged_config_is_refused_in_one_line(change, trained, dataset, tmp_path):
-    import shutil
     copy = shutil.copytree(trained, tmp_path / "runs/x")
     config = json.loads((copy / "config.json").read_text())
     change(config)
@@ -602,8 +607,6 @@ def test_two_references_of_one_name_are_two_references(tmp_path):
     assert both == {"patch-2": paths[1], "patch": paths[0]}
 
 def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path):
-    import shutil
-
     from safetensors.torch import save_file
     other = shutil.copytree(base, tmp_path / "other")
     path = other / "unet/diffusion_pytorch_model.safetensors"
@@ -629,7 +632,6 @@ def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path)
 
 def damage(base, target, change):
     """A copy of the base whose U-Net file is changed by `change(path)`."""
-    import shutil
     shutil.copytree(base, target)
     change(target / "unet/diffusion_pytorch_model.safetensors")
     return target
