@@ -358,9 +358,10 @@ def test_a_request_to_stop_loses_no_step(moment, small, tmp_path, monkeypatch):
     assert int(state["step"]) == len(json.loads(state["losses"])) == (3 if moment == "step" else epoch)
 
 @pytest.mark.usefixtures("cached")
-@pytest.mark.parametrize("few, best", [(2, 2), (10, 3)])
-@pytest.mark.parametrize("samples, owner, name", [(0, Trainer, "validation_loss"),
-                                                  (2, train.Validation, "distance")])
+@pytest.mark.parametrize("samples, owner, name, few, best", [
+    (0, Trainer, "validation_loss", 2, 2), (2, train.Validation, "distance", 2, 2),
+    pytest.param(0, Trainer, "validation_loss", 10, 3, marks=pytest.mark.slow),
+    pytest.param(2, train.Validation, "distance", 10, 3, marks=pytest.mark.slow)])
 def test_the_best_adapter_has_the_lowest_fid_or_loss_unless_few_images_choose_and_fake_shows_it(
         few, best, samples, owner, name, small, tmp_path, monkeypatch):
     values, shown, original = iter([2.0, 1.0, 3.0]), [], getattr(owner, name)
@@ -521,21 +522,21 @@ def test_a_run_with_a_damaged_config_is_refused_in_one_line(change, trained, dat
     result = program("train.py", "--resume", "runs/x", cwd=tmp_path, check=False)
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
 
-@pytest.mark.parametrize("change", [
-    dict(losses="[]", history="[]"), dict(losses='["a"]'), dict(step="99"), dict(step="1"),
-    dict(history='[{"step": 2}]'), dict(history="[1]"), dict(losses="[NaN]"),
-    dict(minutes="x"), dict(minutes="nan")])
-def test_a_state_whose_log_does_not_fit_its_step_is_refused(change, tmp_path):
-    t = trainer()
+def test_a_state_whose_log_does_not_fit_its_step_is_refused(tmp_path):
+    t, path = trainer(), tmp_path / "state.safetensors"
     for _ in range(3):
         t.train_step()
     t.history, t.losses = [{"epoch": 1, "step": 2, "val_loss": 1.0, "minutes": 0.1}], t.losses[2:]
     t.save(tmp_path, {})
-    file = train.TensorFile(tmp_path / "state.safetensors")
-    trainer().restore(file.path)
-    train.save_tensors(file.path, {name: file.get(name) for name in file.names}, file.header | change)
-    with pytest.raises(train.Fail, match="is damaged"):
-        trainer().restore(file.path)
+    file = train.TensorFile(path)
+    tensors = {name: file.get(name).clone() for name in file.names}
+    t.restore(path)
+    for change in (dict(losses="[]", history="[]"), dict(losses='["a"]'), dict(step="99"), dict(step="1"),
+                   dict(history='[{"step": 2}]'), dict(history="[1]"), dict(losses="[NaN]"),
+                   dict(minutes="x"), dict(minutes="nan")):
+        train.save_tensors(path, tensors, file.header | change)
+        with pytest.raises(train.Fail, match="is damaged"):
+            t.restore(path)
 
 def test_a_resumed_run_has_its_own_settings_to_the_last_digit(small, tmp_path, monkeypatch):
     """Zeros and what is left out among them; what is of one call only is not taken over."""
