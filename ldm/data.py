@@ -11,7 +11,7 @@ import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain, pairwise, product, zip_longest
 from pathlib import Path
 
@@ -474,6 +474,12 @@ class Cache:
     def __init__(self, folder, vae_sha256, encoder_sha256, size):
         key = f"2 {vae_sha256} {encoder_sha256} {size}"
         self.folder, self.size = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16], size
+        self._open = lru_cache(8192)(self._load)        # mapped; Linux allows a process 65,530 mappings
+
+    def _load(self, path):
+        with foreign_file(path, "is damaged", "remove it, and cache the images again"):
+            file = load_file(path)
+            return [file[name] for name in self.COLUMNS]
 
     def _file(self, image):
         return self.folder / f"{image}.safetensors"
@@ -513,8 +519,6 @@ class Cache:
         """Image hashes and a flag for each -> mean, logvar (B, 4, h, w) and embeddings (B, d_e)."""
         rows = []
         for path, flip in zip(map(self._file, hashes), mirrored):
-            with foreign_file(path, "is damaged", "remove it, and cache the images again"):
-                file = load_file(path)
-                mean, logvar, e = (file[name] for name in self.COLUMNS)
-                rows.append((mean[int(flip)], logvar[int(flip)], e))
+            mean, logvar, e = self._open(path)
+            rows.append((mean[int(flip)], logvar[int(flip)], e))
         return tuple(map(torch.stack, zip(*rows)))
