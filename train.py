@@ -273,8 +273,8 @@ class Trainer:
                     self.optimizer.state[p] = {"step": step} | {
                         key: file.get(f"{name}/{key}").view_as(p).to(p, copy=True) for key in MOMENTS}
             ends = [0, *(row["step"] for row in self.history if row.keys() >= {"epoch", "val_loss"})]
-            ends += [self.step, self.total]
-            complete = ends == sorted(ends) and len(self.losses) == self.step - ends[-3]
+            steps = [*ends, self.step, self.total]
+            complete = steps == sorted(steps) and len(self.losses) == self.step - ends[-1]  # since the last
             if not (complete and math.isfinite(self.scale + minutes + sum(self.losses))):
                 raise ValueError("its step and its log do not match")
         self.began, self.following = time.perf_counter() - 60 * minutes, None
