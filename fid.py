@@ -23,7 +23,6 @@ from ldm.app import (RANK0, Fail, Parser, atomic_write, check_same, foreign_file
 from ldm.runs import find, read_settings
 
 # ---- metrics of two sets, of features x (n, d) and y (m, d) ------------------------------------------------
-
 def frechet_distance_of_moments(mu1, sigma1, mu2, sigma2):
     """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), by definition, with scipy's sqrtm. Inexact for singular Σ."""
     root = scipy.linalg.sqrtm(sigma1 @ sigma2)
@@ -82,7 +81,6 @@ def bootstrap_interval(distance, x, y, repeats=200, level=0.95, seed=0):
     return float(low), float(high)
 
 # ---- metrics of single samples -----------------------------------------------------------------------------
-
 def fidelity(samples, references):
     """Mean cosine of row i of samples (n, d) with row i of references, its own; with all others."""
     c = 1 - cdist(samples, references, "cosine")
@@ -136,7 +134,6 @@ def accuracy_and_mcc(a, b):
     return float((hits[in_a > 0] / in_a[in_a > 0]).mean()), float(mcc)
 
 # ---- sets of images ----------------------------------------------------------------------------------------
-
 @dataclass
 class ImageSet:
     """Features (n, d) of images; names: (n,) paths within the folder, None for stand-ins of equal moments.
@@ -232,20 +229,20 @@ def compare_classes(real, fake, subset=1000):
     return rows
 
 # ---- the program -------------------------------------------------------------------------------------------
-
 def parse_args():
     parser = Parser(__doc__)
     parser.add_argument("real", metavar="REAL", help="folder of images, or .npz of statistics")
     parser.add_argument("fake", metavar="FAKE", nargs="*", help="folders or .npz files to compare with it")
     parser.add_argument("--per-class", action="store_true", help="KID x 1000 for every common subfolder")
     parser.add_argument("--resize", choices=RESIZERS, help="whose number to reproduce (default: pytorch-fid)")
-    parser.add_argument("--kid-subset", type=number(int, 2), default=1000, help="images per subset of KID")
+    parser.add_argument("--kid-subset", type=number(int, 2), default=1000,
+                        help="images per subset of KID (default: 1000)")
     parser.add_argument("--inception", metavar="FILE", help="its weights (default: torch.hub's cache)")
     parser.add_argument("--features", choices=("inception", "encoder"),
                         help="default: inception; for a toy run without its weights, the run's encoder")
     parser.add_argument("--save", metavar="FILE", help="write the statistics of REAL to this .npz file")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
-    parser.add_argument("--batch", type=number(int, 1), default=32, help="images at a time")
+    parser.add_argument("--batch", type=number(int, 1), default=32, help="images at a time (default: 32)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
     if not args.fake and (args.json or not args.save):

@@ -80,7 +80,6 @@ def lora_parameters(unet):
     return {f"{name}.{x}": getattr(layer, x) for name, layer in lora_layers(unet).items() for x in "AB"}
 
 # ---- adapter.safetensors: LoRA, projector and null embedding, and what is needed to rebuild them -----------
-
 FORMAT = "uni2h-sd15-lora-1"
 REQUIRED = {"base", "base_sha256", "vae_sha256", "encoder", "encoder_sha256"}
 REMEDY = "write it again with train.py"
@@ -159,7 +158,6 @@ def read_lora(file):
     return rank, alpha, tensors
 
 # ---- the same LoRA in the files of other programs ----------------------------------------------------------
-
 def export(path, form):
     """Write an adapter's LoRA beside it under the names of "kohya", "diffusers" or "peft" -> the new file."""
     file = open_adapter(path)

@@ -49,7 +49,6 @@ class Sampling:
         return f"cfg{repr(self.cfg).removesuffix('.0')}"
 
 # ---- Algorithm 2 -------------------------------------------------------------------------------------
-
 def guide(eps_null, eps_c, w):
     """ε̃ = ε_θ(z_t, t, c_∅) + w (ε_θ(z_t, t, c) - ε_θ(z_t, t, c_∅))   (eq. 5)."""
     return eps_null + w * (eps_c - eps_null)
@@ -96,7 +95,6 @@ def latent_shape(unet, vae, size):
     return unet.latent, size // vae.factor, size // vae.factor
 
 # ---- images ------------------------------------------------------------------------------------------
-
 # What images are made with, `batch` at a time. full_batches: fill up the last one, for a compiled U-Net.
 # adapter: its sha256, for provenance.
 Model = namedtuple("Model", "unet projector vae z_shape batch full_batches adapter")
@@ -138,7 +136,6 @@ def write_real(files, sources, size, rewrite=False):
             save_image(path, resize_crop(load_rgb(sources[name]), size), reference=name)
 
 # ---- the program -------------------------------------------------------------------------------------
-
 def parse_args():
     """-> (arguments, a Sampling for each guidance)."""
     parser = Parser(__doc__)
@@ -149,10 +146,10 @@ def parse_args():
     source("--embedding", type=Path, metavar="FILE", help=f"or embeddings (n, d) of its encoder: {STORED}")
     add("--label", nargs="+", metavar="CLASS", help="of --split, only patches of these classes")
     add("--limit", type=number(int, 1), metavar="N", help="of --split, N patches at most")
-    add("--n", type=number(int, 1), default=1, help="samples per reference")
+    add("--n", type=number(int, 1), default=1, help="samples per reference (default: 1)")
     add("--mean", action="store_true", help="condition on the mean embedding of all references")
     add("--balance", action="store_true", help="of --split train: fill each class up to the largest")
-    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="image i of all the references has seed + i")
+    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="image i of all the references has SEED + i")
     add_options(parser, Sampling)
     add = parser.add_argument_group("with which model").add_argument
     add("--run", metavar="DIR", help="a run, its best adapter (default: the newest in runs/)")
@@ -162,7 +159,7 @@ def parse_args():
     add("--uni2h", metavar="PATH", help="the encoder's weights (default: those trained with)")
     add("--other-base", action="store_true", help="accept another base than the adapter's")
     add = parser.add_argument_group("run").add_argument
-    add("--batch", type=number(int, 1), default=16, help="images at a time (changes rounding)")
+    add("--batch", type=number(int, 1), default=16, help="images at a time (default: 16; changes rounding)")
     add("--out", type=Path, metavar="DIR", help="default: samples/stepN[-SPLIT] beside the adapter")
     add("--dtype", choices=DTYPES, default="auto", help="of the U-Net (changes rounding)")
     add("--no-compile", action="store_true", help=f"no torch.compile (on CUDA from {COMPILE_FROM} images)")

@@ -62,7 +62,6 @@ def learning_rate_factor(step, warm_up, total):
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
 
 # ---- everything random is a function of (seed, step) -------------------------------------------------
-
 STEP, ORDER, VALIDATION, INITIAL = range(4)
 
 def generator(*key):
@@ -111,7 +110,6 @@ def batch_of_step(seed, step, batch, n):
     return order[torch.arange(k * batch, (k + 1) * batch) % n].tolist()
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------
-
 def noise_prediction_loss(unet, projector, mean, logvar, e, draws):
     """Lines 4 to 10 of Algorithm 1 -> ‖ε - ε_θ(z_t, t, c)‖² of each image, as a mean over its latent, (B,).
 
@@ -389,7 +387,6 @@ class Validation:
             shutil.rmtree(self.made, ignore_errors=True)
 
 # ---- the program: open, build, train -----------------------------------------------------------------
-
 def main():
     settings, resumed, parameters_only = parse_settings(__doc__)
     if parameters_only:

@@ -7,6 +7,7 @@ import argparse
 import csv
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -31,14 +32,12 @@ from tqdm import tqdm
 RANK, WORLD = (int(os.environ.get(name) or default) if dist.is_torchelastic_launched() else default
                for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))      # torchrun's
 RANK0 = RANK == 0
-LINE_SECONDS = 60           # between two lines of progress where there is no terminal
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SEED = 2 ** 31          # torch's generator on the CPU uses the low 32 bits of a seed, here seed + image
 ROOT = Path(__file__).resolve().parents[1]
 sys.modules["ldm.files"] = sys.modules[__name__]        # its former name, for scripts of users
 
 # ---- failures ------------------------------------------------------------------------------------
-
 class Fail(Exception):
     """An error that the user can fix. Its message, one line, names the object, the problem, the remedy."""
 
@@ -50,7 +49,7 @@ def run_program(main):
     if not RANK0:
         silence()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):              # a console without α prints another character for it
+        if isinstance(stream, io.TextIOWrapper):        # a console without α prints another character for it
             stream.reconfigure(errors="replace")
     SIGNALS.start()
     if WORLD == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -79,11 +78,12 @@ class Signals:
     once or, while `deferred`, at `leave`. The message says what is `kept`.
     """
     received, deferred, kept = 0, False, ""
+    KINDS = signal.SIGINT, signal.SIGTERM
 
     def start(self):
         """Handle both from now on."""
         vars(self).clear()
-        for kind in (signal.SIGINT, signal.SIGTERM):
+        for kind in self.KINDS:
             signal.signal(kind, self._handle)
 
     def _handle(self, kind, frame):
@@ -103,7 +103,7 @@ class Signals:
         """Call a function of torch.distributed that waits for other processes in C++, where Python's handlers
         do not run: unless a stop is deferred, a signal ends the process."""
         sys.stdout.flush()              # which that end would lose
-        kinds = () if self.deferred else (signal.SIGINT, signal.SIGTERM)
+        kinds = () if self.deferred else self.KINDS
         handlers = {kind: signal.signal(kind, signal.SIG_DFL) for kind in kinds}
         try:
             return function(*args, **kwargs)
@@ -120,8 +120,7 @@ def explain(problem):
         return words
     if isinstance(problem, OSError):                    # disk full, read-only folder, no permission
         return f"{problem.strerror or problem}: {problem.filename or 'no file named'}"
-    # torch's OutOfMemoryError on CUDA, its RuntimeErrors on MPS and on the CPU
-    if isinstance(problem, MemoryError) or re.search("out of memory|DefaultCPUAllocator", words):
+    if isinstance(problem, MemoryError) or re.search("out of memory|DefaultCPUAllocator", words):   # of torch
         return f"out of memory; try a smaller --micro-batch (train.py), --batch or --size ({line})"
     if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile cannot compile here; pass --no-compile ({line})"
@@ -146,20 +145,15 @@ def first_line(problem):
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:160]
 
 # ---- arguments -----------------------------------------------------------------------------------
-
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help, and one line instead of the usage for a wrong argument."""
+    """argparse with one line instead of the usage for a wrong argument."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=description, **how)
 
     def error(self, message):
         raise Fail(f"{message}; --help lists the arguments")
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        hidden = action.nargs == 0 or action.default in (None, argparse.SUPPRESS) or "default" in action.help
-        return action.help + ("" if hidden else " (default: %(default)s)")
 
 def number(kind, low, high=10 ** 6):
     """An argparse type: an int or float from low to high. Refuses nan."""
@@ -206,7 +200,7 @@ class _Lines:
 def progress(*args, **kwargs):
     """tqdm's bar; off a terminal a line a minute, and nothing where nothing is printed."""
     if not sys.stderr.isatty():
-        kwargs |= dict(file=_Lines(), delay=LINE_SECONDS, mininterval=LINE_SECONDS, miniters=1,
+        kwargs |= dict(file=_Lines(), delay=60, mininterval=60, miniters=1,             # seconds
                        bar_format="{desc}: {n_fmt} of {total_fmt}{postfix}, {rate_fmt}, {remaining} left")
     return tqdm(*args, disable=getattr(sys.stdout, "name", "") == os.devnull, **kwargs)
 
@@ -225,7 +219,6 @@ def command_line(program, *args):
     return shlex.join(["python", str(script), *map(str, args)])
 
 # ---- files ---------------------------------------------------------------------------------------
-
 @contextmanager
 def atomic_write(path, sync=True):
     """Yield a temporary path beside `path`; on success rename it to `path`, else remove it.
@@ -298,7 +291,6 @@ def file_sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 # ---- device and memory ---------------------------------------------------------------------------
-
 def pick_device(name="auto"):
     """'auto' (CUDA, then MPS, then CPU) or a name -> torch.device; under torchrun one GPU per process."""
     if name == "auto":
@@ -337,15 +329,13 @@ def to_device(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 def peak_memory(device):
-    """Peak in GB (1e9 bytes): allocated on the GPU, or resident on the CPU (0 where it is not reported)."""
+    """Peak in GB (1e9 bytes): allocated on the GPU, or resident on the CPU (0 where Linux is not there)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")      # Linux; getrusage would include the parent process's peak
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 / 1e9 if found else 0.0
+    status = Path("/proc/self/status")      # getrusage would include the parent process's peak
+    return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e9 if status.exists() else 0.0
 
 # ---- one process or many -------------------------------------------------------------------------
-
 def join_processes(device):
     """Join the other processes of torchrun, where there are any."""
     if WORLD == 1:

@@ -38,7 +38,6 @@ FOREIGN = {
     rb"II\*\0|MM\0\*|II\+\0|MM\0\+": "Pillow reads no such TIFF: JPEG 2000, alpha beside CMYK, or 32 bits"}
 
 # ---- images ------------------------------------------------------------------------------------------------
-
 def load_rgb(path):
     """An image file -> PIL image in RGB: upright by its EXIF tag, transparency on white, 16 bits scaled to 8.
 
@@ -193,7 +192,6 @@ def subsample(items, n):
     return [items[i * len(items) // n] for i in range(n)]
 
 # ---- datasets ----------------------------------------------------------------------------------------------
-
 CLASSES = ("normal", "serrated", "adenocarcinoma", "adenoma")       # labels 0 to 3 of the Chaoyang format
 PARTS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test",
              testing="test")
@@ -354,7 +352,6 @@ def _list_rows(path, left):
                 raise ValueError(f"entry {i} has the label {label!r}, not 0 to 3: {', '.join(CLASSES)}")
 
 # ---- the split ---------------------------------------------------------------------------------------------
-
 PROPORTIONS = dict(train=5398, val=387, test=375)     # the paper's counts; its split itself is not published
 
 def split_patches(patches, parts=PROPORTIONS):
@@ -456,7 +453,6 @@ def write_toy_tissue(folder):
     return folder
 
 # ---- the cache of the frozen networks' outputs -------------------------------------------------------------
-
 def hash_files(paths):
     """The SHA-256 of each file."""
     with ThreadPoolExecutor() as pool:

@@ -1,5 +1,6 @@
 """Frozen networks that turn images into features: the pathology encoder, and FID's Inception."""
 import hashlib
+import json
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,6 @@ class FeatureSpace:
         return np.concatenate(all_gather(features))
 
 # ---- the pathology encoder ---------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Recipe:
     """What turns a file of weights into an encoder, as its publisher's page gives it."""
@@ -63,6 +63,7 @@ class Recipe:
     licence: str                    # its name on the Hugging Face hub
     model: str                      # timm's name of the architecture
     arguments: dict                 # of timm.create_model; width and depth of a ViT are those of the tensors
+    source: str = ""                # who says so
     shape: tuple = ()               # (d_e, width, depth) of the published weights
     head_width: int = 64            # 0: width and depth are timm's
     size: int = 224
@@ -77,38 +78,11 @@ class Recipe:
         """What --encoder calls it."""
         return self.repository.rpartition("/")[2].lower() if self.head_width else "timm"
 
-# Source: https://huggingface.co/MahmoodLab/UNI2-h. Built locally, timm assumes mean 0.5 and bicubic.
-UNI2H = Recipe(
-    repository="MahmoodLab/UNI2-h", licence="cc-by-nc-nd-4.0", shape=(1536, 1536, 24),
-    terms="UNI2-h (CC BY-NC-ND 4.0, gated: non-commercial research only)", model="vit_giant_patch14_224",
-    arguments=dict(img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0,
-                   no_embed_class=True, mlp_layer="SwiGLUPacked", act_layer="silu", reg_tokens=8,
-                   dynamic_img_size=True, global_pool="token"))
+ROWS = json.loads(Path(__file__).with_name("encoders.json").read_text(encoding="utf-8"))
+ROWS = [Recipe(**{key: tuple(x) if isinstance(x, list) else x for key, x in row.items()}) for row in ROWS]
+RECIPES = {recipe.name: recipe for recipe in ROWS}      # what --encoder calls them
+UNI2H, TOY = RECIPES["uni2-h"], RECIPES["toy"]
 UNI2H_DIGEST = "7e045138"       # pinned: an edited recipe must not read embeddings of the old one
-TOY = replace(UNI2H, repository="toy", terms="the toy encoder (MIT)", licence="mit", shape=(192, 192, 2))
-# Sources: the repositories' pages, with which mahmoodlab/TRIDENT and rendeirolab/LazySlide agree. Bioptimus's
-# take tiles of 224 px as they are; the bicubic filter for others is LazySlide's.
-H_OPTIMUS_0 = Recipe(
-    repository="bioptimus/H-optimus-0", licence="apache-2.0", terms="H-optimus-0 (Apache 2.0)",
-    shape=(1536, 1536, 40), model="vit_giant_patch14_reg4_dinov2",
-    arguments=dict(img_size=224, init_values=1e-5, num_classes=0, global_pool="token"),
-    interpolation="BICUBIC", mean=(0.707223, 0.578729, 0.703617), std=(0.211883, 0.230117, 0.177517))
-H_OPTIMUS_1 = replace(H_OPTIMUS_0, repository="bioptimus/H-optimus-1", licence="cc-by-nc-nd-4.0",
-                      terms="H-optimus-1 (CC BY-NC-ND 4.0, gated: non-commercial academic research only)")
-VIRCHOW2 = Recipe(
-    repository="paige-ai/Virchow2", licence="cc-by-nc-nd-4.0", shape=(2560, 1280, 32), head_width=80,
-    terms="Virchow2 (CC BY-NC-ND 4.0, gated: non-commercial academic research only)",
-    model="vit_huge_patch14_224",
-    arguments=dict(img_size=224, init_values=1e-5, num_classes=0, reg_tokens=4, mlp_ratio=5.3375,
-                   global_pool="", dynamic_img_size=True, mlp_layer="SwiGLUPacked", act_layer="silu"),
-    interpolation="BICUBIC", joined=True)
-GIGAPATH = Recipe(
-    repository="prov-gigapath/prov-gigapath", licence="other", shape=(1536, 1536, 40),
-    terms="Prov-GigaPath (gated: see its page for the terms)", model="vit_giant_patch14_dinov2",
-    arguments=dict(img_size=224, patch_size=16, init_values=1e-5, mlp_ratio=5.33334, num_classes=0,
-                   global_pool="token"),
-    interpolation="BICUBIC", resize=256)
-RECIPES = {recipe.name: recipe for recipe in (UNI2H, TOY, H_OPTIMUS_0, H_OPTIMUS_1, VIRCHOW2, GIGAPATH)}
 
 class Encoder(FeatureSpace):
     """A pathology encoder: PIL RGB images -> embeddings e (B, d_e), d_e = `width`.
@@ -215,7 +189,6 @@ def from_timm(file, config, source):
     return file.renamed(lambda name: None if name.startswith(prefixes) else name), recipe
 
 # ---- Inception of 2015-12-05, the network of FID and KID ---------------------------------------------------
-
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
 SIDE = 299

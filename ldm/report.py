@@ -110,7 +110,6 @@ class Evaluation:
         return [self.features(space, kind, part, *args) for kind in ("real", "fake")]
 
 # ---- the paper's tables and its figure 5; each section yields the rows of its table ------------------------
-
 def table4(ev):
     """Table 4: validation loss (val_loss_0: at t < 100, and so on) and FID at the end of every epoch"""
     for row in read_csv(ev.folder / "log.csv"):
@@ -156,7 +155,6 @@ def figure5(ev):
     return ()
 
 # ---- beyond the paper --------------------------------------------------------------------------------------
-
 def fidelity_table(ev):
     """Fidelity: cosine of a test sample's features with its reference's and with other references'; the share
     whose nearest class centroid (of real training images) is the reference's class, beside the share of the
@@ -243,7 +241,6 @@ PIXELS = SimpleNamespace(kind="pixels", extract=lambda files, device: np.stack(
     [np.asarray(resize_crop(load_rgb(file), 32), np.float64).ravel() / 255 for file in files]))
 
 # ---- the ablation study ------------------------------------------------------------------------------------
-
 # Table 3: the first row is the baseline, each other changes one factor; and the paper's result (Table 6).
 ROWS = read_csv(Path(__file__).with_name("table6.csv"))
 FACTORS = list(ROWS[0])[:5]
@@ -288,7 +285,6 @@ def ablation():
     print(f"{len(table)} of {len(ROWS)} rows; the paper's FIDs are of Chaoyang, 512 px, SD1.5 and UNI2-h")
 
 # ---- pictures and the program ------------------------------------------------------------------------------
-
 def save_sheet(path, pairs, texts):
     """A contact sheet of pairs of image files, two pairs in a row, a text above each image."""
     images = [[load_rgb(file) for file in pair] for pair in pairs]
@@ -310,7 +306,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="(default: all)")
-    parser.add_argument("--cfg", type=number(float, 0), default=1.3, help="guidance of all but the sweep")
+    parser.add_argument("--cfg", type=number(float, 0), default=1.3, help="guidance (default: 1.3)")
     parser.add_argument("--limit", type=number(int, 8), default=400, metavar="N",
                         help="samples of training images; and as many again for usefulness")
     parser.add_argument("--judge", nargs="+", default=[], metavar="NAME",

@@ -110,7 +110,6 @@ def parse_settings(description):
     return replace(s, alpha=s.alpha or float(s.rank), run=s.run or run), bool(resume), parameters
 
 # ---- a run's folder ----------------------------------------------------------------------------------
-
 class Lock:
     """Keeps a folder from other processes while this object lives; fails where another process holds it.
 
@@ -201,7 +200,6 @@ def split_of_run(folder, patches, how, started):
     return split
 
 # ---- finding runs, patches and samples ---------------------------------------------------------------
-
 def unfinished(folder):
     """"epoch 3 of 12" for a run that is training or was interrupted, else ""."""
     settings, path = read_settings(folder), folder / "log.csv"
@@ -271,7 +269,6 @@ def public_name(source):
     return flag + equals + (f"./{name}" if name in BUILT_IN and name != value else name)
 
 # ---- Table 2 and the model card ------------------------------------------------------------------------
-
 def parameter_table(unet, projector):
     """The trainable parameters in the form of Table 2. unet: with LoRA, and nothing else trainable."""
     lora = sum(p.numel() for p in unet.parameters() if p.requires_grad)
@@ -287,52 +284,15 @@ def parameter_table(unet, projector):
              ("Trainable/backbone", "", f"{total / frozen:.2%}")]
     return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in rows)
 
-CARD = """---
-base_model: {base}
-{terms}
-pipeline_tag: image-to-image
-tags: [lora, stable-diffusion, histopathology, synthetic-data]
----
-# {name}
-
-Patches with the morphology of a reference patch: embeddings of the encoder `{encoder}` replace the text
-condition of `{base}`, through a projector and LoRA (https://doi.org/10.15587/2706-5448.2026.355663).
-
-- `adapter.safetensors`: LoRA of rank {rank} (α {alpha:g}) on Q, K, V and O, projector to {tokens} tokens,
-  null embedding; the last.
-- `adapter-best.safetensors`: {best}
-
-Use, in the program's folder: `python sample.py --run THIS_FOLDER --ref patch.png --cfg 1.3`
-
-Research only: synthetic images must not be used for diagnosis. An adapter can reproduce its training patches;
-check `python -m ldm.report` (memorisation) before you share it.
-
-## Data and training
-
-`{data}`, {size} px; {how}; {shared}.
-
-| part | cases | patches | classes |
-|---|---|---|---|
-{counts}
-
-{step} steps, to epoch {epoch} of {epochs}, batch {batch}, seed {seed}, learning rate {lr:g} (of the projector
-{lr_ratio:g} times that); {minutes} minutes.
-Command: `{command}`
-Environment: {environment}
-Hashes (sha256) of the weights' tensors and of all image files: {sha256}
-
-## Licence
-
-{licence}
-"""
 def model_card(folder):
-    """The text of README.md for a run that has finished an epoch."""
+    """The text of README.md for a run that has finished an epoch, by the template card.md."""
     settings, config = read_settings(folder), read_json(folder / "config.json")
     split, log = read_json(folder / "split.json"), read_csv(folder / "log.csv")
     header = TensorFile(folder / "adapter.safetensors").header
     terms = dict(sd15="openrail-m", uni2h=header.get("encoder_licence", "cc-by-nc-nd-4.0"))
     terms = "-and-".join(name for key, name in terms.items() if getattr(settings, key) not in BUILT_IN)
-    text = CARD.format(**asdict(settings) | log[-1] | dict(
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    text = template.format(**asdict(settings) | log[-1] | dict(
         name=folder.name, base=public_name(settings.sd15), encoder=header["encoder"],
         terms=f"license: other\nlicense_name: {terms}" if terms else "license: mit",
         best=_describe_best(folder, settings, split, log), **_describe_data(settings, split),

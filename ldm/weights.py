@@ -35,7 +35,6 @@ HINT = ("It does not fit Stable Diffusion 1.5, as Stable Diffusion 2, SDXL, inpa
         f"model do not; pass one such as {SD15}")
 
 # ---- files of tensors --------------------------------------------------------------------------------------
-
 BLOCK = 2 ** 18         # numbers; so many zeros in a row are a gap in a file, not a weight matrix
 
 class TensorFile:
@@ -183,7 +182,6 @@ def find_file(argument, source, names):
                f"the weights, or a Hugging Face repository such as {SD15}")
 
 # ---- Stable Diffusion 1.5 ----------------------------------------------------------------------------------
-
 def open_sd15(source, vae=None):
     """A Diffusers folder, CompVis file, Hugging Face repository or "toy" -> TensorFiles (U-Net, VAE).
 
@@ -349,7 +347,6 @@ def _part(file, prefix):
     return file.renamed(rename)
 
 # ---- the Hugging Face hub ----------------------------------------------------------------------------------
-
 HUB_NAME = r"(?!.*(--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]{1,96}\b"      # owner/name, by the hub's rules
 
 def hub_file(repository, candidates):
