@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -35,7 +35,7 @@ from ldm.weights import TensorFile, load_unet, load_vae, open_sd15
 from lora import fold, load_adapter, load_projector, open_adapter
 
 COMPILE_FROM = 100          # images; compiling for fewer takes longer than it saves
-STORED = ".npy, .npz, .csv, .pt or .safetensors"
+STORED = ".npy, .npz, .pt or .safetensors"
 
 @dataclass(frozen=True)
 class Sampling:
@@ -165,8 +165,8 @@ def parse_args():
     add("--no-compile", action="store_true", help=f"no torch.compile (on CUDA from {COMPILE_FROM} images)")
     add("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
-    if not args.split and (args.label or args.limit):
-        raise Fail("--label and --limit choose among the patches of --split; with --ref, name the images")
+    if not args.split and (args.label or args.limit or args.balance):
+        raise Fail("--label, --limit and --balance choose among the patches of --split, not of --ref")
     if args.balance and (args.split != "train" or args.n > 1 or args.limit or args.mean):
         raise Fail("--balance fills up the classes of --split train, without --n, --limit or --mean")
     given = {f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)}
@@ -177,25 +177,22 @@ def main():
     device = pick_device(args.device)
     join_processes(device)
     adapter = find_adapter(args.run, args.adapter)
-    settings, size = read_settings(adapter.path.parent), int(adapter.header["resolution"])
+    settings = read_settings(adapter.path.parent)
     found = find_references(args, settings, adapter)
     unet_file, vae_file, encoder = open_files(args, settings, adapter)
-    kind = [args.split, args.embedding and "embedding", args.mean and "mean", args.balance and "balance"]
-    name = "-".join([f"step{int(adapter.header['step']):06d}", *filter(None, kind)])
-    out = args.out or adapter.path.parent / "samples" / name
-    adapter_sha256 = file_sha256(adapter.path)
-    guard = dict(adapter_sha256=adapter_sha256, base_sha256=unet_file.fingerprint(),
-                 vae_sha256=vae_file.fingerprint(), resolution=size, **asdict(samplings[0]))
-    del guard["cfg"]                                        # which is in the names
+    kinds = [args.split, args.embedding and "embedding", args.mean and "mean", args.balance and "balance"]
+    name = "-".join([f"step{int(adapter.header['step']):06d}", *filter(None, kinds)])
+    out, size = args.out or adapter.path.parent / "samples" / name, int(adapter.header["resolution"])
+    guard = dict(adapter_sha256=file_sha256(adapter.path), base_sha256=unet_file.fingerprint(),
+                 vae_sha256=vae_file.fingerprint(), resolution=size, steps=samplings[0].steps)
     known = read_samples(out, guard, [*(args.ref or ()), settings and settings.data])
-    digest = file_sha256 if encoder else lambda row: hashlib.sha256(row.numpy()).hexdigest()
     names, known = name_references([(name, source) for name, _, source in found], known, digest)
     check_same("weights or references", [guard, known])
     chosen = choose(args, dict(zip(names, (label for _, label, _ in found))))
     references = {name: names[name] for name in chosen}
     if args.mean:
-        digest = hashlib.sha256("".join(known[name] for name in chosen).encode()).hexdigest()[:8]
-        name = Path(os.path.commonpath(chosen), f"mean-of-{len(chosen)}-{digest}").as_posix()
+        key = hashlib.sha256("".join(known[name] for name in chosen).encode()).hexdigest()[:8]
+        name = Path(os.path.commonpath(chosen), f"mean-of-{len(chosen)}-{key}").as_posix()
         chosen = {name: range(args.seed, args.seed + args.n)}
     jobs = [Job(out / s.name / f"{name}_seed{seed}_{s.name}.png", name, seed, s)
             for s in samplings for name, seeds in chosen.items() for seed in seeds]
@@ -217,7 +214,8 @@ def main():
     if RANK0:
         real = {name: out / "real" / f"{name}.png" for name in references if encoder}
         write_real(real, references, size)
-        write_labels(out, {safe_name(label): label for _, label, _ in found if label}, adapter_sha256)
+        labels = {safe_name(label): label for _, label, _ in found if label}
+        write_labels(out, labels, guard["adapter_sha256"])
         for s in samplings:
             write_sheet(out / f"sheet-{s.name}.png", real, [job for job in jobs if job.sampling == s])
         name = samplings[0].name
@@ -227,13 +225,10 @@ def main():
 
 def find_adapter(run, path):
     """--run and --adapter -> the open adapter: the one named, or the best (else the last) of the run."""
-    if path is None:
-        run = run or newest_run()
-        if run is None:
-            raise Fail("there is no run under runs/; train one with `python train.py`, or pass --adapter")
-        best = Path(run) / "adapter-best.safetensors"
-        path = best if best.is_file() else best.with_name("adapter.safetensors")
-    return open_adapter(path)
+    if not (path or (run := run or newest_run())):
+        raise Fail("there is no run under runs/; train one with `python train.py`, or pass --adapter")
+    paths = [path] if path else [Path(run, f"adapter{kind}.safetensors") for kind in ("-best", "")]
+    return open_adapter(next(filter(os.path.isfile, paths), paths[-1]))
 
 def find_references(args, settings, adapter):
     """--ref, --split or --embedding -> [(name, label, source)]: a file or an embedding (d_e,)."""
@@ -248,8 +243,7 @@ def find_references(args, settings, adapter):
         return [(patch.title, patch.label, path) for patch, path in found]
     found = []
     for path in find(args.ref, adapter.path.parent):
-        base = path if path.is_dir() else path.parent
-        below = list_images(path) if path.is_dir() else [path] * path.is_file()
+        base, below = (path, list_images(path)) if path.is_dir() else (path.parent, [path] * path.is_file())
         if not below:
             raise Fail(f"--ref {path}: no such file, or a folder without images")
         found += [(p.relative_to(base).with_suffix("").as_posix(), "", p) for p in below]
@@ -262,13 +256,11 @@ def read_embeddings(path, width):
     with foreign_file(path, "holds no embeddings", f"pass {STORED}"):
         if path.suffix.lower() in (".npy", ".npz"):
             found = np.load(path, mmap_mode="r")        # a false shape takes no memory
-        elif path.suffix.lower() == ".csv":
-            found = np.loadtxt(path, delimiter=",", ndmin=2)
+            arrays = dict(found) if hasattr(found, "keys") else {"array": found}
         else:
             file = TensorFile(path)
             tensors = {name: file.get(name) for name in file.names}
-            found = {name: t.float().numpy() for name, t in tensors.items() if t.is_floating_point()}
-        arrays = dict(found) if hasattr(found, "keys") else {"array": found}
+            arrays = {name: t.float().numpy() for name, t in tensors.items() if t.is_floating_point()}
         fit = [a for a in arrays.values() if a.dtype.kind == "f" and a.shape[-1:] == (width,) and a.ndim < 3]
         if len(fit) != 1 or not fit[0].size:
             shapes = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in arrays.items())
@@ -277,6 +269,11 @@ def read_embeddings(path, width):
         if not (finite := rows.isfinite().all(1)).all():
             raise Fail(f"{path}: embedding {finite.long().argmin()} is not finite; omit it")
         return rows
+
+def digest(source):
+    """The SHA-256 of a reference: a file, or an embedding (d_e,)."""
+    is_row = isinstance(source, torch.Tensor)
+    return hashlib.sha256(source.numpy()).hexdigest() if is_row else file_sha256(source)
 
 def choose(args, labels):
     """{reference: label} -> {reference: seeds of its samples}, for those to sample."""
@@ -303,11 +300,9 @@ def read_samples(out, guard, folders):
     before = asdict(Sampling()) | saved                     # an option that it lacks had its default
     problems = [f"is inside {folder}, where its images would be taken for patches" for folder in folders
                 if folder and os.path.isdir(folder) and out.resolve().is_relative_to(Path(folder).resolve())]
-    if saved:
-        problems += [f"holds samples with another {key.removesuffix('_sha256')}"
-                     for key in guard if before.get(key) != guard[key]]
-    elif any(out.glob("[!.]*")):
-        problems.append("holds other files and no samples.json")
+    problems += [f"holds samples with another {key.removesuffix('_sha256')}"
+                 for key in guard if saved and before.get(key) != guard[key]]
+    problems += ["holds other files and no samples.json"] * (not saved and any(out.glob("[!.]*")))
     if problems:
         raise Fail(f"--out {out} {problems[0]}; pass another --out")
     return saved.get("references", {})
@@ -315,20 +310,17 @@ def read_samples(out, guard, folders):
 def open_files(args, settings, adapter):
     """-> U-Net and VAE (TensorFiles), Encoder (None with --embedding). Fails if trained with others."""
     header = adapter.header
-    recorded = dict(sd15=header["base"], vae=header.get("vae"), uni2h=header["encoder"],
-                    encoder=header.get("encoder_recipe"))
-    was = vars(settings) if settings else recorded
+    was = dict(sd15=header["base"], vae=header.get("vae"), uni2h=header["encoder"],
+               encoder=header.get("encoder_recipe")) if settings is None else vars(settings)
     with rank0_first():             # it downloads what is missing
         unet_file, vae_file = open_sd15(args.sd15 or was["sd15"], args.vae or was["vae"] or None)
         encoder = None if args.embedding else open_encoder(args.uni2h or was["uni2h"], was["encoder"])
-    files = {"base": unet_file, "vae": vae_file, "encoder": encoder}
-    for part, file in files.items():
-        own = part != "encoder"         # --other-base accepts it
-        if not file or (own and args.other_base) or file.fingerprint() == header[f"{part}_sha256"]:
-            continue
-        remedy = "pass it with --sd15 or --vae, or --other-base" if own else "pass it with --uni2h"
-        was = header.get(part) or header["base"]
-        raise Fail(f"{adapter.path} was trained with another {part} ({was}); {remedy}")
+    files = {"base": (unet_file, "--sd15"), "vae": (vae_file, "--vae"), "encoder": (encoder, "--uni2h")}
+    for part, (file, flag) in files.items():
+        accepted = not file or (args.other_base and part != "encoder")
+        if not accepted and file.fingerprint() != header[f"{part}_sha256"]:
+            source, other = header.get(part) or header["base"], ", or --other-base" * (part != "encoder")
+            raise Fail(f"{adapter.path} was trained with another {part} ({source}); pass it: {flag}{other}")
     return unet_file, vae_file, encoder
 
 def load_model(unet_file, vae_file, adapter, device, batch, compiled, dtype="auto"):
@@ -338,8 +330,7 @@ def load_model(unet_file, vae_file, adapter, device, batch, compiled, dtype="aut
     projector = load_adapter(adapter, unet)
     dtype = frozen_dtype(device, dtype, unet.conv_in.out_channels)
     unet = fold(unet).to(dtype, memory_format=layout(device, dtype))
-    if compiled:
-        unet = torch.compile(unet, dynamic=False, fullgraph=True)
+    unet = torch.compile(unet, dynamic=False, fullgraph=True) if compiled else unet
     return Model(unet, projector, vae, z_shape, batch, compiled, file_sha256(adapter.path))
 
 def write_labels(out, labels, adapter_sha256):
@@ -354,11 +345,11 @@ def write_labels(out, labels, adapter_sha256):
 
 def write_sheet(path, real, jobs):
     """A contact sheet of 32 references, equally many of each class, and up to eight samples of each."""
-    rows, classes = {}, {}
+    rows, classes = defaultdict(list), defaultdict(list)
     for job in jobs:
-        rows.setdefault(job.reference, []).append(job.path)
+        rows[job.reference].append(job.path)
     for name in rows:
-        classes.setdefault(name.rpartition("/")[0], []).append(name)
+        classes[name.rpartition("/")[0]].append(name)
     shown = [name for names in classes.values() for name in subsample(names, max(1, 32 // len(classes)))]
     n = min(8, *(len(rows[name]) for name in shown))
     groups = [[*([real[name]] if name in real else []), *rows[name][:n]] for name in shown]

@@ -28,9 +28,8 @@ import torch._functorch.config as functorch_config
 
 from fid import frechet_distance
 from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast, check_same, command_line,
-                     file_sha256, foreign_file, frozen_dtype, join_processes, peak_memory, pick_device,
-                     progress, rank0_first, run_program, save_csv, save_tensors, save_text, shard, silence,
-                     to_device)
+                     file_sha256, foreign_file, frozen_dtype, join_processes, pick_device, progress,
+                     rank0_first, run_program, save_csv, save_tensors, save_text, shard, silence, to_device)
 from ldm.data import (Cache, contact_sheet, describe_split, hash_files, load_rgb, note_equal_images,
                       read_dataset, save_image, subsample, write_toy_tissue)
 from ldm.encoder import RECIPES, UNI2H, Inception, inception_available, open_encoder
@@ -49,17 +48,16 @@ SAVE_SECONDS = 300
 # Share of a compiled step's activations kept for the backward pass, the rest being recomputed. SD1.5 at batch
 # 16, 512 px: 5.3 GiB instead of 10.5, for 8.7 % more FLOPs (tests/test_speed.py).
 MEMORY_BUDGET = 0.5
-# Numbers that a step holds at its peak, per image, position of the latent and channel of the first level: 120
-# with checkpointing (counted: `python tests/bench.py memory`), more compiled.
+# Numbers in a step at its peak, per image, latent pixel and channel of the first level: 120 with checkpoints
+# (`python tests/bench.py memory`), more compiled.
 ACTIVATIONS = 170
 MOMENTS = "exp_avg", "exp_avg_sq"       # of AdamW
 LOSS_SCALE = 2.0 ** 16                  # for float16, whose smallest number is 6e-8: the gradients' factor
 
 def learning_rate_factor(step, warm_up, total):
     """Linear up to 1 over `warm_up` steps, then a cosine down to 0 at `total` (the paper names no floor)."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+    return (step + 1) / warm_up if step < warm_up else cosine
 
 # ---- everything random is a function of (seed, step) -------------------------------------------------
 STEP, ORDER, VALIDATION, INITIAL = range(4)
@@ -96,10 +94,9 @@ def draw_batch(g, batch, z_shape, cfg_drop, layers, width):
 def draw_validation(n, z_shape):
     """The fixed Draws of the validation loss: evenly spread timesteps, no dropout, no mirroring."""
     draws = draw_batch(generator(VALIDATION), n, z_shape, cfg_drop=0, layers=0, width=0)
-    draws.mirrored[:], draws.dropout = False, None
     order = torch.randperm(n, generator=generator(VALIDATION, 1))
-    draws.t = ((torch.arange(n) + 0.5) * T / n).long()[order]
-    return draws
+    t = ((torch.arange(n) + 0.5) * T / n).long()[order]
+    return replace(draws, mirrored=torch.zeros(n, dtype=torch.bool), t=t, dropout=None)
 
 def batch_of_step(seed, step, batch, n):
     """Indices of the images of a step; each epoch is a permutation of its own. The last batch is filled from
@@ -224,9 +221,9 @@ class Trainer:
             k, *inputs = self.load_part(hashes, draws, range(start, min(start + size, n)), size)
             losses[start:start + k] = noise_prediction_loss(self.network, self.projector, *inputs)[:k]
         all_reduce([losses])
-        tenths = [losses[(draws.t * 10 // T == k).to(self.device)] for k in range(10)]
-        return {"val_loss": losses.mean().item()} | {
-            f"val_loss_{k}": of.mean().item() if len(of) else None for k, of in enumerate(tenths)}
+        row, losses, tenth = {"val_loss": losses.mean().item()}, losses.cpu(), draws.t * 10 // T
+        return row | {f"val_loss_{k}": losses[tenth == k].mean().item() if k in tenth else None
+                      for k in range(10)}
 
     def epoch_is_due(self):
         """Whether an epoch, or the run, is complete and its row of the log is not yet written."""
@@ -248,10 +245,10 @@ class Trainer:
             save_adapter(folder / name, self.unet, self.projector, header | {"step": str(self.step)})
         moments = {f"{name}/{key}": self.optimizer.state[p][key] for name, p in self.named.items()
                    if p in self.optimizer.state for key in MOMENTS}
-        save_tensors(folder / "state.safetensors", {**self.named, **moments}, {
-            "step": str(self.step), "best": repr(self.best), "losses": json.dumps(self.losses),
-            "history": json.dumps(self.history), "minutes": repr(self.minutes_spent()),
-            "scale": repr(self.scale)})
+        state = dict(step=self.step, best=self.best, losses=self.losses, history=self.history,
+                     minutes=self.minutes_spent(), scale=self.scale)
+        state = {key: json.dumps(value) for key, value in state.items()}
+        save_tensors(folder / "state.safetensors", {**self.named, **moments}, state)
         if self.history:
             save_csv(folder / "log.csv", self.history)
 
@@ -260,16 +257,16 @@ class Trainer:
         """Return to the state that `save` wrote."""
         file = TensorFile(path)
         with foreign_file(path, advice="restore it, or pass another --run"):
-            self.step, self.best = int(file.header["step"]), float(file.header["best"])
-            minutes = float(file.header.get("minutes", 0))
-            self.scale = min(float(file.header.get("scale", self.scale)), self.largest_scale)
-            self.losses, self.history = json.loads(file.header["losses"]), json.loads(file.header["history"])
+            header = {"minutes": 0, "scale": self.scale} | file.header      # an old state lacks them
+            self.step, minutes = int(header["step"]), float(header["minutes"])
+            self.best, self.scale = float(header["best"]), min(float(header["scale"]), self.largest_scale)
+            self.losses, self.history = json.loads(header["losses"]), json.loads(header["history"])
             for name, p in self.named.items():
                 p.copy_(file.get(name).view_as(p))
                 if f"{name}/exp_avg" in file.names:
+                    moments = {key: file.get(f"{name}/{key}").view_as(p).to(p, copy=True) for key in MOMENTS}
                     step = torch.tensor(float(self.step), device=self.device)
-                    self.optimizer.state[p] = {"step": step} | {
-                        key: file.get(f"{name}/{key}").view_as(p).to(p, copy=True) for key in MOMENTS}
+                    self.optimizer.state[p] = dict(step=step, **moments)
             ends = [0, *(row["step"] for row in self.history if row.keys() >= {"epoch", "val_loss"})]
             steps = [*ends, self.step, self.total]
             complete = steps == sorted(steps) and len(self.losses) == self.step - ends[-1]  # since the last
@@ -312,13 +309,13 @@ def end_epoch(trainer, validation, seconds):
     SIGNALS.kept = f"; saved at step {trainer.step} of {trainer.total}; repeat the command to resume"
     SIGNALS.deferred = False                # all is saved: a stop during validation or sampling loses nothing
     SIGNALS.leave()
-    epoch = math.ceil(trainer.step / trainer.steps_per_epoch)
-    rates = trainer.learning_rates(trainer.step - 1)
+    epoch, rates = math.ceil(trainer.step / trainer.steps_per_epoch), trainer.learning_rates(trainer.step - 1)
+    peak = torch.cuda.max_memory_allocated(trainer.device) / 1e9 if trainer.device.type == "cuda" else None
     speeds = [trainer.settings.batch / s for s in seconds[1:]]          # the first step compiles
     row = dict(epoch=epoch, step=trainer.step, train_loss=sum(trainer.losses) / len(trainer.losses),
                **trainer.validation_loss(validation.hashes), lr_lora=rates[0], lr_projector=rates[1],
                images_per_second=round(harmonic_mean(speeds), 2) if speeds else None,
-               peak_memory_gb=round(peak_memory(trainer.device), 2))
+               peak_memory_gb=peak)
     due = not validation.sampled or epoch % trainer.settings.val_every == 0 or trainer.step == trainer.total
     row[validation.column] = validation.distance(trainer, epoch) if due else None
     SIGNALS.deferred = True
@@ -455,24 +452,20 @@ class Inputs:
 
 def check_init(settings, sha256):
     """The hash of the adapter of --init. Fails unless it has the settings' shapes and is of these weights."""
-    header = open_adapter(settings.init).header
-    wanted = {name: getattr(settings, name) for name in ("rank", "hidden", "tokens", "depth")}
-    wanted |= dict(alpha=settings.alpha / settings.rank * settings.rank, token_norm=int(settings.token_norm),
-                   base_sha256=sha256["base"], encoder_sha256=sha256["encoder"])
-    for name, value in wanted.items():
-        if header.get(name) != str(value):
-            raise Fail(f"--init {settings.init} was trained with {name.replace('_', '-')} "
-                       f"{header.get(name)}, not {value}; pass what it was trained with, or another adapter")
-    return file_sha256(settings.init)
+    s, header, same = settings, open_adapter(settings.init).header, ("rank", "hidden", "tokens", "depth")
+    wanted = dict(alpha=s.alpha / s.rank * s.rank, token_norm=int(s.token_norm), base_sha256=sha256["base"],
+                  encoder_sha256=sha256["encoder"]) | {name: getattr(s, name) for name in same}
+    if others := [f"{key} {header.get(key)}" for key, x in wanted.items() if header.get(key) != str(x)]:
+        raise Fail(f"--init {s.init} was trained with {', '.join(others)}; pass that, or another adapter")
+    return file_sha256(s.init)
 
 def describe(patches, split):
     """Print the dataset and its split, with an example of each class and its case."""
     parts = ", ".join(f"{part} {len(names)}" for part, names in split.items())
-    classes, first = Counter(p.label for p in patches), {p.label: p for p in reversed(patches)}
-    cases = len({p.case for p in patches})
-    print(f"{len(patches)} patches of {cases} cases in {len(classes)} classes: {parts}")
-    for label, n in sorted(classes.items()):
-        print(f"    {label}: {n}, such as {first[label].name} of case {first[label].case}")
+    print(f"{len(patches)} patches of {len({p.case for p in patches})} cases: {parts}")
+    for label, n in sorted(Counter(p.label for p in patches).items()):
+        example = next(p for p in patches if p.label == label)
+        print(f"    {label}: {n}, such as {example.name} of case {example.case}")
 
 def build(inputs, device):
     """Cache the encoders' outputs; build or restore the rest -> Trainer, Validation, adapter header."""

@@ -53,7 +53,7 @@ def run_program(main):
             stream.reconfigure(errors="replace")
     SIGNALS.start()
     if WORLD == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
-        print("note: WORLD_SIZE is set, but not by torchrun; one process does all", file=sys.stderr)
+        announce("note: WORLD_SIZE is set, but not by torchrun; one process does all")
     try:
         for text in sys.argv:
             if text != text.encode(errors="replace").decode():
@@ -70,8 +70,13 @@ def run_program(main):
         sys.exit(code)
 
 def silence():
-    """Print only failures and announcements of downloads from now on."""
+    """Print only failures and announcements from now on."""
     sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+def announce(line):
+    """Print a line on stderr, once for all processes."""
+    if RANK0:
+        print(line, file=sys.stderr, flush=True)
 
 class Signals:
     """SIGINT and SIGTERM end the program (130, 143), by an exception, so that temporary files are removed: at
@@ -95,8 +100,7 @@ class Signals:
     def leave(self):
         """End the program if a signal was received."""
         if self.received:
-            if RANK0:
-                print(f"{Path(sys.argv[0]).name}: stopped" + self.kept, file=sys.stderr)
+            announce(f"{Path(sys.argv[0]).name}: stopped{self.kept}")
             sys.exit(128 + self.received)
 
     def wait(self, function, *args, **kwargs):
@@ -180,11 +184,11 @@ def add_options(parser, record):
             kind, help = (*get_args(f.type), f.type)[0], f.metadata["help"]         # str of str | None
             how = dict(action="store_true") if kind is bool else dict(type=kind)
             if kind in (int, float):
-                how["type"] = number(kind, *f.metadata["range"])
+                how = dict(type=number(kind, *f.metadata["range"]), metavar="N" if kind is int else "X")
             if kind is not bool and f.default is not None:
                 help += f" (default: {f.default})"
-            flag = f"--{f.name.replace('_', '-')}"
-            group.add_argument(flag, default=argparse.SUPPRESS, help=help, **how, **f.metadata["more"])
+            flag, how = f"--{f.name.replace('_', '-')}", how | f.metadata["more"]
+            group.add_argument(flag, default=argparse.SUPPRESS, help=help, **how)
 
 def safe_name(text):
     """A file name valid on every system: letters of any alphabet, digits, ".-_"; at most 150 bytes."""
@@ -195,7 +199,7 @@ class _Lines:
     """A stream that prints what tqdm would redraw as lines."""
     def write(self, text):
         if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
+            announce(text.strip())
 
 def progress(*args, **kwargs):
     """tqdm's bar; off a terminal a line a minute, and nothing where nothing is printed."""
@@ -327,13 +331,6 @@ def layout(device, dtype):
 def to_device(x, device):
     """A tensor from the CPU on the device; a GPU copies it while Python and its own queue go on."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-def peak_memory(device):
-    """Peak in GB (1e9 bytes): allocated on the GPU, or resident on the CPU (0 where Linux is not there)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")      # getrusage would include the parent process's peak
-    return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e9 if status.exists() else 0.0
 
 # ---- one process or many -------------------------------------------------------------------------
 def join_processes(device):

@@ -408,7 +408,7 @@ def make_split(patches, how):
 def read_split(path, patches):
     """Read and check a split file against the dataset."""
     if not Path(path).exists():
-        raise Fail(f"--split {path}: no such file; pass paper, official, or a split.json")
+        raise Fail(f"{path}: no such split file; restore it, or pass --split paper, official or another file")
     with foreign_file(path, "is no split of these patches", "pass their --data, or another --run or --split"):
         split = json.loads(Path(path).read_bytes())
         split = {part: [*split[part]] for part in PROPORTIONS}

@@ -7,10 +7,11 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 
-from .app import (DTYPES, MAX_SEED, RANK0, WORLD, Fail, Parser, add_options, file_sha256, foreign_file,
-                  option, read_csv, read_json, safe_name, save_json)
+from .app import (DTYPES, MAX_SEED, RANK0, WORLD, Fail, Parser, add_options, announce, file_sha256,
+                  foreign_file, option, read_csv, read_json, safe_name, save_json)
 from .data import make_split, read_dataset, read_split, subsample
 from .weights import BUILT_IN, SD15, TensorFile
 
@@ -27,21 +28,16 @@ DATA, MODEL, TRAINING, VALIDATION, RUN = "data and weights", "model", "training"
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run. The defaults are the paper's; what an old config.json lacks has its default."""
-    data: str | None = option(DATA, None, "patches.csv, or train.json and test.json as in Chaoyang, or a "
-                              "folder per class, or images (default: toy tissue)", metavar="DIR")
-    case: str | None = option(DATA, None, "what finds the case in a patch's name, in group 1 (default: see "
-                              "README)", metavar="REGEX")
+    data: str | None = option(DATA, None, "folder of patches, as the README has it (default: toy tissue)")
+    case: str | None = option(DATA, None, "regular expression, the case in a name (default: see the README)")
     split: str = option(DATA, "paper", "paper (pooled, by case, 5398:387:375), official, or a file")
-    sd15: str = option(DATA, SD15, "Diffusers folder, CompVis file, hub repository, or toy", metavar="PATH")
-    vae: str | None = option(DATA, None, "another VAE: folder, file or hub repository (default: the base's)",
-                             metavar="PATH")
-    encoder: str | None = option(DATA, None, "uni2-h, h-optimus-0, h-optimus-1, virchow2, prov-gigapath, or "
-                                 "a folder or repository with timm's config.json (default: uni2-h)",
-                                 metavar="NAME")
-    uni2h: str | None = option(DATA, None, "the encoder's weights: folder, file, hub repository, or toy "
-                               "(default: its repository)", metavar="PATH")
+    sd15: str = option(DATA, SD15, "Diffusers folder, CompVis file, hub repository, or toy")
+    vae: str | None = option(DATA, None, "another VAE: folder, file, repository (default: the base's)")
+    encoder: str | None = option(DATA, None, "uni2-h (default), h-optimus-0, h-optimus-1, virchow2, "
+                                 "prov-gigapath, or a folder or repository with timm's config.json")
+    uni2h: str | None = option(DATA, None, "the encoder's weights, or toy (default: its hub repository)")
     size: int = option(DATA, 512, "side of the images in pixels", low=8, high=8192)
-    limit: int | None = option(DATA, None, "use at most N images of each part", low=1, metavar="N")
+    limit: int | None = option(DATA, None, "use at most N images of each part", low=1)
     rank: int = option(MODEL, 8, "r of LoRA", low=1, high=4096)
     alpha: float | None = option(MODEL, None, "α of LoRA (default: the rank)", low=1e-6)
     tokens: int = option(MODEL, 4, "condition tokens n_c", low=1, high=4096)
@@ -58,11 +54,11 @@ class Settings:
     seed: int = option(TRAINING, 0, "of everything random except the split", high=MAX_SEED)
     init: str | None = option(TRAINING, None, "adapter to start from, on a new schedule")
     val_samples: int | None = option(VALIDATION, None, "images to sample for FID (default: all)")
-    val_every: int = option(VALIDATION, 1, "sample every Kth epoch, and the last", low=1, metavar="K")
-    val_cfg: float = option(VALIDATION, 1.5, "their guidance", metavar="W")
-    val_steps: int = option(VALIDATION, 30, "their denoising steps", low=1, high=999, metavar="N")
-    features: str | None = option(VALIDATION, None, "of the FID (default: inception, or encoder where "
-                                  "Inception's weights are not available)", choices=("inception", "encoder"))
+    val_every: int = option(VALIDATION, 1, "sample every Nth epoch, and the last", low=1)
+    val_cfg: float = option(VALIDATION, 1.5, "their guidance")
+    val_steps: int = option(VALIDATION, 30, "their denoising steps", low=1, high=999)
+    features: str | None = option(VALIDATION, None, "of the FID: inception (default if available) or encoder",
+                                  choices=("inception", "encoder"))
     inception: str | None = option(VALIDATION, None, "pytorch-fid's weights (default: torch.hub's cache)")
     run: str | None = option(RUN, None, "its folder (default: under runs/)")
     device: str = option(RUN, "auto", "cuda, mps or cpu")
@@ -83,7 +79,7 @@ def parse_settings(description):
     parser = Parser(description)
     add_options(parser, Settings)
     call = parser.add_argument_group("this call")
-    call.add_argument("--resume", metavar="DIR", help="resume this run, with its own settings")
+    call.add_argument("--resume", metavar="RUN", help="resume this run, with its own settings")
     call.add_argument("--parameters", action="store_true", help="print parameter counts (Table 2) and exit")
     given = vars(parser.parse_args())
     resume, parameters, values = given.pop("resume"), given.pop("parameters"), {}
@@ -92,20 +88,15 @@ def parse_settings(description):
         if name == "data" or (os.path.exists(path) and given[name] not in {*BUILT_IN, "paper", "official"}):
             given[name] = path
     if resume:
-        if "run" in given:
-            raise Fail("pass --resume with the run to resume, or --run for a new one, not both")
         saved = read_settings(resume)
-        if saved is None:
-            raise Fail(f"--resume {resume}: it is not a run of train.py")
-        values = {name: value for name, value in vars(saved).items() if name not in THIS_CALL}
-        values["run"] = resume
+        if saved is None or "run" in given:
+            raise Fail(f"--resume {resume}: pass a run of train.py, and no --run")
+        values = {name: x for name, x in vars(saved).items() if name not in THIS_CALL} | {"run": resume}
     elif given.get("sd15") == "toy" or not (parameters or {"sd15", "data"} & given.keys()):
         values = TOY
     s = Settings(**values | given)
-    if s.data is None and not parameters:
-        raise Fail("pass --data with a folder of patches; only the toy base (--sd15 toy) has its own")
-    if s.data == TOY_DATA and s.split != "paper":
-        raise Fail("--split needs a dataset of yours: pass it with --data")
+    if not parameters and (s.data is None or (s.data == TOY_DATA and s.split != "paper")):
+        raise Fail("pass --data with a folder of patches; only the toy base has its own, and their split")
     run = f"runs/{safe_name(Path(s.data or '').name)}-{s.size}px-r{s.rank}-t{s.tokens}"
     return replace(s, alpha=s.alpha or float(s.rank), run=s.run or run), bool(resume), parameters
 
@@ -146,8 +137,8 @@ def read_settings(folder):
         if asdict(settings) != asdict(settings) | values:
             raise Fail("a setting is of another type")
     except Fail as problem:
-        raise Fail(f"{path} is damaged or of another version ({problem}); restore it, or pass "
-                   "another --run") from None
+        text = f"{path} is damaged or of another version ({problem}); restore it, or pass another --run"
+        raise Fail(text) from None
     return settings
 
 def check_or_create(folder, settings, sha256):
@@ -172,16 +163,14 @@ def check_or_create(folder, settings, sha256):
     for name, was, now in pairs:
         if was != now:
             what = f"images of {saved.data}" if name == "images" else name.replace("_", "-")
-            remedy = "pass another --run"
-            if name in ("epochs", "max_steps"):
-                remedy = ("its learning rate falls to 0 at that end. To train on, start a new run from its "
-                          f"adapter: --init {folder}/adapter.safetensors --run NEW")
-            raise Fail(f"{folder} is a run with {what} {was}, not {now}; {remedy}")
+            adapter = f", where its learning rate is 0; to train on: --init {folder}/adapter.safetensors"
+            adapter = adapter if name in ("epochs", "max_steps") else ""
+            raise Fail(f"{folder} is a run with {what} {was}, not {now}{adapter}; pass another --run")
 
 def environment():
     """The versions that made a run: {name: version}; git: the commit, "-dirty" where tracked files differ."""
-    found = dict(python=platform.python_version(), platform=platform.platform(), processes=WORLD)
-    found |= {name: version(name) for name in ("torch", "timm", "safetensors", "numpy", "pillow")}
+    found = {name: version(name) for name in ("torch", "timm", "safetensors", "numpy", "pillow")}
+    found |= dict(python=platform.python_version(), platform=platform.platform(), processes=WORLD)
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
     with suppress(OSError):                 # it is not installed
         found["git"] = subprocess.run([*git, "--exclude", "*"], capture_output=True, text=True).stdout.strip()
@@ -190,9 +179,7 @@ def environment():
 def split_of_run(folder, patches, how, started):
     """The split of a run: its split.json, with which a run that is not started must agree; or a new one."""
     path = folder / "split.json"
-    if started and not path.exists():
-        raise Fail(f"{path} of this run is missing; restore it, or pass another --run")
-    saved = read_split(path, patches) if path.exists() else None
+    saved = read_split(path, patches) if started or path.exists() else None
     split = saved if started else make_split(patches, how)
     if saved not in (None, split):
         raise Fail(f"{path} exists and is not the split that --split {how} asks for; to use it, pass --split "
@@ -205,9 +192,8 @@ def unfinished(folder):
     settings, path = read_settings(folder), folder / "log.csv"
     with foreign_file(path):
         last = (read_csv(path) or [dict(epoch=0, step=0)])[-1]
-        if settings and int(last["epoch"]) < settings.epochs and int(last["step"]) != settings.max_steps:
-            return f"epoch {last['epoch']} of {settings.epochs}"
-    return ""
+        epoch, step, total = int(last["epoch"]), int(last["step"]), settings.epochs if settings else 0
+        return f"epoch {epoch} of {total}" if epoch < total and step != settings.max_steps else ""
 
 def newest_run():
     """The folder under runs/ whose adapter was written last, of the finished ones if there are any, or None.
@@ -218,21 +204,18 @@ def newest_run():
     for path in found:
         if not (left := unfinished(path.parent)):
             return path.parent
-        if RANK0:
-            print(f"note: {path.parent} is not finished ({left})", file=sys.stderr)
+        announce(f"note: {path.parent} is not finished ({left})")
     return found[0].parent if found else None
 
 def find(paths, run=None):
     """The paths; or, where none exists and the run (default: the newest) has one, those in it, announced."""
     paths = [Path(os.path.expanduser(path)) for path in paths]
-    if any(path.exists() or path.is_absolute() for path in paths) or not (run := run or newest_run()):
-        return paths
-    inside = [Path(run) / path for path in paths]
-    if not any(path.exists() for path in inside):
-        return paths
-    if RANK0:
-        print(f"using {', '.join(map(str, inside))}", file=sys.stderr)
-    return inside
+    if not any(path.exists() or path.is_absolute() for path in paths) and (run := run or newest_run()):
+        inside = [Path(run) / path for path in paths]
+        if any(path.exists() for path in inside):
+            announce(f"using {', '.join(map(str, inside))}")
+            return inside
+    return paths
 
 def patches_of(part, settings, folder):
     """A part of a run's split -> [(Patch, path)] sorted by title; train and val within the run's --limit."""
@@ -251,11 +234,9 @@ def name_references(found, known, digest=file_sha256):
     """
     references, known = {}, dict(known)
     for name, path in found:
-        sha256 = digest(path)
-        name = unique = "/".join(map(safe_name, name.split("/")))
-        n = 2
-        while unique in references or known.setdefault(unique, sha256) != sha256:
-            unique, n = f"{name}-{n}", n + 1
+        name, sha256 = "/".join(map(safe_name, name.split("/"))), digest(path)
+        candidates = chain([name], (f"{name}-{n}" for n in count(2)))
+        unique = next(c for c in candidates if c not in references and known.setdefault(c, sha256) == sha256)
         references[unique] = path
     return references, known
 
@@ -277,11 +258,10 @@ def parameter_table(unet, projector):
     mlp = sum(p.numel() for p in projector.parameters()) - null
     total = lora + mlp + null
     parts = {"LoRA adapters": lora, "Projector MLP": mlp, "Null embedding": null, "Total trainable": total}
-    rows = [("Component", "Parameters", "Share")]
-    for name, n in parts.items():
-        rows.append((name, f"{n:,}", f"{n / total:.1%}" if n / total >= 0.001 else "<0.1%"))
-    rows += [("Stable Diffusion backbone (frozen)", f"{frozen:,}", ""),
-             ("Trainable/backbone", "", f"{total / frozen:.2%}")]
+    shares = ((name, n, f"{n / total:.1%}" if n / total >= 0.001 else "<0.1%") for name, n in parts.items())
+    rows = [("Component", "Parameters", "Share"), *((name, f"{n:,}", share) for name, n, share in shares),
+            ("Stable Diffusion backbone (frozen)", f"{frozen:,}", ""),
+            ("Trainable/backbone", "", f"{total / frozen:.2%}")]
     return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in rows)
 
 def model_card(folder):
@@ -313,24 +293,22 @@ def best_epoch(log):
 def _describe_best(folder, settings, split, log):
     if not (folder / "adapter-best.safetensors").exists():
         return "not yet; it follows the first samples."
-    column, best = best_epoch(log)
+    column, row = best_epoch(log)
     limits = [len(split["val"]), settings.limit, settings.val_samples if column != "val_loss" else None]
-    n, tried = min(n for n in limits if n is not None), [row for row in log if row[column]]
-    sampling = f"guidance {settings.val_cfg:g}, {settings.val_steps} steps"
-    what = {"val_loss": "noise prediction loss", "fid": f"FID (Inception, resize pytorch-fid, {sampling})",
-            "fid_encoder": f"Fréchet distance of the encoder's features (no FID, not comparable; {sampling})"}
-    row, why = best, f"the lowest of {len(tried)}"
+    n, why = min(n for n in limits if n is not None), "the lowest"
     if n < FEW:
-        row, why = tried[-1], "the last, as these are too few to choose by"
-    return (f"the same after epoch {row['epoch']} of {settings.epochs}; {what[column]}\n  on {n} validation "
-            f"patches: **{float(row[column]):.4g}**, {why}.")
+        row, why = [row for row in log if row[column]][-1], "the last, as these are too few to choose by"
+    what = {"val_loss": "noise prediction loss", "fid": "FID (Inception, resize pytorch-fid)",
+            "fid_encoder": "Fréchet distance of the encoder's features (no FID, not comparable)"}
+    return (f"the same after epoch {row['epoch']} of {settings.epochs}; {what[column]} of\n  {n} validation "
+            f"patches, guidance {settings.val_cfg:g}: **{float(row[column]):.4g}**, {why}.")
 
 def _describe_data(settings, split):
     rows = [(part, split["cases"][part], sum(of.values()), ", ".join(f"{k} {n}" for k, n in of.items()))
             for part, of in split["patches"].items()]
-    shared = f"cases in more than one part: {split.get('cases_in_several_parts', 'not counted')}"
-    if all(cases == patches for _, cases, patches, _ in rows):
-        shared = "which patches share a case is unknown"
+    unknown = all(cases == patches for _, cases, patches, _ in rows)
+    shared = ("which patches share a case is unknown" if unknown else
+              f"cases in more than one part: {split.get('cases_in_several_parts', 'not counted')}")
     how = {"paper": "pooled, then split by case",
            "official": "the dataset's own test part, the validation part taken from the rest by case"}
     return dict(data=Path(settings.data).name, shared=shared,

@@ -465,7 +465,7 @@ def test_a_finished_run_is_not_extended_but_a_new_one_starts_from_its_adapter(tr
     assert refused.returncode == 2 and "--init runs/x/adapter.safetensors" in refused.stderr
     more = [*small, "--val-samples", 0, "--max-steps", 1, "--lr", 0, "--init", adapter, "--run", "runs/y"]
     refused = program("train.py", *more, "--rank", 4, cwd=tmp_path, check=False)
-    assert refused.returncode == 2 and "trained with rank 2, not 4" in refused.stderr
+    assert refused.returncode == 2 and "was trained with alpha 2.0, rank 2; pass that" in refused.stderr
     program("train.py", *more, cwd=tmp_path)
     a, b = (load_file(path) for path in (adapter, tmp_path / "runs/y/adapter.safetensors"))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -506,7 +506,7 @@ def test_a_run_without_its_split_or_with_a_damaged_state_is_refused(trained, sma
     assert (copy / "adapter.safetensors").read_bytes() == before
     shutil.copy(trained / "state.safetensors", copy)
     (copy / "split.json").unlink()
-    assert "is missing" in program("train.py", *arguments, cwd=tmp_path, check=False).stderr
+    assert "no such split" in program("train.py", *arguments, cwd=tmp_path, check=False).stderr
 
 @pytest.mark.parametrize("change", [
     lambda c: c["args"].update(epochs=None), lambda c: c["args"].update(data=5),
