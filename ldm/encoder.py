@@ -165,10 +165,10 @@ def open_encoder(source=None, name=None):
         if name == "timm":
             return Encoder(*from_timm(file, config, source), source)
         if "pretrained_cfg" in config:
-            declared = dict(architecture=recipe.model, mean=list(recipe.mean), std=list(recipe.std),
-                            input_size=[3, recipe.size, recipe.size])
+            declared = dict(architecture=[recipe.model], mean=[list(recipe.mean)], std=[list(recipe.std)],
+                            input_size=[[3, recipe.size, recipe.size]])
             if not recipe.repository.startswith("bioptimus/"):     # which publishes no way to resize
-                declared["interpolation"] = recipe.interpolation.lower()
+                declared["interpolation"] = [recipe.interpolation.lower()]
             check_declared(path, config | config["pretrained_cfg"], declared)
     return Encoder(file, recipe, source)
 
@@ -186,7 +186,7 @@ def from_timm(file, config, source):
         std=tuple(how["std"]), resize=int(size / how.get("crop_pct", 1)))
     heads = how.get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-    return file.renamed(lambda name: None if name.startswith(prefixes) else name), recipe
+    return file.renamed({name: name for name in file.names if not name.startswith(prefixes)}), recipe
 
 # ---- Inception of 2015-12-05, the network of FID and KID ---------------------------------------------------
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -203,7 +203,7 @@ class Inception(FeatureSpace):
     def __init__(self, path=None, resize="pytorch-fid"):
         unused = re.compile(r"fc\.|.*num_batches_tracked")      # the classifier and the counters
         file, self.resize = TensorFile(path or _download_inception()), resize
-        self.file = file.renamed(lambda name: None if unused.match(name) else name)
+        self.file = file.renamed({name: name for name in file.names if not unused.match(name)})
         load(build_inception, self.file, "meta", hint=self.hint)      # names and shapes are checked at once
 
     def preprocess(self, images):

@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import sys
+import tomllib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,15 +23,13 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from .app import RANK0, Fail, file_sha256, first_line, foreign_file, layout
 from .schedule import T, alpha_bar
 from .unet import UNet
-from .vae import SCALE, VAE
+from .vae import VAE
 
 BUILT_IN = {"toy": Path(__file__).parent / "toy"}       # names that stand for weights in this repository
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SHA256 = {f"{SD15}/{name}.safetensors": sha256 for name, sha256 in (                    # as published
-    ("unet/diffusion_pytorch_model", "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1"),
-    ("unet/diffusion_pytorch_model.fp16", "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21"),
-    ("vae/diffusion_pytorch_model", "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c"),
-    ("vae/diffusion_pytorch_model.fp16", "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c"))}
+FACTS = tomllib.loads(Path(__file__).with_name("sd15.toml").read_text(encoding="utf-8"))
+SHA256 = {f"{SD15}/{name}": sha256 for name, sha256 in FACTS["sha256"].items()}
+SCHEDULER = "scheduler/scheduler_config.json"
 HINT = ("It does not fit Stable Diffusion 1.5, as Stable Diffusion 2, SDXL, inpainting models and parts of a "
         f"model do not; pass one such as {SD15}")
 
@@ -62,12 +61,12 @@ class TensorFile:
                 self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self.names = {name: name for name in self.shapes}
 
-    def renamed(self, rename):
-        """The same file under other names. rename: name -> our name, or None to omit the tensor."""
+    def renamed(self, names):
+        """The tensors of {new name: name} alone, in the same file."""
         file = copy.copy(self)
+        file.names = {new: self.names[name] for new, name in names.items()}
+        file.shapes = {new: self.shapes[name] for new, name in names.items()}
         file._fingerprint = None
-        file.names = {ours: name for name in self.names if (ours := rename(name)) is not None}
-        file.shapes = {ours: self.shapes[name] for ours, name in file.names.items()}
         return file
 
     def get(self, name):
@@ -85,10 +84,7 @@ class TensorFile:
             yield name, tensor
 
     def fingerprint(self):
-        """sha256 over our names and the tensors' bytes: the same for every layout of the same network.
-
-        Fails where a number is not finite in float32, or BLOCK numbers or all of a weight matrix are 0.
-        """
+        """sha256 over our names and the tensors' bytes: the same for every layout of the same network."""
         if self._fingerprint is None:
             with ThreadPoolExecutor() as pool:
                 lines = "\n".join(pool.map(self._digest, self.read(sorted(self.names))))
@@ -96,19 +92,19 @@ class TensorFile:
         return self._fingerprint
 
     def _digest(self, named):
-        (ours, tensor), name = named, self.names[named[0]]
-        tensor = tensor.contiguous().flatten()
-        if tensor.is_floating_point() and tensor.numel():
-            numbers = tensor if tensor.itemsize > 1 else tensor.float()
-            parts = numbers.tensor_split(max(1, len(numbers) // BLOCK))
+        """Fails where a number is not finite in float32, or BLOCK numbers or all of a weight matrix are 0."""
+        name, tensor = named
+        numbers = tensor.contiguous().flatten()
+        if numbers.is_floating_point() and len(numbers):
+            floats = numbers if numbers.itemsize > 1 else numbers.float()
+            parts = floats.tensor_split(max(1, len(floats) // BLOCK))
             ranges = torch.stack([torch.stack(part.aminmax()) for part in parts]).float()       # (parts, 2)
-            matrix = len(self.shapes[ours]) > 1 and name.endswith("weight")
-            gap = matrix and (ranges == 0).all(1).any()
+            gap = tensor.ndim > 1 and self.names[name].endswith("weight") and (ranges == 0).all(1).any()
             if gap or not ranges.isfinite().all():
-                problem = ("is zero in a part where weights must be, as an interrupted copy leaves it" if gap
-                           else "contains numbers that are not finite (NaN, infinity, or beyond float32)")
-                raise Fail(f"{self.path}: {name} {problem}; download it again, or pass another file")
-        return f"{ours} {hashlib.sha256(tensor.view(torch.uint8).numpy()).hexdigest()}"
+                problem = "is zero in a part" if gap else "contains numbers that are not finite"
+                raise Fail(f"{self.path}: {self.names[name]} {problem}, as damaged or diverged weights are; "
+                           "download it again, or pass another file")
+        return f"{name} {hashlib.sha256(numbers.view(torch.uint8).numpy()).hexdigest()}"
 
 class _Stub:
     """Stands for a class that is not imported: its objects are dictionaries, which take any state."""
@@ -189,9 +185,6 @@ def open_sd15(source, vae=None):
     is computed here.
     """
     unet = vae_file = TensorFile(find_file("--sd15", source, _names("unet/")))
-    _check_schedule(unet)
-    _check_config(unet.path, "config.json", DECLARED_UNET)
-    _check_config(unet.path, f"../{SCHEDULER}", DECLARED_SCHEDULE)
     if vae is not None:
         vae_file = TensorFile(find_file("--vae", vae, [*_names("vae/"), *_names("")]))
     elif unet.path != Path(os.path.expanduser(source)):
@@ -199,7 +192,7 @@ def open_sd15(source, vae=None):
     elif not any(name.startswith("first_stage_model.") for name in unet.names):
         raise Fail(f"{source} contains no VAE; pass --vae with a file, a folder or a repository, such as "
                    "stabilityai/sd-vae-ft-mse")
-    _check_config(vae_file.path, "config.json", DECLARED_VAE)
+    _check_model(unet, vae_file)
     return _part(unet, "model.diffusion_model."), _part(vae_file, "first_stage_model.")
 
 def _names(folder):
@@ -236,36 +229,6 @@ def licence(base, encoder_terms):
             "Stable Diffusion 1.5 (CreativeML Open RAIL-M, whose use restrictions carry over)")
     return f"Trained from {base} on embeddings of {encoder_terms} and on your images: their terms apply."
 
-# What is computed here, {key: value, or a tuple of values of one meaning}, where files can declare otherwise.
-# Keys are Diffusers'. Those that its networks ignore, or that change rounding only, are not listed.
-
-SCHEDULER = "scheduler/scheduler_config.json"
-DECLARED_UNET = dict(
-    _class_name="UNet2DConditionModel", act_fn=("silu", "swish"), norm_num_groups=32, norm_eps=1e-5,
-    attention_head_dim=8, num_attention_heads=(None, 8), flip_sin_to_cos=True, freq_shift=0,
-    downsample_padding=1, mid_block_scale_factor=1, resnet_out_scale_factor=1, transformer_layers_per_block=1,
-    down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], mid_block_type="UNetMidBlock2DCrossAttn",
-    up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, resnet_time_scale_shift="default",
-    time_embedding_type="positional", attention_type="default",
-    **dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention",
-                     "use_linear_projection", "mid_block_only_cross_attention", "cross_attention_norm",
-                     "class_embed_type", "num_class_embeds", "class_embeddings_concat", "addition_embed_type",
-                     "encoder_hid_dim", "encoder_hid_dim_type", "resnet_skip_time_act", "timestep_post_act",
-                     "time_embedding_act_fn", "time_cond_proj_dim")))
-DECLARED_VAE = dict(
-    _class_name="AutoencoderKL", act_fn=("silu", "swish"), norm_num_groups=32, scaling_factor=SCALE,
-    shift_factor=None, latents_mean=None, latents_std=(None, 1), use_quant_conv=True,
-    use_post_quant_conv=True, mid_block_add_attention=True,
-    down_block_types="DownEncoderBlock2D", up_block_types="UpDecoderBlock2D")
-DECLARED_SCHEDULE = dict(
-    prediction_type="epsilon", rescale_betas_zero_snr=False, num_train_timesteps=T, trained_betas=None,
-    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, shift=None, use_flow_sigmas=False)
-DECLARED_FILE = {       # of one file by empty tensors, by modelspec's or kohya's header, by CompVis's .yaml
-    **dict.fromkeys(("v_pred", "ztsnr", "edm_vpred.sigma_max"), False),
-    **dict.fromkeys(("modelspec.prediction_type", "modelspec.predict_key"), ("epsilon", "eps")),
-    **dict.fromkeys(("ss_v_parameterization", "ss_zero_terminal_snr"), ("False", "false")),
-    "parameterization": "eps"}
-
 def read_config(path):
     """The object in a config.json of another program; {} where the file does not exist."""
     if not path.is_file():
@@ -274,7 +237,7 @@ def read_config(path):
         return dict(json.loads(path.read_text(encoding="utf-8-sig")))
 
 def check_declared(path, found, computed):
-    """Fail where a value of `found` in the file `path` contradicts that of the same key in `computed`."""
+    """Fail where a value of `found` in the file `path` is none of the key's values in `computed`."""
     def same(value, ours):
         if isinstance(value, list):
             ours = ours if isinstance(ours, list) else [ours] * len(value)
@@ -283,46 +246,30 @@ def check_declared(path, found, computed):
             return math.isclose(value, ours, rel_tol=1e-6)
         return value == ours or not (value or ours)         # null, false and 0 have one meaning
 
-    for key, ours in computed.items():
-        values = ours if isinstance(ours, tuple) else (ours,)
+    for key, values in computed.items():
         if key in found and not any(same(found[key], value) for value in values):
             raise Fail(f"{path} declares {key} {found[key]!r}, and this program computes with {values[0]!r}; "
                        "pass another model")
 
-def _check_config(path, name, computed):
-    """Check the config of Diffusers at `name` from its file of weights, by one of the tables above."""
-    if path.name.startswith("diffusion_pytorch_model"):
-        config = Path(os.path.normpath(path.parent / name))
-        check_declared(config, read_config(config), computed)
-
-def _check_schedule(file):
-    """Fail where a file, or the .yaml beside it, declares another prediction than ε or another schedule."""
-    check_declared(file.path, file.header | dict.fromkeys(file.names, True), DECLARED_FILE)
-    yaml = file.path.with_suffix(".yaml")
-    if yaml.is_file():
-        keys = re.findall(r"(parameterization)\W+(\w+)", yaml.read_text(errors="replace"))
-        check_declared(yaml, dict(keys), DECLARED_FILE)
-    if "alphas_cumprod" in file.names:
-        theirs = file.get("alphas_cumprod")
+def _check_model(unet, vae):
+    """Fail where a file, or a config or .yaml beside it, declares another model than is computed here."""
+    yaml = unet.path.with_suffix(".yaml")
+    text = yaml.read_text(errors="replace") if yaml.is_file() else ""
+    check_declared(yaml, dict(re.findall(r"(parameterization)\W+(\w+)", text)), FACTS["file"])
+    check_declared(unet.path, unet.header | dict.fromkeys(unet.names, True), FACTS["file"])
+    configs = dict(unet=(unet, "config.json"), scheduler=(unet, f"../{SCHEDULER}"), vae=(vae, "config.json"))
+    for part, (file, name) in configs.items():
+        if file.path.name.startswith("diffusion_pytorch_model"):
+            config = Path(os.path.normpath(file.path.parent / name))
+            check_declared(config, read_config(config), FACTS[part])
+    if "alphas_cumprod" in unet.names:
+        theirs = unet.get("alphas_cumprod")
         rounding = {1: 0.3, 2: 0.01}.get(theirs.itemsize, 1e-4)
         if theirs.shape != (T,) or not torch.allclose(theirs.double(), alpha_bar(), rounding, atol=0):
-            raise Fail(f"{file.path}: alphas_cumprod is another noise schedule than that of Stable Diffusion "
-                       f"1.5; pass a base with that one, such as {SD15}")
+            raise Fail(f"{unet.path}: alphas_cumprod is not the noise schedule of Stable Diffusion 1.5; pass "
+                       f"a base with that one, such as {SD15}")
 
-# Patterns of names in the other layouts -> Diffusers' names, which no pattern changes
-
-_RENAMED = {
-    r"^time_embed\.0": "time_embedding.linear_1", r"^time_embed\.2": "time_embedding.linear_2",
-    r"^out\.0": "conv_norm_out", r"^out\.2": "conv_out", r"^input_blocks\.0\.0": "conv_in",
-    r"^middle_block\.0|mid\.block_1": "mid_block.resnets.0", r"in_layers\.0": "norm1",
-    r"^middle_block\.1|mid\.attn_1": "mid_block.attentions.0", r"in_layers\.2": "conv1",
-    r"^middle_block\.2|mid\.block_2": "mid_block.resnets.1", r"emb_layers\.1": "time_emb_proj",
-    r"out_layers\.0": "norm2", r"out_layers\.3": "conv2", r"skip_connection|nin_shortcut": "conv_shortcut",
-    r"(coder\.mid_block\.attentions\.0)\.norm\.": r"\1.group_norm.", r"\.norm_out": ".conv_norm_out",
-    r"(coder\.mid_block\.attentions\.0)\.([qkv])(uery|ey|alue)?\.": r"\1.to_\2.",
-    r"(coder\.mid_block\.attentions\.0)\.(proj_out|proj_attn)\.": r"\1.to_out.0.",
-    r"down\.(\d)": r"down_blocks.\1", r"up\.(\d)": lambda m: f"up_blocks.{3 - int(m[1])}",
-    r"\.block\.(\d)": r".resnets.\1", r"\.(down|up)sample\.": r".\1samplers.0."}
+_RENAMED = FACTS["names"]
 for i in range(12):         # three blocks a level, after input block 0, which is conv_in
     level, j = divmod(i, 3)
     for side, block in (("down", rf"^input_blocks\.{i + 1}"), ("up", rf"^output_blocks\.{i}")):
@@ -331,28 +278,21 @@ for i in range(12):         # three blocks a level, after input block 0, which i
                      rf"{block}\.1\.": f"{side}_blocks.{level}.attentions.{j}."}
 
 def _part(file, prefix):
-    """The tensors under a prefix, or all where there is none, renamed.
-
-    Omits what trainers leave in a VAE: its discriminator, `loss.*`, and the counters of `model_ema.*`.
-    """
-    single = any(name.startswith(prefix) for name in file.names)
-
-    def rename(name):
-        if single and not name.startswith(prefix):
-            return None
-        name = name.removeprefix(prefix)
-        for old, new in _RENAMED.items():
-            name = re.sub(old, new, name)
-        return None if name.startswith(("loss.", "model_ema.")) else name
-    return file.renamed(rename)
+    """The tensors under a prefix, or all where there is none, under Diffusers' names."""
+    names = {}
+    for name in [name for name in file.names if name.startswith(prefix)] or file.names:
+        new = name.removeprefix(prefix)
+        for pattern, ours in _RENAMED.items():
+            new = re.sub(pattern, ours, new)
+        if not new.startswith(("loss.", "model_ema.")):         # which trainers leave in a VAE
+            names[new] = name
+    return file.renamed(names)
 
 # ---- the Hugging Face hub ----------------------------------------------------------------------------------
 HUB_NAME = r"(?!.*(--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]{1,96}\b"      # owner/name, by the hub's rules
 
 def hub_file(repository, candidates):
-    """The first of the candidates in the hub's cache, or else in the repository: announced, then downloaded,
-    after the configs beside them there.
-    """
+    """The first of the candidates in the hub's cache or, downloaded after the configs, in the repository."""
     import huggingface_hub as hub
     for name in candidates:
         if isinstance(path := hub.try_to_load_from_cache(repository, name), str):
@@ -367,15 +307,14 @@ def hub_file(repository, candidates):
             print(f"downloading {what} to {hub.constants.HF_HUB_CACHE}", file=sys.stderr)
             path = Path(hub.hf_hub_download(repository, name))      # which resumes a broken one
     except Exception as problem:            # of the hub's client and the libraries beneath it
+        remedy = ("the connection, HTTPS_PROXY and HF_HUB_OFFLINE, and that HF_HOME has space and may be "
+                  "written to; or try again later")
         if getattr(getattr(problem, "response", None), "status_code", None) in (401, 403):
-            remedy = ("It is gated, private or not there: check the name, request access on https://"
-                      f"huggingface.co/{repository} with an institutional address, then run `hf auth login`")
-        else:
-            remedy = ("Check the name, the connection, HTTPS_PROXY and HF_HUB_OFFLINE, and that HF_HOME has "
-                      "space and may be written to; or try again later")
+            remedy = (f"request access on https://huggingface.co/{repository} with an institutional address, "
+                      "then run `hf auth login`")
         cause = f"{type(problem).__name__}: {first_line(problem)}"
-        raise Fail(f"cannot get {candidates[0]} of {repository} ({cause}). {remedy}; or download it "
-                   "elsewhere and pass the local path") from None
+        raise Fail(f"cannot get {candidates[0]} of {repository} ({cause}). Check the name, {remedy}; or "
+                   "download it elsewhere and pass the local path") from None
     if not weights:
         raise Fail(f"{repository} has no {' or '.join(candidates[:2])}; check the name, or pass a local path")
     expected = SHA256.get(f"{repository}/{weights[0]}")
