@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-FEW = 128       # positions of a batch up to which matrix products take half the time of oneDNN's convolution
-
 class UNet(nn.Module):
     """Predict the noise ε in z_t. The defaults are SD1.5: 859,520,964 parameters in 686 tensors.
 
@@ -24,26 +22,23 @@ class UNet(nn.Module):
         levels, first, last, time = len(channels), channels[0], channels[-1], 4 * channels[0]
         self.latent, self.context = latent, context
 
-        def attend(c, n):
-            return [Transformer(c, heads, context) for _ in range(n)]
+        def level(inputs, c, attentions, **samplers):       # inputs: the widths of its blocks' inputs
+            resnets = [ResBlock(c_in, c, time) for c_in in inputs]
+            return Level(resnets, [Transformer(c, heads, context) for _ in range(attentions)], **samplers)
 
         self.conv_in = nn.Conv2d(latent, first, 3, padding=1)
         self.time_embedding = TimeEmbedding(first, time)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         width, skips = first, [first]           # the widths that the way down leaves for the way up
         for i, c in enumerate(channels):
-            is_last = i == levels - 1
-            self.down_blocks.append(Level(
-                resnets=[ResBlock(width if j == 0 else c, c, time) for j in range(layers)],
-                attentions=attend(c, 0 if is_last else layers),
-                downsamplers=[] if is_last else [Downsample(c)]))
-            width, skips = c, skips + [c] * (layers if is_last else layers + 1)
-        self.mid_block = Level([ResBlock(last, last, time) for _ in range(2)], attend(last, 1))
+            n, down = (0, []) if i == levels - 1 else (layers, [Downsample(c)])
+            self.down_blocks.append(level([width, *[c] * (layers - 1)], c, n, downsamplers=down))
+            width, skips = c, skips + [c] * (layers + len(down))
+        self.mid_block = level([last, last], last, 1)
         for i, c in enumerate(reversed(channels)):
-            self.up_blocks.append(Level(
-                [ResBlock((width if j == 0 else c) + skips.pop(), c, time) for j in range(layers + 1)],
-                attentions=attend(c, 0 if i == 0 else layers + 1),
-                upsamplers=[] if i == levels - 1 else [Upsample(c)]))
+            inputs = [below + skips.pop() for below in (width, *[c] * layers)]
+            up = [] if i == levels - 1 else [Upsample(c)]
+            self.up_blocks.append(level(inputs, c, 0 if i == 0 else layers + 1, upsamplers=up))
             width = c
         self.conv_norm_out = nn.GroupNorm(32, first, eps=1e-5)
         self.conv_out = nn.Conv2d(first, latent, 3, padding=1)
@@ -55,8 +50,7 @@ class UNet(nn.Module):
         """
         dtype = self.conv_in.weight.dtype
         t, c = self.time_embedding(t), c.to(dtype)          # (B, 4 C₀), (B, N, d_c)
-        h = self.conv_in(z.to(dtype))
-        skips = [h]
+        skips = [h := self.conv_in(z.to(dtype))]
         for level in self.down_blocks:
             for j in range(len(level.resnets)):
                 h = level.block(j, h, t, c)
@@ -64,8 +58,7 @@ class UNet(nn.Module):
             for down in level.downsamplers:
                 h = down(h)
                 skips.append(h)
-        for j in range(2):
-            h = self.mid_block.block(j, h, t, c)
+        h = self.mid_block.block(1, self.mid_block.block(0, h, t, c), t, c)
         for level in self.up_blocks:
             for j in range(len(level.resnets)):
                 h = level.block(j, torch.cat([h, skips.pop()], dim=1), t, c)
@@ -78,8 +71,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim, width):
         super().__init__()
-        self.linear_1 = nn.Linear(dim, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1, self.linear_2 = nn.Linear(dim, width), nn.Linear(width, width)
 
     def forward(self, t):
         half = self.linear_1.in_features // 2
@@ -104,16 +96,13 @@ class Level(nn.Module):
         return h
 
 class Conv(nn.Conv2d):
-    """A convolution; of few positions on the CPU as matrix products, where oneDNN takes twice as long."""
+    """A convolution; a wide one of few positions on the CPU without oneDNN, which takes twice the time."""
 
     def forward(self, x):
-        if x.device.type != "cpu" or x.shape[0] * x[0, 0].numel() > FEW:
+        if x.device.type != "cpu" or self.in_channels < 1280 or x.shape[0] * x[0, 0].numel() > 128:
             return super().forward(x)
-        sizes = zip(x.shape[2:], self.padding, self.kernel_size, self.stride)
-        shape = [(n + 2 * p - k) // s + 1 for n, p, k, s in sizes]
-        columns = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)   # (B, c_in · 9, L)
-        weight = self.weight.flatten(1).expand(len(x), -1, -1)
-        return torch.baddbmm(self.bias[:, None], weight, columns).unflatten(-1, shape)
+        how = self.kernel_size, self.bias, self.stride, self.padding
+        return torch.ops.aten.thnn_conv2d(x, self.weight, *how)
 
 class ResBlock(nn.Module):
     """x (B, c_in, H, W) -> (B, c_out, H, W). time: width of the time embedding, None in the VAE."""
@@ -147,8 +136,7 @@ class Transformer(nn.Module):
         self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x, c):
-        h = self.proj_in(self.norm(x))
-        h = h.flatten(2).transpose(1, 2)                    # (B, L, C)
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)       # (B, L, C)
         h = self.transformer_blocks[0](h, c)
         h = h.transpose(1, 2).reshape(x.shape)              # (B, C, H, W), by strides of (B, H, W, C)
         return x + self.proj_out(h)                         # x first: a sum has the strides of its first term
@@ -175,8 +163,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(dim, dim, bias)
-        self.to_k = nn.Linear(context, dim, bias)
-        self.to_v = nn.Linear(context, dim, bias)
+        self.to_k, self.to_v = (nn.Linear(context, dim, bias) for _ in "kv")
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x, c):
