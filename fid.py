@@ -8,7 +8,7 @@
 The number depends on --resize: pytorch-fid, clean (clean-fid) or tf1 (torch-fidelity, torchmetrics).
 """
 import json
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 import scipy.linalg
 from scipy.spatial.distance import cdist
 
-from ldm.data import is_generated, list_images
+from ldm.data import is_generated, list_files
 from ldm.encoder import RESIZERS, Inception, inception_available, open_encoder
 from ldm.app import (RANK0, Fail, Parser, atomic_write, check_same, foreign_file, join_processes, number,
                      pick_device, rank0_first, run_program, save_text)
@@ -168,10 +168,10 @@ def with_moments(mu, sigma):
 
 def images_of(folder, say=lambda line: None):
     """The files of a folder of two images or more. say: takes a line on what is not counted."""
-    left = defaultdict(list)
-    files = list_images(folder, left) if folder.is_dir() else []
-    if kinds := ", ".join(f"{len(found)} {kind}" for kind, found in left.items() if found):
-        say(f"note: not counted in {folder}: {kinds}")
+    kinds = list_files(folder) if folder.is_dir() else {}
+    files = [folder / name for name, kind in kinds.items() if kind == "images"]
+    if left := ", ".join(f"{n} {kind}" for kind, n in Counter(kinds.values()).items() if kind != "images"):
+        say(f"note: not counted in {folder}: {left}")
     if len(files) < 2:
         raise Fail(f"{folder}: no such folder (or .npz file of statistics), or fewer than two images in it")
     return files

@@ -269,11 +269,11 @@ def save_json(path, data):
     save_text(path, json.dumps(data, indent=1) + "\n")
 
 def read_json(path):
-    """The object in a JSON file of this program; {} where the file does not exist."""
+    """The object in a JSON file; {} where the file does not exist."""
     if not Path(path).exists():
         return {}
     with foreign_file(path):
-        return {} | json.loads(Path(path).read_text(encoding="utf-8"))      # not of a list or a number
+        return {} | json.loads(Path(path).read_text(encoding="utf-8-sig"))      # not of a list or a number
 
 def save_csv(path, rows):
     """Write [{column: value}] with the columns of the last; what a row lacks, or None, is an empty cell."""

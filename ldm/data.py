@@ -116,59 +116,54 @@ def contact_sheet(groups, columns=8, texts=()):
     """Groups, equally many PIL images each -> one image; no group is broken over rows. texts: above each."""
     images = list(chain(*groups))
     columns = min(len(images), len(groups[0]) * max(1, columns // len(groups[0])))
-    side, head = (256, 16) if texts else (min(256, max(128, images[0].width)), 0)
-    width, height, rows = side + 4, side + head + 4, -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * width - 4, rows * height - 4), "white")
+    sheet = Image.new("RGB", (columns * 260, math.ceil(len(images) / columns) * 276), "white")
     for i, (image, text) in enumerate(zip_longest(images, texts, fillvalue="")):
-        x, y = i % columns * width, i // columns * height
+        x, y = i % columns * 260, i // columns * 276
         ImageDraw.Draw(sheet).text((x, y + 2), text, fill="black")
-        sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y + head))
+        sheet.paste(image.resize((256, 256), Image.Resampling.LANCZOS), (x, y + 16))
     return sheet
-
-# IPTC's term for what a model made
-XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
-<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
- Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>
-</rdf:RDF></x:xmpmeta>"""
 
 def save_image(path, image, **text):
     """Write a PNG atomically, with text chunks {key: value}; one of an `adapter` is marked as generated."""
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_text(key, str(value))
-    if "adapter" in text:
-        info.add_itxt("XML:com.adobe.xmp", XMP)
+    if "adapter" in text:               # in IPTC's term for what a model made
+        info.add_itxt("XML:com.adobe.xmp", Path(__file__).with_name("generated.xmp").read_text("utf-8"))
     with atomic_write(path, sync=False) as temporary:
         image.save(temporary, pnginfo=info)
 
+GENERATED, NOT_UTF8 = "generated images", "files whose names are not valid UTF-8"
 NO_PATCH = re.compile(      # folders Tumor_masks/, files x-mask.png
     r"(.*/)?((.*[_ .-])?({0})([_ -][^/]*)?|labels?|gt)/.*|(.*/)?(.*[_ .-])?({0}|labels?|gt)\.\w+".format(
         "masks?|annotations?|segmentations?|overlays?|thumb(?:nail)?s?|previews?|ground.?truth"), re.I)
 
-def list_images(folder, left=None):
-    """The image files under a folder, at any depth, sorted; without hidden files, masks and previews.
+def list_files(folder):
+    """The files under a folder, at any depth -> {name: kind}, sorted: "images", or why it is none.
 
-    left: a defaultdict(list) that receives the names of the other files, by kind. Links to folders are
-    followed, each folder once. Fails (OSError) on a folder that cannot be read.
+    Links to folders are followed, each folder once. Fails (OSError) on a folder that cannot be read.
     """
     def stop(problem):
         raise problem
 
-    found, seen = defaultdict(list) if left is None else left, set()
+    kinds, seen = {}, {}
     for base, folders, names in os.walk(folder, followlinks=True, onerror=stop):
-        if (real := os.path.realpath(base)) in seen:
+        if seen.setdefault(os.path.realpath(base), base) != base:
             folders.clear()
             continue
-        seen.add(real)
         hidden = {name for name in folders if name.startswith(".")}
         folders[:] = sorted({*folders} - hidden)
-        for path in (Path(base, name) for name in [*names, *sorted(hidden)]):
+        for path in (Path(base, name) for name in {*names} | hidden):
             name, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
-            kind = ("hidden files" if path.name.startswith(".") else
-                    f"{suffix or 'other'} files" if suffix not in SUFFIXES else
-                    "masks, annotations or previews" if NO_PATCH.fullmatch(name) else "images")
-            found[kind].append(name)
-    return [Path(folder, name) for name in sorted(found.pop("images", []))]
+            kinds[name] = (NOT_UTF8 if re.search("[\ud800-\udfff]", name) else
+                           "hidden files" if path.name.startswith(".") else
+                           f"{suffix or 'other'} files" if suffix not in SUFFIXES else
+                           "masks, annotations or previews" if NO_PATCH.fullmatch(name) else "images")
+    return dict(sorted(kinds.items()))
+
+def list_images(folder):
+    """The image files under a folder, sorted by name; without hidden files, masks and previews."""
+    return [Path(folder, name) for name, kind in list_files(folder).items() if kind == "images"]
 
 def is_generated(path):
     """Whether an image file is marked as made by a model: by our text chunks, or by any program's XMP."""
@@ -203,19 +198,11 @@ CONTAINER = re.compile(r"images?|imgs?|patch(es)?|tiles?|originals?|raw", re.I) 
 
 @dataclass(frozen=True)
 class Patch:
-    """name: path within the dataset, with slashes. label: one path component, as samples are filed under it.
-
-    case: patches of a case stay in one part. part: of the dataset's official split, or None.
-    """
-    name: str
-    label: str
-    case: str
-    part: str | None = None
-
-    def __post_init__(self):
-        steps = self.label, *self.name.split("/")
-        if not all(step.strip(".") and re.fullmatch(r"[^/\\\0\ud800-\udfff]+", step) for step in steps):
-            raise Fail(f"{self.name!r} ({self.label!r}) is outside the folder or not valid UTF-8; rename it")
+    """One image of a dataset."""
+    name: str                   # its path within the dataset, with slashes
+    label: str                  # without slashes, as samples are filed under it
+    case: str                   # patches of a case stay in one part
+    part: str | None = None     # of the dataset's official split
 
     @property
     def title(self):
@@ -231,7 +218,7 @@ def read_dataset(root, case=None, say=print):
     in a name (group 1, or all of it), or one of CASES, or the folder below the class; else every patch is its
     own. say: takes a line on what is left out or doubtful; None: a run exists, the layout is not doubted.
     """
-    root, left = Path(os.path.expanduser(root)), defaultdict(list)
+    root = Path(os.path.expanduser(root))
     if not root.is_dir():
         raise Fail(f"{root}: no such folder of patches")
     if above := next(filter(is_output, (root.resolve(), *root.resolve().parents)), None):
@@ -239,24 +226,24 @@ def read_dataset(root, case=None, say=print):
     with foreign_file(f"--case {case}", "is no regular expression", "see Python's module re"):
         re.compile(case or "")
 
-    ours = cache(lambda folder: is_output(folder) or any(folder.glob("adapter*.safetensors")))
-    images = {path.relative_to(root).as_posix() for path in list_images(root, left)}
-    made = {name for name in images if (name[-4:].lower() == ".png" and is_generated(root / name))
-            or any(ours(root / folder) for folder in Path(name).parents if folder.name)}
-    left["images that this program made"], names = sorted(made), sorted(images - made)
-    lists = [f"{stem}.json" for stem in PARTS if (root / f"{stem}.json").is_file()]
+    kinds, made = list_files(root), cache(lambda f: is_output(f) or any(f.glob("adapter*.safetensors")))
+    for name in [name for name, kind in kinds.items() if kind == "images"]:
+        if is_generated(root / name) or any(made(root / f) for f in Path(name).parents if f.name):
+            kinds[name] = GENERATED
+    lists = [name for stem in PARTS if (root / (name := f"{stem}.json")).is_file()]
     if (root / "patches.csv").is_file():
-        rows, lists = _table_rows(root / "patches.csv"), ["patches.csv"]
+        lists, rows = ["patches.csv"], _table_rows(root / "patches.csv")
     elif lists:
-        rows = chain(*(_list_rows(root / name, left) for name in lists))
+        rows = chain(*(_list_rows(root / name, kinds) for name in lists))
     else:
-        rows = _folder_rows(root, names, case, say)
-    patches = [patch for patch in _find_files(root, rows, names, case) if patch.name not in made]
-    used = {patch.name for patch in patches}.union(lists)
-    left["images in no list or class folder"] = sorted(images - used.union(*left.values()))
-    for kind, found in left.items():
-        if (found := [name for name in found if name not in used]) and say:
-            say(f"{root}: {len(found)} {kind} are left out, such as {found[0]}")
+        rows = _folder_rows(root, kinds, case, say)
+    patches = [p for p in _find_files(root, rows, kinds, case) if kinds[p.name] not in (GENERATED, NOT_UTF8)]
+    left, used = defaultdict(list), {p.name for p in patches}.union(lists)
+    for name, kind in kinds.items():
+        if name not in used:
+            left["images in no list or class folder" if kind == "images" else kind].append(name)
+    for kind, found in left.items() if say else ():
+        say(f"{root}: {len(found)} {kind} are left out, such as {found[0]!r}")
     if not patches:
         raise Fail(f"{root} contains no images; pass train.json and test.json, a folder per class, or images")
     if say and all(p.case == p.name for p in patches):
@@ -265,46 +252,50 @@ def read_dataset(root, case=None, say=print):
         raise Fail(f"{root}: {len(repeated)} images are listed twice, such as {repeated[0]}")
     return sorted(patches, key=lambda p: p.name)
 
-def _find_files(root, rows, names, case):
-    """(name, label, case, part) -> Patch, of each row. names: of the files on disk, one of which may be meant
+def _find_files(root, rows, on_disk, case):
+    """(name, label, case, part) -> Patch, of each row. on_disk: names of files, one of which may be meant
     where backslashes, Unicode's normal form or the case of letters differ.
     """
     def folded(name):
         return unicodedata.normalize("NFC", name).casefold()
 
-    on_disk = defaultdict(set)
-    for name in names:
-        on_disk[folded(name)].add(name)
+    similar = defaultdict(set)
+    for name in on_disk:
+        similar[folded(name)].add(name)
     for name, label, own, part in rows:
         name = Path(name.replace("\\", "/")).as_posix()
-        own = own or _find_case(name, case)[0] or (name.split("/")[1:-1] or [name])[0]
-        found = {name} if (root / name).is_file() else on_disk[folded(name)] - {name}
-        if len(found) != 1:
+        found = {name} if name in on_disk else similar[folded(name)]
+        if len(found) != 1 or not (root / min(found)).is_file():
             raise Fail(f"{root}: {name!r} is not there, or no file; restore it, or omit it")
+        own = own or _read_name(name, case)[0]
         yield Patch(min(found), unicodedata.normalize("NFC", label), own, part)
 
-def _find_case(name, case):
-    """-> the case in a patch's name and which part of the path holds it, or (None, None)."""
+def _read_name(name, case):
+    """A patch's name -> its case; whether a pattern finds it; the folders that are not it, nor containers."""
+    folders, found = name.split("/")[:-1], None
     for pattern in [case] if case else CASES:
         if (m := re.search(pattern, name)) and (found := m[group := min(1, m.re.groups)]):
-            return found, name[:m.start(group)].count("/")
-    if case:
+            depth = name[:m.start(group)].count("/")
+            del folders[depth:depth + 1]
+            break
+    if case and not found:
         raise Fail(f"--case {case} finds nothing in {name}")
-    return None, None
+    folders = [folder for folder in folders if not CONTAINER.fullmatch(folder)]
+    return found or (folders[1:] or [name])[0], bool(found), folders
 
-def _folder_rows(root, names, case, say):
+def _folder_rows(root, kinds, case, say):
     """One subfolder per class, with folders of cases in it or not; or a flat folder (one class, "all").
 
     Fails where the names of either look like anything but classes and cases.
     """
     rows, cases = [], defaultdict(set)              # class -> names of folders that are taken for cases
+    names = [name for name, kind in kinds.items() if kind == "images"]
     for name in [name for name in names if "/" in name] or names:
-        found, depth = _find_case(name, case)
-        levels = [n for i, n in enumerate(name.split("/")[:-1]) if i != depth and not CONTAINER.fullmatch(n)]
-        label, *below = levels or ["all"]
+        own, found, folders = _read_name(name, case)
+        label, *below = folders or ["all"]
         if below and not found:
-            cases[label].add(found := below[0])
-        rows.append((name, label, found or name, None))
+            cases[label].add(own)
+        rows.append((name, label, own, None))
     first_words = {label.lower(): re.split(r"[\W_]", label.lower())[0] for _, label, *_ in rows}
     parts = {word for word in first_words.values() if word in PARTS or MAGNIFICATION.fullmatch(word)}
     if len(parts) > 1 or parts & first_words.keys():        # test_x alone is a class
@@ -333,19 +324,20 @@ def _table_rows(path):
         table.fieldnames = [name.strip().lower() for name in table.fieldnames]
         for row in table:
             file, label, case, part = ((row.get(k) or "").strip() for k in ("file", "label", "case", "part"))
-            if not file or not label or part.lower() not in {"", *PARTS}:
-                raise Fail(f"{path}: line {table.line_num} needs file and label; part is train, val or test")
+            if not file or not label or "/" in label or part.lower() not in {"", *PARTS}:
+                raise Fail(f"{path}: line {table.line_num} needs a file and a label without /; part is train, "
+                           "val or test")
             yield file, label, case, PARTS.get(part.lower())
 
-def _list_rows(path, left):
-    """A list as Chaoyang's -> (name, label, None, part) of each entry that is decided."""
+def _list_rows(path, kinds):
+    """A list as Chaoyang's -> (name, label, None, part) of each entry; kinds: takes those without a label."""
     with foreign_file(path, 'is no list of {"name": ..., "label": ...}', "write it again"):
         for i, row in enumerate(json.loads(path.read_bytes())):
             name = str(row["name"])
             votes = [row["label"]] * 2 if "label" in row else [row.get(f"label_{x}") for x in "ABC"]
             label = max(votes, key=votes.count)
             if votes.count(label) < 2:
-                left["patches without a majority among the annotators"].append(name)
+                kinds[name] = "patches without a majority among the annotators"
             elif re.fullmatch(r"[0-3](\.0*)?", str(label).strip()):
                 yield name, CLASSES[int(float(label))], None, PARTS[path.stem]
             else:
@@ -421,35 +413,34 @@ def read_split(path, patches):
 
 def describe_split(split, patches):
     """The split as the text of its file: counts by part and class first, for review, then the names."""
-    by_name = {p.name: p for p in patches}
-    found = {part: [by_name[name] for name in names] for part, names in split.items()}
-    counts = {part: dict(sorted(Counter(p.label for p in own).items())) for part, own in found.items()}
-    cases = {part: {p.case for p in own} for part, own in found.items()}
+    by_name, classes, cases = {p.name: p for p in patches}, {}, {}
+    for part, names in split.items():
+        classes[part] = Counter(sorted(by_name[name].label for name in names))
+        cases[part] = {by_name[name].case for name in names}
     shared = sum(n > 1 for n in Counter(chain(*cases.values())).values())
-    counts = dict(patches=counts, cases={part: len(own) for part, own in cases.items()},
+    counts = dict(patches=classes, cases={part: len(found) for part, found in cases.items()},
                   cases_in_several_parts=shared)
     return json.dumps(counts | split, indent=1, ensure_ascii=False) + "\n"
 
 def note_equal_images(names, hashes, patches):
     """Print how many files of equal content are in several parts or classes. names, hashes: {part: [...]}."""
-    label, places = {p.name: p.label for p in patches}, defaultdict(list)
+    label, places = {p.name: p.label for p in patches}, defaultdict(dict)
     for part, found in hashes.items():
         for name, digest in zip(names[part], found):
-            places[digest].append((part, label[name], name))
-    for k, what in enumerate(("parts", "classes")):
-        if several := [rows for rows in places.values() if len({row[k] for row in rows}) > 1]:
-            print(f"note: {len(several)} images are in several {what} with equal content, such as "
-                  f"{several[0][0][2]} and {several[0][-1][2]}")
+            places[digest].setdefault((part, label[name]), name)
+    if several := [[*place.values()] for place in places.values() if len(place) > 1]:
+        print(f"note: {len(several)} images are in several parts or classes with equal content, such as "
+              f"{several[0][0]} and {several[0][1]}")
 
 def write_toy_tissue(folder):
     """Cut ldm/toy/CLASS.jpg, a slide in each row, into the missing folder/CLASS/SLIDE/PATCH.png -> folder."""
     for sheet in sorted(BUILT_IN["toy"].glob("*.jpg")):
         image = load_rgb(sheet)
-        for row, column in product(*(range(side // TOY_SIDE) for side in image.size[::-1])):
-            path = folder / sheet.stem / f"{sheet.stem}-{row:03d}" / f"{column:02d}.png"
+        for y, x in product(range(0, image.height, TOY_SIDE), range(0, image.width, TOY_SIDE)):
+            slide = f"{sheet.stem}-{y // TOY_SIDE:03d}"
+            path = folder / sheet.stem / slide / f"{x // TOY_SIDE:02d}.png"
             if not path.exists():
-                corner = column * TOY_SIDE, row * TOY_SIDE
-                save_image(path, image.crop((*corner, *(x + TOY_SIDE for x in corner))))
+                save_image(path, image.crop((x, y, x + TOY_SIDE, y + TOY_SIDE)))
     return folder
 
 # ---- the cache of the frozen networks' outputs -------------------------------------------------------------
@@ -472,16 +463,16 @@ class Cache:
         self.folder, self.size = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16], size
         self._open = lru_cache(8192)(self._load)        # mapped; Linux allows a process 65,530 mappings
 
-    def _load(self, path):
-        with foreign_file(path, "is damaged", "remove it, and cache the images again"):
-            file = load_file(path)
+    def _load(self, image):
+        with foreign_file(self._file(image), "is damaged", "remove it, and cache the images again"):
+            file = load_file(self._file(image))
             return [file[name] for name in self.COLUMNS]
 
     def _file(self, image):
         return self.folder / f"{image}.safetensors"
 
     def _missing(self, images):
-        return [path for h, path in images if not self._file(h).exists()]
+        return [image for image in images if not self._file(image).exists()]
 
     def fill(self, paths, encoders):
         """Add the images that are missing -> the hash of each path's file.
@@ -490,14 +481,15 @@ class Cache:
         mean, logvar; embed: PIL images -> e. Several processes share the work.
         """
         hashes = hash_files(paths)
-        images = list(dict(zip(hashes, paths)).items())
+        files = dict(zip(hashes, paths))
+        images = [*files]
         batches = [images[i:i + self.BATCH] for i in range(0, len(images), self.BATCH)]
         # whole batches, as another one may round differently
         batches = shard(broadcast([batch for batch in batches if self._missing(batch)]))
         if batches:
             encode, embed = encoders()
             with ThreadPoolExecutor() as pool:
-                loaded = prefetch(pool, load_rgb, [[path for _, path in batch] for batch in batches])
+                loaded = prefetch(pool, lambda image: load_rgb(files[image]), batches)
                 loaded = progress(loaded, "caching", len(batches), unit="image", unit_scale=self.BATCH)
                 for batch, found in zip(batches, loaded):
                     x = to_tensor(found, self.size)
@@ -505,16 +497,16 @@ class Cache:
                     mean, logvar = (t.unflatten(0, (2, -1)).transpose(0, 1) for t in latents)
                     for image, *row in zip(batch, mean, logvar, embed(found)):
                         if self._missing([image]):
-                            save_tensors(self._file(image[0]), dict(zip(self.COLUMNS, row)), {})
+                            save_tensors(self._file(image), dict(zip(self.COLUMNS, row)), {})
         barrier()
-        if lost := self._missing(images):
-            raise Fail(f"{lost[0]} is not in the cache {self.folder}; all processes must see the same files")
+        if lost := self._missing(files):
+            raise Fail(f"{files[lost[0]]} is not in the cache; all processes must see the same files")
         return hashes
 
     def batch(self, hashes, mirrored):
         """Image hashes and a flag for each -> mean, logvar (B, 4, h, w) and embeddings (B, d_e)."""
         rows = []
-        for path, flip in zip(map(self._file, hashes), mirrored):
-            mean, logvar, e = self._open(path)
+        for image, flip in zip(hashes, mirrored):
+            mean, logvar, e = self._open(image)
             rows.append((mean[int(flip)], logvar[int(flip)], e))
         return tuple(map(torch.stack, zip(*rows)))

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .app import Fail, all_gather, first_line, foreign_file, progress, shard
+from .app import Fail, all_gather, first_line, foreign_file, progress, read_json, shard
 from .data import load_rgb, prefetch, resize_crop
-from .weights import TensorFile, check_declared, find_file, load, read_config
+from .weights import TensorFile, check_declared, find_file, load
 
 class FeatureSpace:
     """A network with its preprocessing. Subclasses define kind, resize, `file`, `preprocess` and `load`."""
@@ -160,7 +160,7 @@ def open_encoder(source=None, name=None):
     source = str(source or recipe.repository)
     file = TensorFile(find_file("--uni2h", source, ("model.safetensors", "pytorch_model.bin")))
     path = file.path.parent / "config.json"
-    config = read_config(path)
+    config = read_json(path)
     with foreign_file(path, "is no config of timm that can be used", "name the encoder with --encoder"):
         if name == "timm":
             return Encoder(*from_timm(file, config, source), source)

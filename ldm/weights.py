@@ -5,7 +5,6 @@ the VAE's attention has three sets of names, in either (the official float32 fil
 """
 import copy
 import hashlib
-import json
 import math
 import os
 import pickle
@@ -20,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .app import RANK0, Fail, file_sha256, first_line, foreign_file, layout
+from .app import RANK0, Fail, file_sha256, first_line, foreign_file, layout, read_json
 from .schedule import T, alpha_bar
 from .unet import UNet
 from .vae import VAE
@@ -108,7 +107,6 @@ class TensorFile:
 
 class _Stub:
     """Stands for a class that is not imported: its objects are dictionaries, which take any state."""
-
     def __new__(cls, *args, **kwargs):
         return OrderedDict()
 
@@ -201,10 +199,8 @@ def _names(folder):
 
 def load_unet(file, device="cpu", dtype=torch.float32):
     """The U-Net of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
-    def build():
-        context = file.shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1]
-        return UNet(*_geometry(file, "down_blocks"), context)
-    return load(build, file, device, dtype, HINT)
+    key = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"       # (width, context)
+    return load(lambda: UNet(*_geometry(file, "down_blocks"), file.shapes[key][1]), file, device, dtype, HINT)
 
 def unet_on_meta(source):
     """The U-Net of an `open_sd15` source without its weights; for SD15 itself no file is needed."""
@@ -228,13 +224,6 @@ def licence(base, encoder_terms):
     base = ("the toy base (MIT)" if base in BUILT_IN else
             "Stable Diffusion 1.5 (CreativeML Open RAIL-M, whose use restrictions carry over)")
     return f"Trained from {base} on embeddings of {encoder_terms} and on your images: their terms apply."
-
-def read_config(path):
-    """The object in a config.json of another program; {} where the file does not exist."""
-    if not path.is_file():
-        return {}
-    with foreign_file(path):
-        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
 
 def check_declared(path, found, computed):
     """Fail where a value of `found` in the file `path` is none of the key's values in `computed`."""
@@ -261,7 +250,7 @@ def _check_model(unet, vae):
     for part, (file, name) in configs.items():
         if file.path.name.startswith("diffusion_pytorch_model"):
             config = Path(os.path.normpath(file.path.parent / name))
-            check_declared(config, read_config(config), FACTS[part])
+            check_declared(config, read_json(config), FACTS[part])
     if "alphas_cumprod" in unet.names:
         theirs = unet.get("alphas_cumprod")
         rounding = {1: 0.3, 2: 0.01}.get(theirs.itemsize, 1e-4)

@@ -298,7 +298,7 @@ def test_what_this_program_made_is_no_data(tmp_path, capsys):
     (tmp_path / "out/samples.json").write_text('{"adapter_sha256": "x"}')
     save_image(tmp_path / "a/copied.png", texture(1), reference="x", seed=1, cfg=1.3)
     assert [p.name for p in read_dataset(tmp_path)] == ["a/x.png", "b/y.png"]
-    assert "4 images that this program made" in capsys.readouterr().out
+    assert "4 generated images" in capsys.readouterr().out
     for name in ("runs/x", "runs/x/real", "out/cfg1.3"):
         with pytest.raises(Fail, match="train.py or sample.py made"):
             read_dataset(tmp_path / name)
@@ -314,10 +314,11 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
     assert [p.relative_to(tmp_path).as_posix()
             for p in list_images(tmp_path / "a")] == ["a/link/y.png", "a/x.png"]
 
-def test_a_name_that_is_not_utf8_is_named(tmp_path):
+def test_a_name_that_is_not_utf8_is_named(tmp_path, capsys):
     (tmp_path / "\udcff.png").touch()
-    with pytest.raises(Fail, match="not valid UTF-8"):
+    with pytest.raises(Fail, match="no images"):
         read_dataset(tmp_path)
+    assert "1 files whose names are not valid UTF-8" in capsys.readouterr().out
     (tmp_path / "train.json").write_text('[{"name": "\\ud800.JPG", "label": 0}]')
     with pytest.raises(Fail, match=r"ud800.JPG' is not there"):
         read_dataset(tmp_path)
@@ -328,7 +329,8 @@ def test_a_safe_name_fits_every_file_system():
         assert len(name.encode()) <= 150 and "/" not in name and " " not in name and not name.startswith(".")
 
 @pytest.mark.parametrize("text, words", [
-    ('[{"name": "../x.JPG", "label": 0}]', "outside"), ('[{"name": "/etc/passwd", "label": 0}]', "outside"),
+    ('[{"name": "../x.JPG", "label": 0}]', "not there"),
+    ('[{"name": "/etc/passwd", "label": 0}]', "not there"),
     ('[{"name": "train/no.JPG", "label": 0}]', "not there"),
     ('[{"name": "train/a.JPG", "label": 7}]', "label 7"),
     ('[{"name": "train/a.JPG", "label": NaN}]', "label nan"),
@@ -395,10 +397,10 @@ def test_a_table_of_patches_gives_class_case_and_part(delimiter, encoding, tmp_p
         Patch("a/2.png", "low grade", "a/2.png", "test"), Patch("b/3.tif", "Gr\u00fcn", "p1", None)]
 
 @pytest.mark.parametrize("text, words", [
-    ("", "no table"), ("name,label\nx.png,a", "line 2 needs file and label"),
+    ("", "no table"), ("name,label\nx.png,a", "line 2 needs a file"),
     ("file,label\nx.png,", "line 2 needs"), ("file,label,part\nx.png,a,fold1", "part is train, val or test"),
     ("file,label\n../x.png,a", "x.png. is not there"), ("file,label\nno.png,a", "not there"),
-    ("file,label\nx.png,a/b", "'a/b'.*outside"), ("file,label\nx.png,a\nx.png,b", "listed twice"),
+    ("file,label\nx.png,a/b", "a label without /"), ("file,label\nx.png,a\nx.png,b", "listed twice"),
     ("file,label\nx,y.png,a", "not there")])
 def test_a_wrong_table_is_refused_by_line(text, words, tmp_path):
     touch(tmp_path, "x.png")
@@ -455,8 +457,7 @@ def test_what_a_split_lacks_and_what_is_in_it_twice_is_said(capsys):
     names = {"train": ["a/0.png", "a/1.png"], "val": ["a/2.png"], "test": ["b/0.png"]}
     note_equal_images(names, {"train": "xy", "val": "z", "test": "z"}, patches)
     out = capsys.readouterr().out
-    assert "1 images are in several parts" in out and "1 images are in several classes" in out
-    assert "such as a/2.png and b/0.png" in out
+    assert "1 images are in several parts or classes" in out and "such as a/2.png and b/0.png" in out
     note_equal_images(names, {"train": "xx", "val": "z", "test": "v"}, patches)
     assert capsys.readouterr().out == ""
 
