@@ -325,8 +325,8 @@ def _table_rows(path):
         for row in table:
             file, label, case, part = ((row.get(k) or "").strip() for k in ("file", "label", "case", "part"))
             if not file or not label or "/" in label or part.lower() not in {"", *PARTS}:
-                raise Fail(f"{path}: line {table.line_num} needs a file and a label without /; part is train, "
-                           "val or test")
+                line = f"{path}: line {table.line_num}"
+                raise Fail(f"{line} needs a file and a label without /; part is train, val or test")
             yield file, label, case, PARTS.get(part.lower())
 
 def _list_rows(path, kinds):
