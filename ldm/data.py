@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import tomllib
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
@@ -31,6 +32,11 @@ Image.MAX_IMAGE_PIXELS = None           # load_rgb checks the size itself, befor
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28     # scanners' profiles exceed 1 MB
 warnings.filterwarnings("ignore", module="PIL")         # they name no file
 ENDS = b"\xff\xd9", b"IEND\xaeB`\x82"         # of JPEG and PNG; zeros may follow
+LAYOUTS = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
+CLASSES, CASES, PARTS = LAYOUTS["chaoyang"], LAYOUTS["cases"].values(), LAYOUTS["parts"]
+NO_PATCH, CONTAINER, MAGNIFICATION = (re.compile(LAYOUTS[key], re.I | re.X)
+                                      for key in ("no_patch", "container", "magnification"))
+GENERATED, NOT_UTF8 = "generated images", "files whose names are not valid UTF-8"
 # First bytes (regular expressions) of what Pillow cannot open -> what it is.
 FOREIGN = {
     rb"$": "it is empty", rb"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
@@ -133,11 +139,6 @@ def save_image(path, image, **text):
     with atomic_write(path, sync=False) as temporary:
         image.save(temporary, pnginfo=info)
 
-GENERATED, NOT_UTF8 = "generated images", "files whose names are not valid UTF-8"
-NO_PATCH = re.compile(      # folders Tumor_masks/, files x-mask.png
-    r"(.*/)?((.*[_ .-])?({0})([_ -][^/]*)?|labels?|gt)/.*|(.*/)?(.*[_ .-])?({0}|labels?|gt)\.\w+".format(
-        "masks?|annotations?|segmentations?|overlays?|thumb(?:nail)?s?|previews?|ground.?truth"), re.I)
-
 def list_files(folder):
     """The files under a folder, at any depth -> {name: kind}, sorted: "images", or why it is none.
 
@@ -187,15 +188,6 @@ def subsample(items, n):
     return [items[i * len(items) // n] for i in range(n)]
 
 # ---- datasets ----------------------------------------------------------------------------------------------
-CLASSES = ("normal", "serrated", "adenocarcinoma", "adenoma")       # labels 0 to 3 of the Chaoyang format
-PARTS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test",
-             testing="test")
-# What names a case in a path (group 1): TCGA, Chaoyang (<case>-<slide>-IMG<row>x<col>-<label>), BreakHis, IDC
-CASES = (r"(TCGA-\w\w-\w{4})", r"(?:^|/)(\d+)[^/\s]*?-IMG\d+x\d+[^/]*$", r"SOB_[^/]*?[-_](\d+-\w+)",
-         r"^(\d+)/\d/\1_idx")
-MAGNIFICATION = re.compile(r"\d+ ?x", re.I)
-CONTAINER = re.compile(r"images?|imgs?|patch(es)?|tiles?|originals?|raw", re.I)      # neither class nor case
-
 @dataclass(frozen=True)
 class Patch:
     """One image of a dataset."""
@@ -296,19 +288,20 @@ def _folder_rows(root, kinds, case, say):
         if below and not found:
             cases[label].add(own)
         rows.append((name, label, own, None))
-    first_words = {label.lower(): re.split(r"[\W_]", label.lower())[0] for _, label, *_ in rows}
-    parts = {word for word in first_words.values() if word in PARTS or MAGNIFICATION.fullmatch(word)}
-    if len(parts) > 1 or parts & first_words.keys():        # test_x alone is a class
+    labels = {label.lower() for _, label, *_ in rows}
+    words = {re.split(r"[\W_]", label)[0] for label in labels}
+    parts = {word for word in words if word in PARTS or MAGNIFICATION.fullmatch(word)}
+    if len(parts) > 1 or parts & labels:        # test_x alone is a class
         raise Fail(f"{root} has a folder per part or magnification ({min(parts)}/...), not one per class: "
                    "pass one of them, or put the classes on top; --split FILE keeps a split of yours")
     if say and cases:
-        few, classes = min(cases, key=lambda label: len(cases[label])), Counter(chain(*cases.values()))
-        n, shared = len(cases[few]), sum(k > 1 for k in classes.values())
-        mixed = 2 * shared > len(classes)
-        text = (f"{root}: folders such as {few}/{min(cases[few])} are taken for cases: {len(classes)} names, "
+        few, found = min(cases, key=lambda label: len(cases[label])), Counter(chain(*cases.values()))
+        n, shared = len(cases[few]), sum(k > 1 for k in found.values())
+        mixed = 2 * shared > len(found)
+        text = (f"{root}: folders such as {few}/{min(cases[few])} are taken for cases: {len(found)} names, "
                 f"{shared} of them in several classes, {n} in {few}")
-        if (len(first_words) == 1 or n < len(PROPORTIONS) or not re.search(r"\d", "".join(classes))
-                or any(map(MAGNIFICATION.fullmatch, classes)) or (mixed and len(classes) < 10)):
+        if (len(labels) == 1 or n < len(PROPORTIONS) or not re.search(r"\d", "".join(found))
+                or any(map(MAGNIFICATION.fullmatch, found)) or (mixed and len(found) < 10)):
             raise Fail(f"{text}. If they are cases, pass --case '/([^/]+)/'; if classes below cases, "
                        "--case '^([^/]+)/'; else another folder, another --case, or patches.csv")
         if mixed or n < 10:
@@ -450,11 +443,10 @@ def hash_files(paths):
         return list(progress(pool.map(file_sha256, paths), "reading images", len(paths), leave=False))
 
 class Cache:
-    """Outputs of the frozen encoders: posterior mean and log-variance of each image and of its mirror image,
-    and the embedding of the image itself.
+    """Posterior mean and log-variance of each image and of its mirror image, and the embedding of the image.
 
-    One folder per (VAE, encoder, size), named by the hash of their fingerprints; in it a file per image,
-    under its hash: nothing can be stale. Runs may share it, and be interrupted.
+    A folder per (VAE, encoder, size), a file per image, named by hashes of content: nothing can be stale.
+    Runs may share it, and be interrupted.
     """
     BATCH, COLUMNS = 4, ("mean", "logvar", "embedding")     # four: small enough for 12 GB at 512 px
 

@@ -1,8 +1,4 @@
-"""Weights from files: read lazily, renamed to Diffusers' names, checked, loaded strictly, tensor by tensor.
-
-Stable Diffusion 1.5 is found as a Diffusers folder or as one CompVis file (`model.*`, `first_stage_model.*`);
-the VAE's attention has three sets of names, in either (the official float32 file: `query`).
-"""
+"""Weights from files: read lazily, renamed to Diffusers' names, checked, and loaded strictly."""
 import copy
 import hashlib
 import math
@@ -48,9 +44,9 @@ class TensorFile:
                 start = f.read(9)
             if start[8:] == b"{":
                 self._open = lambda: safe_open(self.path, "pt").get_tensor      # name in the file -> tensor
-                with safe_open(self.path, "pt") as f:
-                    self.shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
-                    self.header |= f.metadata() or {}
+                f = safe_open(self.path, "pt")
+                self.header = f.metadata() or {}
+                self.shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
             elif start[:1] not in (b"P", b"\x80"):         # of a zip archive, of a pickle
                 raise ValueError(f"it begins with {start!r}: a Git LFS pointer (run `git lfs pull`), a web "
                                  "page, a quantised GGUF, or zeros?")
@@ -98,11 +94,10 @@ class TensorFile:
             floats = numbers if numbers.itemsize > 1 else numbers.float()
             parts = floats.tensor_split(max(1, len(floats) // BLOCK))
             ranges = torch.stack([torch.stack(part.aminmax()) for part in parts]).float()       # (parts, 2)
-            gap = tensor.ndim > 1 and self.names[name].endswith("weight") and (ranges == 0).all(1).any()
-            if gap or not ranges.isfinite().all():
-                problem = "is zero in a part" if gap else "contains numbers that are not finite"
-                raise Fail(f"{self.path}: {self.names[name]} {problem}, as damaged or diverged weights are; "
-                           "download it again, or pass another file")
+            matrix = tensor.ndim > 1 and self.names[name].endswith("weight")
+            if not ranges.isfinite().all() or (matrix and (ranges == 0).all(1).any()):
+                raise Fail(f"{self.path}: {self.names[name]} contains numbers that are not finite, or a "
+                           "gap of zeros; download it again, or pass another file")
         return f"{name} {hashlib.sha256(numbers.view(torch.uint8).numpy()).hexdigest()}"
 
 class _Stub:
@@ -113,8 +108,7 @@ class _Stub:
 def _unpickle(path, archive):
     """The state dict in a file of torch.save, which may be one part of a trainer's checkpoint.
 
-    Nothing in the file is run or imported: objects of unknown classes become stubs. archive: whether it is a
-    zip file, in which torch can map tensors.
+    Nothing in it is run or imported: objects of unknown classes become stubs. archive: whether it is a zip.
     """
     mapped = archive and path.suffix.lower() != ".safetensors"      # which torch takes for no pickle
     unknown = get_unsafe_globals_in_checkpoint(path) if archive else []
@@ -141,6 +135,7 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     with foreign_file(file.path, "has tensors of another network", hint), torch.device("meta"):
         network = build()
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    # CompVis stores the VAE's attention as 1x1 convolutions
     fits = {name: file.shapes.get(name) in (shape, (*shape, 1, 1)) for name, shape in wanted.items()}
     wrong = [f"{name} is {file.shapes.get(name, 'missing')} instead of {wanted.get(name, 'unused')}"
              for name in wanted | file.shapes if not fits.get(name)]
@@ -153,7 +148,6 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
         if not tensor.dtype.is_floating_point:
             raise Fail(f"{file.path}: {name} is {tensor.dtype}, not floating point (quantised?). {hint}")
         small = tensor.dtype if tensor.itemsize == 1 else small
-        # CompVis stores the VAE's attention as 1x1 convolutions
         state[name] = tensor.reshape(wanted[name]).to(device, dtype)
     if small and device != "meta" and RANK0:
         print(f"note: {file.path} is stored as {small}, 2 or 3 bits of precision", file=sys.stderr)
