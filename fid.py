@@ -7,10 +7,8 @@
 
 The number depends on --resize: pytorch-fid, clean (clean-fid) or tf1 (torch-fidelity, torchmetrics).
 """
-import json
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import scipy.linalg
@@ -19,31 +17,23 @@ from scipy.spatial.distance import cdist
 from ldm.data import is_generated, list_files
 from ldm.encoder import RESIZERS, Inception, inception_available, open_encoder
 from ldm.app import (RANK0, Fail, Parser, atomic_write, check_same, foreign_file, join_processes, number,
-                     pick_device, rank0_first, run_program, save_text)
+                     pick_device, rank0_first, run_program, save_json)
 from ldm.runs import find, read_settings
 
 # ---- metrics of two sets, of features x (n, d) and y (m, d) ------------------------------------------------
-def frechet_distance_of_moments(mu1, sigma1, mu2, sigma2):
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), by definition, with scipy's sqrtm. Inexact for singular Σ."""
-    root = scipy.linalg.sqrtm(sigma1 @ sigma2)
-    if not np.isfinite(root).all():             # singular: pytorch-fid's remedy
-        offset = 1e-6 * np.eye(len(sigma1))
-        root = scipy.linalg.sqrtm((sigma1 + offset) @ (sigma2 + offset))
-    distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root).real
-    return max(0.0, float(distance))            # of two equal sets rounding may make it -0.0
-
 def frechet_distance(x, y):
-    """The same of features: exact also for fewer images than features, where Σ is singular.
+    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½) of features: exact for a singular Σ too, of few images.
 
-    With X and Y centred and scaled so that Σ = XᵀX, tr (Σ₁Σ₂)^½ is the nuclear norm of X Yᵀ, which is n x m.
+    With X and Y centred and scaled so that Σ = XᵀX, tr (Σ₁Σ₂)^½ is the nuclear norm of X Yᵀ; of many rows X,
+    that of R Yᵀ, where X = QR and R is d x d.
     """
     x, y = np.float64(x), np.float64(y)
     mu_x, mu_y = x.mean(0), y.mean(0)
-    if min(len(x), len(y)) > x.shape[1]:
-        return frechet_distance_of_moments(mu_x, np.cov(x, rowvar=False), mu_y, np.cov(y, rowvar=False))
     x, y = (x - mu_x) / np.sqrt(len(x) - 1), (y - mu_y) / np.sqrt(len(y) - 1)
-    nuclear = scipy.linalg.svdvals(x @ y.T).sum()
-    return float(np.square(mu_x - mu_y).sum() + np.square(x).sum() + np.square(y).sum() - 2 * nuclear)
+    rx, ry = (np.linalg.qr(f, mode="r") if len(f) > f.shape[1] else f for f in (x, y))
+    nuclear = scipy.linalg.svdvals(rx @ ry.T).sum()
+    distance = np.square(mu_x - mu_y).sum() + np.square(x).sum() + np.square(y).sum() - 2 * nuclear
+    return max(0.0, float(distance))            # of two equal sets rounding may make it negative
 
 def squared_mmd(x, y):
     """Unbiased MMD² under the kernel (x·y/d + 1)³."""
@@ -58,26 +48,26 @@ MIN_KID = 20        # images of either set, below which KID is noise
 def kid(x, y, subset=1000, subsets=100, seed=2020):
     """KID -> {"kid", "kid_std", "kid_subset"}: mean and std of MMD² over random subsets, and their size.
 
-    The subsets have min(subset, n, m) images, drawn without replacement in torch-fidelity's order (same seed,
-    same subsets). Where that is all of both sets there is only one subset, hence std 0. None for too few.
+    The subsets have min(subset, n, m) images, drawn as torch-fidelity does (same seed, same subsets). Where
+    that is all of both sets there is only one subset, hence std 0. None for too few.
     """
     x, y, size = np.float64(x), np.float64(y), min(subset, len(x), len(y))
     if min(len(x), len(y)) < MIN_KID:
         return dict(kid=None, kid_std=None, kid_subset=size)
-    rng, values = np.random.RandomState(seed), []
-    for _ in range(1 if size == len(x) == len(y) else subsets):
-        values.append(squared_mmd(*(f[rng.choice(len(f), size, replace=False)] for f in (x, y))))
+    draw, repeats = np.random.RandomState(seed).choice, 1 if size == len(x) == len(y) else subsets
+    picks = [[draw(len(f), size, replace=False) for f in (x, y)] for _ in range(repeats)]
+    values = [squared_mmd(x[i], y[j]) for i, j in picks]
     return dict(kid=float(np.mean(values)), kid_std=float(np.std(values)), kid_subset=size)
 
 def bootstrap_interval(distance, x, y, repeats=200, level=0.95, seed=0):
     """Bootstrap of distance(x, y) over pairs, row i of y made from row i of x -> (low, high).
 
-    Only the spread of resampled sets is used, around the estimate: they repeat images, and so have a Fréchet
-    distance's bias twice. Patches of one case are not independent: the interval is too narrow for that.
+    Only the spread of resampled sets is used: with images repeated, a Fréchet distance has its bias twice.
+    Patches of one case are not independent: the interval is too narrow for that.
     """
-    rng, estimate = np.random.default_rng(seed), distance(x, y)
-    values = [distance(x[i], y[i]) for i in rng.integers(len(x), size=(repeats, len(x)))]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - np.mean(values) + estimate
+    picks = np.random.default_rng(seed).integers(len(x), size=(repeats, len(x)))
+    values = [distance(x[i], y[i]) for i in picks]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - np.mean(values) + distance(x, y)
     return float(low), float(high)
 
 # ---- metrics of single samples -----------------------------------------------------------------------------
@@ -93,62 +83,40 @@ def nearest_centroid(train, labels, x):
     centroids = np.stack([train[labels == name].mean(0) for name in names])
     return names[cdist(x, centroids, "cosine").argmin(1)]
 
-def nearest(x, train):
-    """The Euclidean nearest row of train (m, d) to each row of x (n, d) -> (index, distance), both (n,)."""
-    distance = cdist(x, train)
-    return distance.argmin(1), distance.min(1)
-
-def authenticity(samples, train):
-    """AuthPct / 100 of https://arxiv.org/abs/2102.08921: the share of samples that are farther from their
-    nearest training image than its nearest other training image is."""
-    index, distance = nearest(samples, train)
-    others = cdist(train[index], train)
-    others[np.arange(len(index)), index] = np.inf
-    return float((others.min(1) < distance).mean())
-
 def psnr(images, others):
     """Mean over pairs of PIL images of 10 log10(255² / mean squared difference), in dB."""
-    pairs = [[np.asarray(image, np.float64) for image in pair] for pair in zip(images, others)]
-    return float(np.mean([10 * np.log10(255 ** 2 / max(np.square(x - y).mean(), 1e-12)) for x, y in pairs]))
+    mse = [np.square(np.subtract(x, y, dtype=np.float64)).mean() for x, y in zip(images, others)]
+    return float(np.mean(10 * np.log10(255 ** 2 / np.maximum(mse, 1e-12))))
 
 def fit_linear(x, labels, penalty=1.0):
-    """Ridge regression of ±1 per class on standardised features x (n, d) -> a function, features to labels.
+    """Ridge regression on standardised features x (n, d) -> a function, features to labels.
 
-    Minimises the mean of |y - W z|², classes weighted equally, plus penalty |W|² without the bias.
+    Minimises the mean of |y - W z|² + penalty |W|², y one-hot: without bias, as both are centred.
     """
-    names, y, count = np.unique(labels, return_inverse=True, return_counts=True)
-    mu, spread, weight = x.mean(0), x.std(0) + 1e-6, 1 / (len(names) * count[y][:, None])
-    def standardise(f):
-        return np.c_[(f - mu) / spread, np.ones(len(f))]
-    z, ridge = standardise(x), np.diag([penalty] * len(mu) + [1e-9])
-    W = np.linalg.solve(z.T @ (weight * z) + ridge, z.T @ (weight * (2 * np.eye(len(names))[y] - 1)))
-    return lambda f: names[(standardise(f) @ W).argmax(1)]
+    names, mu, spread = np.unique(labels), x.mean(0), x.std(0) + 1e-6
+    z, y = (x - mu) / spread, np.float64(names == labels[:, None])
+    W = np.linalg.solve(z.T @ z / len(z) + penalty * np.eye(len(mu)), z.T @ y / len(z))
+    return lambda f: names[((f - mu) / spread @ W + y.mean(0)).argmax(1)]
 
-def accuracy_and_mcc(a, b):
-    """Labels (n,) and guesses (n,) -> mean recall of the classes; Matthews correlation (0 for one guess)."""
-    names = np.unique([a, b])
-    joint = np.float64(names[:, None] == a) @ np.float64(np.asarray(b)[:, None] == names) / len(a)
-    in_a, in_b, hits = joint.sum(1), joint.sum(0), joint.diagonal()
-    spread = (1 - in_a @ in_a) * (1 - in_b @ in_b)
-    mcc = (hits.sum() - in_a @ in_b) / np.sqrt(spread) if spread > 1e-9 else 0.0
-    return float((hits[in_a > 0] / in_a[in_a > 0]).mean()), float(mcc)
+def balanced_accuracy(labels, guesses):
+    """The mean over classes of the share of their images, labels (n,), that guesses (n,) find."""
+    return float(np.mean([(guesses[labels == name] == name).mean() for name in np.unique(labels)]))
 
 # ---- sets of images ----------------------------------------------------------------------------------------
 @dataclass
 class ImageSet:
-    """Features (n, d) of images; names: (n,) paths within the folder, None for stand-ins of equal moments.
+    """Features (n, d) of images; names: n paths within the folder, or none for stand-ins of equal moments.
 
     space: (kind, resizer, hash) of the FeatureSpace, None where unknown. Raises ValueError for other shapes.
     """
     features: np.ndarray
-    names: np.ndarray | None = None
+    names: list = ()
     space: tuple | None = None
 
     def __post_init__(self):
-        self.n = None if self.names is None else len(self.features)
-        self.names = np.array([""] * len(self.features) if self.names is None else self.names, dtype=str)
-        if self.features.ndim != 2 or len(self.features) < 2 or self.names.shape != (len(self.features),):
-            raise ValueError(f"features of the shape {self.features.shape}, names of {self.names.shape}")
+        self.n = len(self.names) or None
+        if self.features.ndim != 2 or len(self.features) < 2 or self.n not in (None, len(self.features)):
+            raise ValueError(f"features of the shape {self.features.shape}, {self.n} names")
         if not (np.abs(self.features) < 1e12).all():
             raise ValueError("a number in it is not finite, or larger than any feature")
 
@@ -166,21 +134,20 @@ def with_moments(mu, sigma):
     root = np.sqrt(values.clip(0))[:, None] * vectors.T
     return mu + np.sqrt(len(mu)) * scipy.linalg.helmert(len(mu) + 1).T @ root        # orthonormal, of mean 0
 
-def images_of(folder, say=lambda line: None):
-    """The files of a folder of two images or more. say: takes a line on what is not counted."""
+def images_of(folder):
+    """The files of a folder of two images or more. Prints what is not counted."""
     kinds = list_files(folder) if folder.is_dir() else {}
     files = [folder / name for name, kind in kinds.items() if kind == "images"]
     if left := ", ".join(f"{n} {kind}" for kind, n in Counter(kinds.values()).items() if kind != "images"):
-        say(f"note: not counted in {folder}: {left}")
+        print(f"note: not counted in {folder}: {left}")
     if len(files) < 2:
         raise Fail(f"{folder}: no such folder (or .npz file of statistics), or fewer than two images in it")
     return files
 
-def read_set(path, space, device="cpu", batch=32):
-    """A folder of images, or an .npz of statistics, -> ImageSet. space: for a folder."""
-    if path.is_file():
+def read_set(path, files, space, device="cpu", batch=32):
+    """An .npz of statistics; or the files of a folder, in a FeatureSpace -> ImageSet."""
+    if files is None:
         return load_set(path)
-    files = images_of(path)
     names = [file.relative_to(path).as_posix() for file in files]
     return ImageSet(space.extract(files, device, batch), names, (space.kind, space.resize, space.short_hash))
 
@@ -191,29 +158,24 @@ def save_set(path, images):
         np.savez(f, mu=x.mean(0), sigma=np.cov(x, rowvar=False), features=x.astype(np.float32),
                  names=images.names, kind=kind, resize=resize, weights=weights)
 
-# The arrays of `save_set`, and what others call them: clean-fid writes feats, older programs mean and cov.
-ARRAYS = {name: name for name in ("mu", "sigma", "features", "names", "kind", "resize", "weights")}
-ARRAYS |= dict(mean="mu", cov="sigma", feats="features")
-
 def load_set(path):
-    """Read an .npz of ours or of another program -> ImageSet."""
-    with foreign_file(path, "contains no statistics of features", "use those of fid.py --save"):
-        with np.load(path, allow_pickle=False) as f:
-            data = {name: f[key] for key, name in ARRAYS.items() if key in f}
-        if "features" not in data:
-            return ImageSet(with_moments(np.float64(data["mu"]), np.float64(data["sigma"])))
-        features = np.float64(data["features"])
-        space = tuple(str(data[key]) for key in ("kind", "resize", "weights")) if "kind" in data else None
-        return ImageSet(features, data.get("names", [""] * len(features)), space)
+    """Read an .npz of ours, or of others: clean-fid's has feats, older ones mean and cov -> ImageSet."""
+    advice = "use those of fid.py --save"
+    with foreign_file(path, "contains no statistics of features", advice), np.load(path) as f:
+        key = "feats" if "feats" in f else "features"
+        if key not in f:
+            mu, sigma = ("mean", "cov") if "mean" in f else ("mu", "sigma")
+            return ImageSet(with_moments(np.float64(f[mu]), np.float64(f[sigma])))
+        names = f["names"].astype(str).ravel().tolist() if "names" in f else [""] * len(f[key])
+        space = tuple(str(f[key]) for key in ("kind", "resize", "weights")) if "kind" in f else None
+        return ImageSet(np.float64(f[key]), names, space)
 
 def compare(real, fake, subset=1000):
     """Two ImageSets -> {"fid", "n_real", "n_fake"}, and the columns of `kid` where the features are known."""
-    d = [images.features.shape[1] for images in (real, fake)]
-    if d[0] != d[1]:
-        raise Fail(f"one has {d[0]} features, the other {d[1]}: use one network for both")
-    if real.space != fake.space and real.space and fake.space:
-        raise Fail(f"REAL has features of {', '.join(real.space)}; FAKE of {', '.join(fake.space)}: make one "
-                   "again, with the --resize and --inception of the other")
+    (d, a), (other, b) = ((x.features.shape[1], ", ".join(x.space or ())) for x in (real, fake))
+    if d != other or (a and b and a != b):
+        raise Fail(f"REAL has {d} features of {a or '?'}, FAKE {other} of {b or '?'}: make one again, with "
+                   "the --resize and --inception of the other")
     others = kid(real.features, fake.features, subset) if real.n and fake.n else {}
     return dict(fid=frechet_distance(real.features, fake.features), n_real=real.n, n_fake=fake.n) | others
 
@@ -222,11 +184,10 @@ def compare_classes(real, fake, subset=1000):
 
     Images outside of subfolders are the class "".
     """
-    x, y, rows = real.by_class(), fake.by_class(), {}
-    for name in sorted(x.keys() | y.keys() if any(x.keys() & y.keys()) else ()):
-        a, b = x.get(name, ()), y.get(name, ())
-        rows[name] = dict(n_real=len(a), n_fake=len(b)) | kid(a, b, subset)
-    return rows
+    x, y = real.by_class(), fake.by_class()
+    names = sorted(x.keys() | y.keys()) if any(x.keys() & y.keys()) else ()
+    pairs = {name: (x.get(name, ()), y.get(name, ())) for name in names}
+    return {name: dict(n_real=len(a), n_fake=len(b)) | kid(a, b, subset) for name, (a, b) in pairs.items()}
 
 # ---- the program -------------------------------------------------------------------------------------------
 def parse_args():
@@ -250,21 +211,21 @@ def parse_args():
     if args.features == "encoder" and (args.resize or args.inception):
         raise Fail("--resize and --inception have no effect on --features encoder: omit them, or that")
     args.real, *args.fake = find([args.real, *args.fake])
-    if args.save and (Path(args.save).suffix != ".npz" or args.real.is_file()):
-        raise Fail(f"--save {args.save}: the name must end in .npz, and {args.real} must be a folder")
+    if args.save and args.real.is_file():
+        raise Fail(f"--save {args.save}: {args.real} must be a folder")
     return args
 
 def choose_space(args):
     """The feature space of --features (by default, that of the run that REAL lies in), and --resize."""
-    inside = (p for p in args.real.resolve().parents if (p / "adapter.safetensors").is_file())
-    settings = next(map(read_settings, inside), None)
+    runs = (p for p in args.real.resolve().parents if (p / "adapter.safetensors").is_file())
+    settings = next(map(read_settings, runs), None)
     toy = settings and settings.uni2h == "toy" and not args.resize and not inception_available(args.inception)
+    if args.features == "encoder" and settings is None:
+        raise Fail(f"--features encoder: {args.real} is in no run of train.py; pass --features inception")
     with rank0_first():            # rank 0 downloads what is missing
-        if args.features == "inception" or not (args.features or toy):
-            return Inception(args.inception, args.resize or "pytorch-fid")
-        if settings is None:
-            raise Fail(f"--features encoder: {args.real} is in no run of train.py; pass --features inception")
-        return open_encoder(settings.uni2h, settings.encoder)
+        if args.features == "encoder" or (toy and not args.features):
+            return open_encoder(settings.uni2h, settings.encoder)
+        return Inception(args.inception, args.resize or "pytorch-fid")
 
 SPACES = {"inception": "resize {resize}, Inception {weights}", None: "resizer and network unknown",
           "encoder": "features of the encoder {weights}, not Inception's: comparable with nothing else"}
@@ -276,51 +237,52 @@ def result_lines(result):
            f"n {result['n_real'] or '?'} | {result['n_fake'] or '?'}, {space}")
     if result["unknown"]:
         yield f"note: resizer and network of {', '.join(result['unknown'])} are unknown; others move the FID"
-    yield describe_kid(result) if "kid" in result else "KID needs features, which one of these files lacks"
+    yield describe_kid(result)
     classes = result.get("classes", {})
     if "classes" in result and not classes:
         yield "  no subfolders of the same names in both: nothing to compare by class"
     for name, row in classes.items():
         name = name or "(in no subfolder)"
         yield f"  {name:<24}{row['n_real']:>6} | {row['n_fake']:<6} {describe_kid(row)}"
-    if any((row.get("kid") or 0) < 0 for row in (result, *classes.values())):
-        yield "note: KID estimates a number >= 0 without bias; a negative one is zero within its error"
 
 def describe_kid(row):
     """KID x 1000 with its spread."""
-    if row["kid"] is None:
-        return f"KID: too few images (from {MIN_KID} of each on)"
+    if row.get("kid") is None:
+        return ("KID needs features, which one of these files lacks" if "kid" not in row else
+                f"KID: too few images (from {MIN_KID} of each on)")
     spread, n = 1000 * row["kid_std"], row["kid_subset"]
     how = f"± {spread:.3f} (100 subsets of {n})" if spread else f"(one subset, all {n})"
-    return f"KID x 1000 {1000 * row['kid']:.3f} {how}"
+    zero = ", zero within its error: the estimate has no bias" if row["kid"] < 0 else ""
+    return f"KID x 1000 {1000 * row['kid']:.3f} {how}{zero}"
 
 def main():
     args = parse_args()
     device = pick_device(args.device)
     join_processes(device)
+    paths, results = [args.real, *args.fake], []
     # folders are read before any weights are needed; two files of statistics need none
-    files = {path: images_of(path, print) for path in (args.real, *args.fake) if not path.is_file()}
+    files = {path: images_of(path) for path in paths if not path.is_file()}
     if generated := sum(map(is_generated, files.get(args.real, ()))):
         print(f"note: {generated} images of {args.real} are generated, not real")
     space = choose_space(args) if files else None
     check_same("weights or images", [space and space.short_hash, [len(found) for found in files.values()]])
-    real, results = read_set(args.real, space, device, args.batch), []
+    sets = (read_set(path, files.get(path), space, device, args.batch) for path in paths)
+    real = next(sets)
     if args.save and RANK0:
         save_set(args.save, real)
-    for path in args.fake:
-        fake = read_set(path, space, device, args.batch)
+    for path, fake in zip(args.fake, sets):
         if not RANK0:              # its part of the features is done
             continue
         kind, resize, weights = real.space or fake.space or (None, None, None)
+        unknown = [str(p) for p, images in ((args.real, real), (path, fake)) if not images.space]
         result = dict(real=str(args.real), fake=str(path), features=kind, resize=resize, weights=weights,
-                      unknown=[str(p) for p, images in ((args.real, real), (path, fake)) if not images.space],
-                      **compare(real, fake, args.kid_subset))
+                      unknown=unknown, **compare(real, fake, args.kid_subset))
         if args.per_class:
             result["classes"] = compare_classes(real, fake, args.kid_subset)
         print(*result_lines(result), sep="\n")
         results.append(result)
         if args.json:                       # after each: a later failure keeps the earlier ones
-            save_text(args.json, json.dumps(results, indent=1) + "\n")
+            save_json(args.json, results)
 
 if __name__ == "__main__":
     run_program(main)

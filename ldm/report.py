@@ -10,7 +10,6 @@ Samples are made by sample.py and kept: an interrupted report resumes, as an abl
 Inception's features, where its weights are available (--inception, or torch.hub's cache), and in those of
 --judge: these did not condition the samples. The encoder's, which did, stand beside them as "encoder".
 """
-import io
 import math
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
+from scipy.spatial.distance import cdist
 
 import fid
 from fid import frechet_distance as distance
@@ -45,19 +45,18 @@ class Evaluation:
             raise Fail(f"{args.run} is no run of train.py with an adapter; pass one")
         self.samples = self.out / "samples" / file_sha256(best)[:8]
         self.patches = {}           # part -> [(label, name, path, i)], names and order as in sample.py
-        for part in ("train", "val", "test"):
-            found = patches_of(part, self.settings, args.run)
+        for part, found in patches_of(self.settings, args.run).items():
             if len(found) < 2:
                 raise Fail(f"{args.run}: the {part} part of its split needs two images or more for a report")
             names = name_references([(patch.title, path) for patch, path in found], {})[0]
-            labels = [patch.label for patch, _ in found]
-            self.patches[part] = [(*row, i) for i, row in enumerate(zip(labels, names, names.values()))]
-        judges = [open_encoder(name=name) for name in args.judge]
-        for judge, name in zip(judges, args.judge):
-            judge.kind = Path(name).name
-        encoder = open_encoder(self.settings.uni2h, self.settings.encoder)      # conditioned the samples
-        inception = [Inception(args.inception)] if inception_available(args.inception) else []
-        self.spaces, self._features = [*inception, *judges, encoder], {}
+            rows = enumerate(zip(found, names))
+            self.patches[part] = [(patch.label, name, path, i) for i, ((patch, path), name) in rows]
+        self.spaces = [Inception(args.inception)] if inception_available(args.inception) else []
+        for name in args.judge:
+            self.spaces.append(open_encoder(name=name))
+            self.spaces[-1].kind = Path(name).name
+        self.spaces.append(open_encoder(self.settings.uni2h, self.settings.encoder))    # made the embeddings
+        self._features = {}
 
     def labels(self, part, n=None):
         return np.array([label for label, *_ in subsample(self.patches[part], n)])
@@ -86,20 +85,13 @@ class Evaluation:
                 sys.exit(code)              # sample.py has printed the reason
         return paths
 
-    @torch.no_grad()
-    def reconstructed(self, part):
-        """The images of a part through the VAE and back -> PIL images."""
-        vae = load_vae(open_sd15(self.settings.sd15, self.settings.vae)[1], self.device)
-        inputs = (to_tensor([load_rgb(path)], self.settings.size) for path in self.real(part))
-        return [image for x in inputs for image in to_images(vae.reconstruct(x.to(self.device)))]
-
     def flipped(self, part, n):
         """COPIES flips and turns of each of n images of a part -> PIL images, in the order of `fake`."""
         return [image.transpose(turn) for image in map(load_rgb, self.real(part, n))
                 for turn in list(Image.Transpose)[:COPIES]]
 
     def features(self, space, kind, part, *args):
-        """Features of the images that the method `kind` gives of a part, in a feature space -> (n, d)."""
+        """Features (n, d) of `real`, `fake` or `flipped` images of a part, in a feature space."""
         key = (space.kind, kind, part, *args)
         if key not in self._features:
             self._features[key] = space.extract(getattr(self, kind)(part, *args), self.device)
@@ -128,7 +120,7 @@ def table7(ev):
     same n; and of samples of training references, at the n of the validation part: it is much lower than that
     part's where the adapter overfits"""
     for space in ev.spaces:
-        for part, of in (("train", [ev.limit]), ("val", []), ("test", [])):
+        for part, *of in (("train", ev.limit), ("val",), ("test",)):
             real, fake = ev.pair(space, part, *of)
             if of:
                 real, fake = (np.array(subsample(x, len(ev.patches["val"]))) for x in (real, fake))
@@ -179,37 +171,32 @@ def colour_table(ev):
     for name, a, b in zip(("red", "green", "blue"), real, fake - real):
         yield dict(channel=name, mean=a[0], deviation=a[1], mean_drift=b[0], deviation_drift=b[1])
 
+@torch.no_grad()
 def floors_table(ev):
-    """Floors: what hardly visible changes cost, of the test images through the VAE or saved as JPEG against
-    themselves: PSNR in dB, and their distance"""
-    def jpeg(image, quality):
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=quality)
-        return Image.open(buffer).convert("RGB")
-
-    real, changed = list(map(load_rgb, ev.real("test"))), {"VAE": ev.reconstructed("test")}
-    changed |= {f"JPEG {quality}": [jpeg(image, quality) for image in real] for quality in (95, 75)}
-    for name, images in changed.items():
-        row = dict(images=name, n=len(real), psnr=fid.psnr(real, images))
-        for space in ev.spaces:
-            x = space.extract(images, ev.device)
-            row[f"distance_{space.kind}"] = distance(ev.features(space, "real", "test"), x)
-        yield row
+    """Floors: what the VAE alone costs, of the test images through it against themselves: PSNR in dB, and
+    their distance"""
+    vae, real = load_vae(open_sd15(ev.settings.sd15, ev.settings.vae)[1], ev.device), ev.real("test")
+    inputs = (to_tensor([load_rgb(path)], ev.settings.size).to(ev.device) for path in real)
+    images = [image for x in inputs for image in to_images(vae.reconstruct(x))]
+    psnr = fid.psnr(map(load_rgb, real), images)
+    for space in ev.spaces:
+        x = space.extract(images, ev.device)
+        yield dict(features=space.kind, n=len(x), psnr=psnr,
+                   distance=distance(ev.features(space, "real", "test"), x))
 
 def memorisation_table(ev):
     """Memorisation: distance from a sample to the nearest training image, in embedding and in pixels; real
-    validation images are the yardstick. `closer` is the share of samples nearer than 99 % of these,
-    `authentic` that of samples farther from it than it is from its own nearest training image (AuthPct)"""
+    validation images are the yardstick: `closer` is the share of samples nearer than 99 % of these"""
     sets = {"real val": ("real", "val"), "samples of val": ("fake", "val"),
             "samples of train": ("fake", "train", ev.limit)}
     for space in (PIXELS, ev.spaces[-1]):
         train, limit = ev.features(space, "real", "train"), None
         for name, images in sets.items():
-            x = ev.features(space, *images)
-            index, d = fid.nearest(x, train)
+            distances = cdist(ev.features(space, *images), train)
+            index, d = distances.argmin(1), distances.min(1)
             limit = np.quantile(d, 0.01) if limit is None else limit
             yield dict(space=space.kind, images=name, n=len(d), median=np.median(d), lowest=d.min(),
-                       closer=(d < limit).mean(), authentic=fid.authenticity(x, train))
+                       closer=(d < limit).mean())
     fake, real, order = ev.fake("train", ev.limit), ev.real("train"), d.argsort()[:10]
     texts = [text for i in order for text in ("sample", f"training image, {d[i]:.3g} from it")]
     save_sheet(ev.out / "memorisation.png", [(fake[i], real[index[i]]) for i in order], texts)
@@ -231,10 +218,9 @@ def usefulness_table(ev):
             x = np.concatenate([real[few], *extra[kind][:, few]])[:len(few) + int(k * len(few))]
             guess = fid.fit_linear(x, np.tile(labels[few], 1 + COPIES)[:len(x)])
             found = guess(ev.features(space, "real", "test"))
-            scores.append(fid.accuracy_and_mcc(ev.labels("test"), found))
-        mean, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
+            scores.append(fid.balanced_accuracy(ev.labels("test"), found))
         yield dict(train=f"real + {k:g} x {kind}" if k else "real", features=space.kind, n=len(x),
-                   balanced_accuracy=mean[0], accuracy_std=spread[0], mcc=mean[1], mcc_std=spread[1])
+                   balanced_accuracy=np.mean(scores), accuracy_std=np.std(scores))
 
 # The feature space of the pixels themselves, at 32 x 32
 PIXELS = SimpleNamespace(kind="pixels", extract=lambda files, device: np.stack(
@@ -291,8 +277,10 @@ def save_sheet(path, pairs, texts):
     save_image(path, contact_sheet(images, 4, texts))
 
 def as_markdown(rows):
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[f"{x:.4g}" if isinstance(x, float) else str(x or "-") for x in row.values()] for row in rows]
+    def cell(x):
+        return f"{x:.4g}" if isinstance(x, float) else "-" if x in (None, "") else str(x)
+
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(cell, row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 # name in --only: a section, whose docstring is its heading, and which may write a picture of that name

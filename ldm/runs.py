@@ -217,15 +217,16 @@ def find(paths, run=None):
             return inside
     return paths
 
-def patches_of(part, settings, folder):
-    """A part of a run's split -> [(Patch, path)] sorted by title; train and val within the run's --limit."""
+def patches_of(settings, folder):
+    """A run's split -> {part: [(Patch, path)] sorted by title}; train and val within the run's --limit."""
     if settings is None or not settings.data or not (folder / "split.json").is_file():
         raise Fail(f"{folder} contains no split.json; pass --ref")
     data = folder.parent / TOY_DATA if settings.data == TOY_DATA else Path(settings.data)
     patches = {p.name: p for p in read_dataset(data, settings.case, say=None)}
-    names = read_split(folder / "split.json", list(patches.values()))[part]
-    names = names if part == "test" else subsample(names, settings.limit)
-    return sorted(((patches[n], data / n) for n in names), key=lambda pair: pair[0].title)
+    split = read_split(folder / "split.json", list(patches.values()))
+    split |= {part: subsample(split[part], settings.limit) for part in ("train", "val")}
+    found = {part: [(patches[name], data / name) for name in names] for part, names in split.items()}
+    return {part: sorted(pairs, key=lambda pair: pair[0].title) for part, pairs in found.items()}
 
 def name_references(found, known, digest=file_sha256):
     """[(name, path)] -> {unique name: path}, and `known` extended by them: {name: digest(path)}.
