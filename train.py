@@ -6,10 +6,7 @@
 
 Without --data, or with --sd15 toy, a small base of ours has its own defaults: TOY in ldm/runs.py.
 
-Writes runs/NAME: README.md (a model card), config.json, split.json, log.csv with the validation FID of every
-epoch (Table 4), grids/ of validation samples, adapter.safetensors (the last), adapter-best.safetensors
-(lowest FID) and its samples (fake/, beside real/), state.safetensors (to resume from). cache/ beside the run
-holds the outputs of the frozen encoders.
+Writes runs/NAME, whose files the README lists; cache/ beside it holds the outputs of the frozen encoders.
 """
 import hashlib
 import json
@@ -21,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import harmonic_mean
+from statistics import fmean
 
 import torch
 import torch._functorch.config as functorch_config
@@ -310,12 +307,11 @@ def end_epoch(trainer, validation, seconds):
     SIGNALS.deferred = False                # all is saved: a stop during validation or sampling loses nothing
     SIGNALS.leave()
     epoch, rates = math.ceil(trainer.step / trainer.steps_per_epoch), trainer.learning_rates(trainer.step - 1)
-    peak = torch.cuda.max_memory_allocated(trainer.device) / 1e9 if trainer.device.type == "cuda" else None
-    speeds = [trainer.settings.batch / s for s in seconds[1:]]          # the first step compiles
-    row = dict(epoch=epoch, step=trainer.step, train_loss=sum(trainer.losses) / len(trainer.losses),
+    peak = torch.cuda.max_memory_allocated(trainer.device) if trainer.device.type == "cuda" else 0
+    rate = trainer.settings.batch / fmean(seconds[1:]) if seconds[1:] else 0     # the first step compiles
+    row = dict(epoch=epoch, step=trainer.step, train_loss=fmean(trainer.losses),
                **trainer.validation_loss(validation.hashes), lr_lora=rates[0], lr_projector=rates[1],
-               images_per_second=round(harmonic_mean(speeds), 2) if speeds else None,
-               peak_memory_gb=peak)
+               images_per_second=round(rate, 2), peak_memory_gb=round(peak / 1e9, 2))
     due = not validation.sampled or epoch % trainer.settings.val_every == 0 or trainer.step == trainer.total
     row[validation.column] = validation.distance(trainer, epoch) if due else None
     SIGNALS.deferred = True
