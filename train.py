@@ -29,12 +29,12 @@ from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast
                      rank0_first, run_program, save_csv, save_tensors, save_text, shard, silence, to_device)
 from ldm.data import (Cache, contact_sheet, describe_split, hash_files, load_rgb, note_equal_images,
                       read_dataset, save_image, subsample, write_toy_tissue)
-from ldm.encoder import RECIPES, UNI2H, Inception, inception_available, open_encoder
+from ldm.encoder import Inception, inception_available, open_encoder
 from ldm.runs import (FEW, TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
                       parse_settings, public_name, read_settings, split_of_run)
 from ldm.schedule import T, add_noise
 from ldm.vae import draw_latent
-from ldm.weights import TensorFile, licence, load_unet, load_vae, open_sd15, unet_on_meta
+from ldm.weights import TensorFile, licence, load_unet, load_vae, open_sd15
 from lora import inject, load_adapter, lora_parameters, open_adapter, save_adapter
 from projector import Projector
 from sample import Job, Model, Sampling, latent_shape, make_images, write_real
@@ -381,9 +381,7 @@ class Validation:
 
 # ---- the program: open, build, train -----------------------------------------------------------------
 def main():
-    settings, resumed, parameters_only = parse_settings(__doc__)
-    if parameters_only:
-        return print(count_parameters(settings))
+    settings, resumed = parse_settings(__doc__)
     if settings.quiet:
         silence()
     device = pick_device(settings.device)
@@ -515,14 +513,6 @@ def new_adapter(unet, settings, width):
     torch.manual_seed(generator(settings.seed, INITIAL).initial_seed())         # for the projector
     s = settings
     return Projector(width, s.hidden, s.tokens, unet.context, s.depth, s.token_norm)
-
-def count_parameters(settings):
-    """Table 2 for these settings; for Stable Diffusion 1.5 and UNI2-h themselves no file is needed."""
-    unet = unet_on_meta(settings.sd15)
-    recipe = RECIPES.get((settings.encoder or UNI2H.name).lower())
-    known = recipe and settings.uni2h in (None, recipe.repository)
-    width = recipe.shape[0] if known else open_encoder(settings.uni2h, settings.encoder).width
-    return parameter_table(unet, new_adapter(unet, settings, width))
 
 if __name__ == "__main__":
     run_program(main)

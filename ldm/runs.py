@@ -72,17 +72,15 @@ class Settings:
                 if name not in MAY_DIFFER | THIS_CALL and value != getattr(other, name)]
 
 def parse_settings(description):
-    """The command line of train.py -> (Settings, whether --resume was given, whether --parameters was).
+    """The command line of train.py -> (Settings, whether --resume was given).
 
     Paths become absolute; α and the run's folder, which depend on other settings, are filled in.
     """
     parser = Parser(description)
     add_options(parser, Settings)
-    call = parser.add_argument_group("this call")
-    call.add_argument("--resume", metavar="RUN", help="resume this run, with its own settings")
-    call.add_argument("--parameters", action="store_true", help="print parameter counts (Table 2) and exit")
+    parser.add_argument("--resume", metavar="RUN", help="resume this run, with its own settings")
     given = vars(parser.parse_args())
-    resume, parameters, values = given.pop("resume"), given.pop("parameters"), {}
+    resume, values = given.pop("resume"), {}
     for name in {"data", "sd15", "vae", "encoder", "uni2h", "split", "init", "inception"} & given.keys():
         path = os.path.abspath(os.path.expanduser(given[name]))
         if name == "data" or (os.path.exists(path) and given[name] not in {*BUILT_IN, "paper", "official"}):
@@ -92,13 +90,13 @@ def parse_settings(description):
         if saved is None or "run" in given:
             raise Fail(f"--resume {resume}: pass a run of train.py, and no --run")
         values = {name: x for name, x in vars(saved).items() if name not in THIS_CALL} | {"run": resume}
-    elif given.get("sd15") == "toy" or not (parameters or {"sd15", "data"} & given.keys()):
+    elif given.get("sd15") == "toy" or not {"sd15", "data"} & given.keys():
         values = TOY
     s = Settings(**values | given)
-    if not parameters and (s.data is None or (s.data == TOY_DATA and s.split != "paper")):
+    if s.data is None or (s.data == TOY_DATA and s.split != "paper"):
         raise Fail("pass --data with a folder of patches; only the toy base has its own, and their split")
-    run = f"runs/{safe_name(Path(s.data or '').name)}-{s.size}px-r{s.rank}-t{s.tokens}"
-    return replace(s, alpha=s.alpha or float(s.rank), run=s.run or run), bool(resume), parameters
+    run = f"runs/{safe_name(Path(s.data).name)}-{s.size}px-r{s.rank}-t{s.tokens}"
+    return replace(s, alpha=s.alpha or float(s.rank), run=s.run or run), bool(resume)
 
 # ---- a run's folder ----------------------------------------------------------------------------------
 class Lock:

@@ -219,7 +219,7 @@ def test_a_folder_of_patches_may_be_called_toy(tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--sd15", "toy", "--data", "toy"])
-    args, _, _ = parse_settings("")
+    args, _ = parse_settings("")
     # found again from any other folder
     assert args.data == str(tmp_path / "toy") and args.sd15 == "toy"
 

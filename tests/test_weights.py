@@ -9,7 +9,6 @@ import types
 
 import pytest
 import torch
-from conftest import program
 from make_sd15 import compvis, random_tensor
 from safetensors.torch import save_file
 
@@ -394,7 +393,3 @@ def test_an_encoder_with_nan_is_refused(uni2h, tmp_path):
     torch.save({"model": state}, tmp_path / "x.pth")
     with pytest.raises(Fail, match=r"blocks\.1\.mlp\.fc2\.bias"):
         open_encoder(tmp_path / "x.pth").fingerprint()
-
-def test_table_2_of_a_named_encoder_needs_no_file(tmp_path):
-    out = program("train.py", "--parameters", "--encoder", "Virchow2", cwd=tmp_path).stdout
-    assert f"{2560 * 1024 + 1024 + 2 * 1024 + 1024 * 3072 + 3072:,}" in out
