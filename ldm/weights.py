@@ -196,11 +196,6 @@ def load_unet(file, device="cpu", dtype=torch.float32):
     key = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"       # (width, context)
     return load(lambda: UNet(*_geometry(file, "down_blocks"), file.shapes[key][1]), file, device, dtype, HINT)
 
-def unet_on_meta(source):
-    """The U-Net of an `open_sd15` source without its weights; for SD15 itself no file is needed."""
-    with torch.device("meta"):
-        return UNet().requires_grad_(False) if source == SD15 else load_unet(open_sd15(source)[0], "meta")
-
 def load_vae(file, device="cpu", dtype=torch.float32):
     """The VAE of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
     return load(lambda: VAE(*_geometry(file, "encoder.down_blocks")), file, device, dtype, HINT)
