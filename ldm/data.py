@@ -293,7 +293,7 @@ def _folder_rows(root, kinds, case, say):
     parts = {word for word in words if word in PARTS or MAGNIFICATION.fullmatch(word)}
     if len(parts) > 1 or parts & labels:        # test_x alone is a class
         raise Fail(f"{root} has a folder per part or magnification ({min(parts)}/...), not one per class: "
-                   "pass one of them, or put the classes on top; --split FILE keeps a split of yours")
+                   "pass one of them, put the classes on top, or write patches.csv")
     if say and cases:
         few, found = min(cases, key=lambda label: len(cases[label])), Counter(chain(*cases.values()))
         n, shared = len(cases[few]), sum(k > 1 for k in found.values())
@@ -368,8 +368,8 @@ def split_patches(patches, parts=PROPORTIONS):
 def make_split(patches, how):
     """-> {"train": [names], "val": [...], "test": [...]}.
 
-    how: "paper" (pooled, the paper's proportions), "official" (test.json and val.json kept; validation taken
-    from train.json where there is none) or the path of a split file. Prints which class a part lacks.
+    how: "paper" (pooled, the paper's proportions), "official" (validation taken from train.json where there is
+    no val.json) or the path of a split file. Prints which class a part lacks.
     """
     if how == "paper":
         split = split_patches(patches)

@@ -155,11 +155,8 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     return network.to(memory_format=layout(device, dtype)).eval().requires_grad_(False)
 
 def find_file(argument, source, names):
-    """The path of a file of weights: `source` itself, or one of `names` in that folder or hub repository.
-
-    Links are kept: a path of the hub's cache has its name only there.
-    """
-    path = BUILT_IN.get(source, Path(os.path.expanduser(source)))
+    """The path of a file of weights: `source` itself, or one of `names` in that folder or hub repository."""
+    path = BUILT_IN.get(source, Path(os.path.expanduser(source)))       # links are kept, whose names count
     for file in [path / name for name in names] if path.is_dir() else [path]:
         if file.is_file():
             return file
@@ -173,8 +170,7 @@ def find_file(argument, source, names):
 def open_sd15(source, vae=None):
     """A Diffusers folder, CompVis file, Hugging Face repository or "toy" -> TensorFiles (U-Net, VAE).
 
-    vae: another source for the VAE. Fails where the files, or configs beside them, declare another model than
-    is computed here.
+    vae: another source for the VAE. Fails where a file or config declares another model than is computed here.
     """
     unet = vae_file = TensorFile(find_file("--sd15", source, _names("unet/")))
     if vae is not None:
@@ -247,20 +243,12 @@ def _check_model(unet, vae):
             raise Fail(f"{unet.path}: alphas_cumprod is not the noise schedule of Stable Diffusion 1.5; pass "
                        f"a base with that one, such as {SD15}")
 
-_RENAMED = FACTS["names"]
-for i in range(12):         # three blocks a level, after input block 0, which is conv_in
-    level, j = divmod(i, 3)
-    for side, block in (("down", rf"^input_blocks\.{i + 1}"), ("up", rf"^output_blocks\.{i}")):
-        _RENAMED |= {rf"{block}\.\d\.(op|conv)\.": f"{side}_blocks.{level}.{side}samplers.0.conv.",
-                     rf"{block}\.0\.": f"{side}_blocks.{level}.resnets.{j}.",
-                     rf"{block}\.1\.": f"{side}_blocks.{level}.attentions.{j}."}
-
 def _part(file, prefix):
     """The tensors under a prefix, or all where there is none, under Diffusers' names."""
     names = {}
     for name in [name for name in file.names if name.startswith(prefix)] or file.names:
         new = name.removeprefix(prefix)
-        for pattern, ours in _RENAMED.items():
+        for pattern, ours in FACTS["names"].items():
             new = re.sub(pattern, ours, new)
         if not new.startswith(("loss.", "model_ema.")):         # which trainers leave in a VAE
             names[new] = name
