@@ -33,15 +33,10 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28     # s
 warnings.filterwarnings("ignore", module="PIL")         # they name no file
 ENDS = b"\xff\xd9", b"IEND\xaeB`\x82"         # of JPEG and PNG; zeros may follow
 LAYOUTS = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
-CLASSES, CASES, PARTS = LAYOUTS["chaoyang"], LAYOUTS["cases"].values(), LAYOUTS["parts"]
+CLASSES, CASES, PARTS, FOREIGN = (LAYOUTS[key] for key in ("chaoyang", "cases", "parts", "foreign"))
 NO_PATCH, CONTAINER, MAGNIFICATION = (re.compile(LAYOUTS[key], re.I | re.X)
                                       for key in ("no_patch", "container", "magnification"))
 GENERATED, NOT_UTF8 = "generated images", "files whose names are not valid UTF-8"
-# First bytes (regular expressions) of what Pillow cannot open -> what it is.
-FOREIGN = {
-    rb"$": "it is empty", rb"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
-    rb"\s*<": "it is a web page or XML, not an image", rb".{4}ftyp(hei|mif|msf|hev)": "HEIC is not supported",
-    rb"II\*\0|MM\0\*|II\+\0|MM\0\+": "Pillow reads no such TIFF: JPEG 2000, alpha beside CMYK, or 32 bits"}
 
 # ---- images ------------------------------------------------------------------------------------------------
 def load_rgb(path):
@@ -89,7 +84,7 @@ def _open_image(path):
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
-        found = [what for start, what in FOREIGN.items() if re.match(start, data[:64], re.I | re.S)]
+        found = [what for start, what in FOREIGN.items() if re.match(start.encode(), data, re.I | re.S)]
         raise ValueError(*found or ["cannot identify image format"]) from None
     pages = getattr(image, "n_frames", 1)
     if pages > 1 and image.format == "TIFF":
@@ -176,11 +171,12 @@ def is_output(folder):
     marks = {Path(folder, "config.json"): b'"args"', Path(folder, "samples.json"): b'"adapter_sha256"'}
     return any(path.is_file() and mark in path.read_bytes() for path, mark in marks.items())
 
-def prefetch(pool, work, batches):
-    """[work(item) of each item], batch by batch; the pool prepares the next batch while one is in use."""
-    pending = ([pool.submit(work, item) for item in batch] for batch in [*batches, []])
-    for ready, _ in pairwise(pending):
-        yield [future.result() for future in ready]
+def prefetch(work, batches):
+    """[work(item) of each item], batch by batch; threads prepare the next batch while one is in use."""
+    with ThreadPoolExecutor() as pool:
+        pending = ([pool.submit(work, item) for item in batch] for batch in [*batches, []])
+        for ready, _ in pairwise(pending):
+            yield [future.result() for future in ready]
 
 def subsample(items, n):
     """At most n of the items, spread evenly over them; all where n is None."""
@@ -265,7 +261,7 @@ def _find_files(root, rows, on_disk, case):
 def _read_name(name, case):
     """A patch's name -> its case; whether a pattern finds it; the folders that are not it, nor containers."""
     folders, found = name.split("/")[:-1], None
-    for pattern in [case] if case else CASES:
+    for pattern in [case] if case else CASES.values():
         if (m := re.search(pattern, name)) and (found := m[group := min(1, m.re.groups)]):
             depth = name[:m.start(group)].count("/")
             del folders[depth:depth + 1]
@@ -368,8 +364,8 @@ def split_patches(patches, parts=PROPORTIONS):
 def make_split(patches, how):
     """-> {"train": [names], "val": [...], "test": [...]}.
 
-    how: "paper" (pooled, the paper's proportions), "official" (validation taken from train.json where there is
-    no val.json) or the path of a split file. Prints which class a part lacks.
+    how: "paper" (pooled, the paper's proportions), "official" (validation taken from train.json where there
+    is no val.json) or the path of a split file. Prints which class a part lacks.
     """
     if how == "paper":
         split = split_patches(patches)
@@ -480,16 +476,15 @@ class Cache:
         batches = shard(broadcast([batch for batch in batches if self._missing(batch)]))
         if batches:
             encode, embed = encoders()
-            with ThreadPoolExecutor() as pool:
-                loaded = prefetch(pool, lambda image: load_rgb(files[image]), batches)
-                loaded = progress(loaded, "caching", len(batches), unit="image", unit_scale=self.BATCH)
-                for batch, found in zip(batches, loaded):
-                    x = to_tensor(found, self.size)
-                    latents = encode(torch.cat([x, x.flip(-1)]))
-                    mean, logvar = (t.unflatten(0, (2, -1)).transpose(0, 1) for t in latents)
-                    for image, *row in zip(batch, mean, logvar, embed(found)):
-                        if self._missing([image]):
-                            save_tensors(self._file(image), dict(zip(self.COLUMNS, row)), {})
+            loaded = prefetch(lambda image: load_rgb(files[image]), batches)
+            loaded = progress(loaded, "caching", len(batches), unit="image", unit_scale=self.BATCH)
+            for batch, found in zip(batches, loaded):
+                x = to_tensor(found, self.size)
+                latents = encode(torch.cat([x, x.flip(-1)]))
+                mean, logvar = (t.unflatten(0, (2, -1)).transpose(0, 1) for t in latents)
+                for image, *row in zip(batch, mean, logvar, embed(found)):
+                    if self._missing([image]):
+                        save_tensors(self._file(image), dict(zip(self.COLUMNS, row)), {})
         barrier()
         if lost := self._missing(files):
             raise Fail(f"{files[lost[0]]} is not in the cache; all processes must see the same files")
@@ -497,8 +492,6 @@ class Cache:
 
     def batch(self, hashes, mirrored):
         """Image hashes and a flag for each -> mean, logvar (B, 4, h, w) and embeddings (B, d_e)."""
-        rows = []
-        for image, flip in zip(hashes, mirrored):
-            mean, logvar, e = self._open(image)
-            rows.append((mean[int(flip)], logvar[int(flip)], e))
-        return tuple(map(torch.stack, zip(*rows)))
+        mean, logvar, e = map(torch.stack, zip(*map(self._open, hashes)))
+        row = torch.arange(len(e)), torch.as_tensor(mirrored).long()
+        return mean[row], logvar[row], e

@@ -3,7 +3,6 @@ import hashlib
 import json
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,9 +48,8 @@ class FeatureSpace:
 
         network, features = self.load(device), []
         batches = shard([images[i:i + batch] for i in range(0, len(images), batch)])
-        with ThreadPoolExecutor() as pool:
-            for batch in progress(prefetch(pool, read, batches), "features", len(batches), leave=False):
-                features.append(self.run(network, torch.stack(batch)).double().numpy())
+        for batch in progress(prefetch(read, batches), "features", len(batches), leave=False):
+            features.append(self.run(network, torch.stack(batch)).double().numpy())
         return np.concatenate(all_gather(features))
 
 # ---- the pathology encoder ---------------------------------------------------------------------------------

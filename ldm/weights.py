@@ -170,7 +170,7 @@ def find_file(argument, source, names):
 def open_sd15(source, vae=None):
     """A Diffusers folder, CompVis file, Hugging Face repository or "toy" -> TensorFiles (U-Net, VAE).
 
-    vae: another source for the VAE. Fails where a file or config declares another model than is computed here.
+    vae: another source for the VAE. Fails where a file or config declares another model than SD1.5.
     """
     unet = vae_file = TensorFile(find_file("--sd15", source, _names("unet/")))
     if vae is not None:
