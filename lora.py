@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.app import Fail, Parser, foreign_file, run_program, save_tensors, save_text
+from ldm.app import Fail, Parser, foreign_file, run_program, save_json, save_tensors
 from ldm.weights import TensorFile
 from projector import Projector
 
@@ -30,45 +30,35 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear, rank, alpha, generator=None):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias         # W, under its own name
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
         A = torch.empty(rank, linear.in_features)               # drawn on the CPU, to be the same everywhere
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        device = linear.weight.device
-        self.A = nn.Parameter(A.to(device))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
-        self.scale = alpha / rank
+        B = torch.zeros(linear.out_features, rank)
+        self.A, self.B = (nn.Parameter(x.to(linear.weight.device)) for x in (A, B))
 
     def forward(self, x):
         BAx = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
         return F.linear(x, self.weight, self.bias) + self.scale * BAx                       # W' x, by (eq. 6)
 
-    @torch.no_grad()
-    def folded(self):
-        """A plain linear layer with W' = W + (α/r) B A, summed in at least float32."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        weight = self.weight.to(dtype) + self.scale * (self.B.to(dtype) @ self.A.to(dtype))     # (eq. 6)
-        linear = nn.Linear(*reversed(weight.shape), device="meta")
-        linear.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
-        linear.bias = self.bias
-        return linear
-
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]      # Q, K, V, O
 
 def inject(unet, rank, alpha=None, generator=None):
-    """Wrap Q, K, V and O of every attention in LoRALinear, in place; α = r if not given.
-
-    generator: draws A, on the CPU.
-    """
+    """Wrap Q, K, V, O of every attention in LoRALinear, in place; α = r if not given. generator: draws A."""
     alpha = float(rank if alpha is None else alpha)
     attentions = [name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
     for name in (f"{attention}.{target}" for attention in attentions for target in TARGETS):
         unet.set_submodule(name, LoRALinear(unet.get_submodule(name), rank, alpha, generator))
     return unet
 
+@torch.no_grad()
 def fold(unet):
-    """Replace every LoRALinear by a plain linear layer with W'; W is freed. Changes `unet`."""
+    """Replace every LoRALinear, in place, by a linear layer with W' = W + (α/r) B A, summed in float32."""
     for name, layer in lora_layers(unet).items():
-        unet.set_submodule(name, layer.folded())
+        W, dtype = layer.weight, torch.promote_types(layer.weight.dtype, torch.float32)
+        folded = W.to(dtype) + layer.scale * (layer.B.to(dtype) @ layer.A.to(dtype))            # (eq. 6)
+        linear = nn.Linear(*reversed(W.shape), device="meta")
+        linear.weight, linear.bias = nn.Parameter(folded.to(W.dtype), requires_grad=False), layer.bias
+        unet.set_submodule(name, linear)
     return unet
 
 def lora_layers(unet):
@@ -88,6 +78,10 @@ def peft_config(rank, alpha, prefix=""):
     """LoRA's shape under PEFT's names."""
     return {f"{prefix}r": rank, f"{prefix}lora_alpha": alpha, f"{prefix}target_modules": TARGETS}
 
+def peft_names(tensors, prefix):
+    """LoRA's tensors, named as by `lora_parameters`, under PEFT's names."""
+    return {f"{prefix}{name[:-1]}lora_{name[-1]}.weight": tensor for name, tensor in tensors.items()}
+
 def save_adapter(path, unet, projector, header):
     """Write the adapter with `header` ({str: str}) and the shape of its parts, atomically.
 
@@ -96,7 +90,7 @@ def save_adapter(path, unet, projector, header):
     """
     layer = next(iter(lora_layers(unet).values()))
     rank, alpha = len(layer.A), layer.scale * len(layer.A)
-    tensors = {f"unet.{name[:-1]}lora_{name[-1]}.weight": p for name, p in lora_parameters(unet).items()}
+    tensors = peft_names(lora_parameters(unet), "unet.")
     tensors |= {f"lora_projector.{name}": p for name, p in projector.state_dict().items()}
     shape = {name: str(value) for name, value in (dict(rank=rank, alpha=alpha) | projector.shape).items()}
     config = json.dumps(peft_config(rank, alpha, "unet."))
@@ -127,8 +121,7 @@ def load_projector(file):
 def load_adapter(file, unet):
     """Inject the LoRA of an open adapter into `unet` and fill it -> the Projector; both in float32, frozen.
 
-    The U-Net's tensors must have the shapes that the adapter was trained on; whether it is the same base in
-    content, the caller checks by the header's `base_sha256`.
+    Fails where a shape differs from the base's; the caller checks its content by the header's `base_sha256`.
     """
     projector, (rank, alpha, tensors) = load_projector(file), read_lora(file)
     adapted = lora_parameters(inject(unet, rank, alpha))
@@ -164,21 +157,21 @@ def export(path, form):
     rank, alpha, lora = read_lora(file)
     out = path.with_name(f"{path.stem}-{form}.safetensors")
     header = {"licence": file.header.get("licence", "")}
-    prefix = "unet." if form == "diffusers" else "base_model.model."
-    tensors = {f"{prefix}{name[:-1]}lora_{name[-1]}.weight": tensor for name, tensor in lora.items()}
     if form == "kohya":
-        layers = {name: "lora_unet_" + name[:-2].replace(".", "_") for name in lora}
-        tensors = {f"{layers[name]}.lora_{'down' if name.endswith('A') else 'up'}.weight": tensor
-                   for name, tensor in lora.items()}
-        tensors |= {f"{layer}.alpha": torch.tensor(alpha) for layer in layers.values()}
-        header |= {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1",
-                   "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+        tensors = {}
+        for name, tensor in lora.items():
+            layer = "lora_unet_" + name[:-2].replace(".", "_")
+            tensors[f"{layer}.lora_{dict(A='down', B='up')[name[-1]]}.weight"] = tensor
+            tensors[f"{layer}.alpha"] = torch.tensor(alpha)
+        header |= {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1"}
     elif form == "diffusers":
-        header["lora_adapter_metadata"] = json.dumps(peft_config(rank, alpha, prefix))
+        tensors = peft_names(lora, "unet.")
+        header["lora_adapter_metadata"] = json.dumps(peft_config(rank, alpha, "unet."))
     else:                           # a folder, with its configuration in a file
         out = out.with_suffix("") / "adapter_model.safetensors"
+        tensors = peft_names(lora, "base_model.model.")
         config = {"peft_type": "LORA", "bias": "none"} | peft_config(rank, alpha)
-        save_text(out.with_name("adapter_config.json"), json.dumps(config, indent=1) + "\n")
+        save_json(out.with_name("adapter_config.json"), config)
     save_tensors(out, tensors, header)
     return out
 
