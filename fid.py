@@ -149,7 +149,8 @@ def read_set(path, files, space, device="cpu", batch=32):
     if files is None:
         return load_set(path)
     names = [file.relative_to(path).as_posix() for file in files]
-    return ImageSet(space.extract(files, device, batch), names, (space.kind, space.resize, space.short_hash))
+    how = space.kind, space.resize, space.fingerprint()[:8]
+    return ImageSet(space.extract(files, device, batch), names, how)
 
 def save_set(path, images):
     """Write statistics as pytorch-fid reads them (mu, sigma), with the features (float32) and their space."""
@@ -265,7 +266,7 @@ def main():
     if generated := sum(map(is_generated, files.get(args.real, ()))):
         print(f"note: {generated} images of {args.real} are generated, not real")
     space = choose_space(args) if files else None
-    check_same("weights or images", [space and space.short_hash, [len(found) for found in files.values()]])
+    check_same("weights or images", [space and space.fingerprint(), [len(found) for found in files.values()]])
     sets = (read_set(path, files.get(path), space, device, args.batch) for path in paths)
     real = next(sets)
     if args.save and RANK0:

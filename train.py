@@ -434,7 +434,7 @@ class Inputs:
             self.space = Inception(settings.inception) if settings.features == "inception" else self.encoder
             files = dict(vae=self.vae_file, encoder=self.encoder, base=self.unet_file)
             self.sha256 = {name: file.fingerprint() for name, file in files.items()}
-            self.sha256["features"] = self.space.short_hash
+            self.sha256["features"] = self.space.fingerprint()[:8]
             if settings.init and not self.started:
                 self.sha256["init"] = check_init(settings, self.sha256)
             check_or_create(folder, settings, self.sha256)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .app import Fail, all_gather, first_line, foreign_file, progress, read_json, shard
+from .app import Fail, all_gather, foreign_file, progress, read_json, shard
 from .data import load_rgb, prefetch, resize_crop
 from .weights import TensorFile, check_declared, find_file, load
 
@@ -25,11 +25,6 @@ class FeatureSpace:
         """sha256 of all that features depend on."""
         return self.file.fingerprint()
 
-    @property
-    def short_hash(self):
-        """The first eight digits of the fingerprint, for messages and file headers."""
-        return self.fingerprint()[:8]
-
     @torch.no_grad()
     def run(self, network, x):
         """Preprocessed images x (B, 3, size, size) -> features (B, d) in float32, on the CPU."""
@@ -38,9 +33,8 @@ class FeatureSpace:
             return network(x.to(next(network.parameters()).device)).float().cpu()
 
     def extract(self, images, device, batch=32):
-        """Image files or PIL images of any size -> features (n, d), float64.
+        """Image files or PIL images of any size -> features (n, d), float64. Frees the network afterwards.
 
-        Loads the network and frees it afterwards. The next batch is decoded while one is in the network.
         Several processes share whole batches, so that their number does not change the features.
         """
         def read(image):
@@ -101,8 +95,8 @@ class Encoder(FeatureSpace):
         with torch.device("meta"):
             e = self.load("meta")(torch.empty(1, 3, recipe.size, recipe.size))
         if e.ndim != 2:
-            raise Fail(f"{file.path}: by its config.json this model gives {tuple(e.shape[1:])} numbers for "
-                       "an image, no embedding; set global_pool there")
+            raise Fail(f"{file.path}: its config.json asks for {tuple(e.shape[1:])} numbers for an image and "
+                       "no embedding; set global_pool there")
         self.width = e.shape[1]
         if recipe.shape and recipe.shape[1:] != shape:      # another network of the same architecture
             self.recipe = replace(recipe, terms=f"{file.path.name}, an encoder of your own", licence="other")
@@ -199,9 +193,9 @@ class Inception(FeatureSpace):
     kind, hint = "inception", "pass pytorch-fid's Inception weights"
 
     def __init__(self, path=None, resize="pytorch-fid"):
-        unused = re.compile(r"fc\.|.*num_batches_tracked")      # the classifier and the counters
         file, self.resize = TensorFile(path or _download_inception()), resize
-        self.file = file.renamed({name: name for name in file.names if not unused.match(name)})
+        used = [name for name in file.names if not re.match(r"fc\.|.*num_batches_tracked", name)]
+        self.file = file.renamed(dict(zip(used, used)))
         load(build_inception, self.file, "meta", hint=self.hint)      # names and shapes are checked at once
 
     def preprocess(self, images):
@@ -222,11 +216,10 @@ def build_inception():
     network = InceptionV3(num_classes=0)
     average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
     maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
-    for name, block in network.named_children():
-        if isinstance(block, (InceptionA, InceptionC, InceptionE)):
-            _exchange_pool(block, maximum if name == "Mixed_7c" else average)
-    for m in network.modules():
-        if isinstance(m, nn.BatchNorm2d):
+    for name, m in network.named_modules():
+        if isinstance(m, (InceptionA, InceptionC, InceptionE)):
+            _exchange_pool(m, maximum if name == "Mixed_7c" else average)
+        elif isinstance(m, nn.BatchNorm2d):
             m.num_batches_tracked, m.track_running_stats = None, False      # the file need not have a counter
     return network
 
@@ -249,11 +242,9 @@ def _download_inception():
     if not path.is_file():
         print(f"downloading {INCEPTION_URL} (96 MB) to {path}", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        advice = "download that file elsewhere and pass it with --inception FILE"
+        with foreign_file(path, "cannot be downloaded", advice):
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), path.stem[-8:], sys.stderr.isatty())
-        except (OSError, RuntimeError) as problem:      # URLError is an OSError, a wrong hash a RuntimeError
-            raise Fail(f"cannot get the Inception weights ({first_line(problem)}); download that file and "
-                       "pass it with --inception FILE") from None
     return path
 
 # Resizers: PIL RGB -> (3, 299, 299) in [-1, 1]. The choice moves the FID, so results name it.

@@ -293,8 +293,9 @@ def test_a_folder_without_two_images_is_refused(tmp_path):
         fid.images_of(tmp_path)
 
 def test_what_is_not_counted_or_not_compared_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(fid, "Inception", lambda path, resize: SimpleNamespace(
-        kind="inception", resize=resize, short_hash="0", extract=lambda files, *_: np.eye(len(files))))
+    space = SimpleNamespace(kind="inception", resize="pytorch-fid", fingerprint=lambda: "0",
+                            extract=lambda files, *_: np.eye(len(files)))
+    monkeypatch.setattr(fid, "Inception", lambda path, resize: space)
     for name, classes in (("real", "ab"), ("fake", "ac")):
         for i, label in enumerate(classes * 2):
             (tmp_path / name / label).mkdir(parents=True, exist_ok=True)
