@@ -201,10 +201,10 @@ class Patch:
 def read_dataset(root, case=None, say=print):
     """A folder of patches -> [Patch], sorted by name.
 
-    It has patches.csv (file,label[,case][,part]), or train.json, val.json and test.json as Chaoyang has them,
-    or a folder per class, or only images (class "all"). The case is what the regular expression `case` finds
-    in a name (group 1, or all of it), or one of CASES, or the folder below the class; else every patch is its
-    own. say: takes a line on what is left out or doubtful; None: a run exists, the layout is not doubted.
+    It has patches.csv, or train.json, val.json and test.json as in Chaoyang, or a folder per class, or only
+    images (class "all"). The case is what the pattern `case` finds in a name (group 1, or all of it), or one
+    of CASES, or the folder below the class; else every patch is its own. say: takes a line on what is left
+    out or doubtful; None: a run exists, the layout is not doubted.
     """
     root = Path(os.path.expanduser(root))
     if not root.is_dir():
@@ -241,10 +241,8 @@ def read_dataset(root, case=None, say=print):
     return sorted(patches, key=lambda p: p.name)
 
 def _find_files(root, rows, on_disk, case):
-    """(name, label, case, part) -> Patch, of each row. on_disk: names of files, one of which may be meant
-    where backslashes, Unicode's normal form or the case of letters differ.
-    """
-    def folded(name):
+    """(name, label, case, part) -> Patch, of each row; a name may be spelled otherwise than `on_disk`."""
+    def folded(name):           # lists from Windows and macOS
         return unicodedata.normalize("NFC", name).casefold()
 
     similar = defaultdict(set)
@@ -406,10 +404,9 @@ def describe_split(split, patches):
     for part, names in split.items():
         classes[part] = Counter(sorted(by_name[name].label for name in names))
         cases[part] = {by_name[name].case for name in names}
-    shared = sum(n > 1 for n in Counter(chain(*cases.values())).values())
-    counts = dict(patches=classes, cases={part: len(found) for part, found in cases.items()},
-                  cases_in_several_parts=shared)
-    return json.dumps(counts | split, indent=1, ensure_ascii=False) + "\n"
+    facts = dict(patches=classes, cases={part: len(found) for part, found in cases.items()})
+    facts["cases_in_several_parts"] = sum(n > 1 for n in Counter(chain(*cases.values())).values())
+    return json.dumps(facts | split, indent=1, ensure_ascii=False) + "\n"
 
 def note_equal_images(names, hashes, patches):
     """Print how many files of equal content are in several parts or classes. names, hashes: {part: [...]}."""
@@ -426,8 +423,7 @@ def write_toy_tissue(folder):
     for sheet in sorted(BUILT_IN["toy"].glob("*.jpg")):
         image = load_rgb(sheet)
         for y, x in product(range(0, image.height, TOY_SIDE), range(0, image.width, TOY_SIDE)):
-            slide = f"{sheet.stem}-{y // TOY_SIDE:03d}"
-            path = folder / sheet.stem / slide / f"{x // TOY_SIDE:02d}.png"
+            path = folder / sheet.stem / f"{sheet.stem}-{y // TOY_SIDE:03d}" / f"{x // TOY_SIDE:02d}.png"
             if not path.exists():
                 save_image(path, image.crop((x, y, x + TOY_SIDE, y + TOY_SIDE)))
     return folder

@@ -44,9 +44,9 @@ class TensorFile:
                 start = f.read(9)
             if start[8:] == b"{":
                 self._open = lambda: safe_open(self.path, "pt").get_tensor      # name in the file -> tensor
-                f = safe_open(self.path, "pt")
-                self.header = f.metadata() or {}
-                self.shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+                file = safe_open(self.path, "pt")
+                self.header = file.metadata() or {}
+                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             elif start[:1] not in (b"P", b"\x80"):         # of a zip archive, of a pickle
                 raise ValueError(f"it begins with {start!r}: a Git LFS pointer (run `git lfs pull`), a web "
                                  "page, a quantised GGUF, or zeros?")
@@ -87,7 +87,7 @@ class TensorFile:
         return self._fingerprint
 
     def _digest(self, named):
-        """Fails where a number is not finite in float32, or BLOCK numbers or all of a weight matrix are 0."""
+        """Name and sha256 of one. Fails on numbers not finite in float32, and on BLOCK zeros in a matrix."""
         name, tensor = named
         numbers = tensor.contiguous().flatten()
         if numbers.is_floating_point() and len(numbers):
@@ -118,9 +118,8 @@ def _unpickle(path, archive):
     except pickle.UnpicklingError:              # torch's message has many lines and unsafe advice
         raise ValueError("damaged, or a pickle with code: save its state dict alone") from None
     state = {"tensor": state} if isinstance(state, torch.Tensor) else state
-    while nested := [state[key] for key in ("state_dict", "model_state_dict", "model")
-                     if isinstance(state.get(key), dict)]:
-        state = nested[0]
+    for key in ("model", "state_dict", "model_state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
     state = {name: t for name, t in state.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}
     if not state:
         raise ValueError("it holds no state dict")
@@ -129,8 +128,7 @@ def _unpickle(path, archive):
 def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     """build() -> a frozen network with the tensors of `file`, which must match it by name and shape.
 
-    Memory peaks at the network's size in `dtype` plus one tensor; nothing is copied where the file has that
-    dtype and the device is the CPU. hint: advice on a mismatch.
+    Memory peaks at its size in `dtype` plus one tensor; a CPU copies nothing where the file has that dtype.
     """
     with foreign_file(file.path, "has tensors of another network", hint), torch.device("meta"):
         network = build()
@@ -178,8 +176,7 @@ def open_sd15(source, vae=None):
     elif unet.path != Path(os.path.expanduser(source)):
         vae_file = TensorFile(find_file("--sd15", source, _names("vae/")))
     elif not any(name.startswith("first_stage_model.") for name in unet.names):
-        raise Fail(f"{source} contains no VAE; pass --vae with a file, a folder or a repository, such as "
-                   "stabilityai/sd-vae-ft-mse")
+        raise Fail(f"{source} contains no VAE; pass --vae, such as --vae stabilityai/sd-vae-ft-mse")
     _check_model(unet, vae_file)
     return _part(unet, "model.diffusion_model."), _part(vae_file, "first_stage_model.")
 
@@ -278,9 +275,8 @@ def hub_file(repository, candidates):
         if getattr(getattr(problem, "response", None), "status_code", None) in (401, 403):
             remedy = (f"request access on https://huggingface.co/{repository} with an institutional address, "
                       "then run `hf auth login`")
-        cause = f"{type(problem).__name__}: {first_line(problem)}"
-        raise Fail(f"cannot get {candidates[0]} of {repository} ({cause}). Check the name, {remedy}; or "
-                   "download it elsewhere and pass the local path") from None
+        raise Fail(f"cannot get {candidates[0]} of {repository} ({first_line(problem)}). Check the name, "
+                   f"{remedy}; or download it elsewhere and pass the local path") from None
     if not weights:
         raise Fail(f"{repository} has no {' or '.join(candidates[:2])}; check the name, or pass a local path")
     expected = SHA256.get(f"{repository}/{weights[0]}")

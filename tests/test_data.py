@@ -276,6 +276,9 @@ def test_a_folder_in_a_listed_name_is_a_case_and_masks_need_no_match(tmp_path):
     rows = [{"name": f"train/p1/{n}.png", "label": 0} for n in "xy"]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     assert {p.case for p in read_dataset(tmp_path)} == {"p1"}
+    touch(tmp_path, "train/images/z.png")           # a container is none
+    (tmp_path / "train.json").write_text('[{"name": "train/images/z.png", "label": 0}]')
+    assert [p.case for p in read_dataset(tmp_path)] == ["train/images/z.png"]
     touch(tmp_path / "b", "k/p7.png", "k/masks/3.png")
     assert [p.case for p in read_dataset(tmp_path / "b", r"p(\d)")] == ["7"]
 
