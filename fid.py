@@ -83,11 +83,6 @@ def nearest_centroid(train, labels, x):
     centroids = np.stack([train[labels == name].mean(0) for name in names])
     return names[cdist(x, centroids, "cosine").argmin(1)]
 
-def psnr(images, others):
-    """Mean over pairs of PIL images of 10 log10(255² / mean squared difference), in dB."""
-    mse = [np.square(np.subtract(x, y, dtype=np.float64)).mean() for x, y in zip(images, others)]
-    return float(np.mean(10 * np.log10(255 ** 2 / np.maximum(mse, 1e-12))))
-
 def fit_linear(x, labels, penalty=1.0):
     """Ridge regression on standardised features x (n, d) -> a function, features to labels.
 

@@ -10,7 +10,6 @@ Samples are made by sample.py and kept: an interrupted report resumes, as an abl
 Inception's features, where its weights are available (--inception, or torch.hub's cache), and in those of
 --judge: these did not condition the samples. The encoder's, which did, stand beside them as "encoder".
 """
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,14 +21,14 @@ from scipy.spatial.distance import cdist
 
 import fid
 from fid import frechet_distance as distance
-from sample import Sampling
+from sample import Sampling, write_real
 
 from .data import contact_sheet, load_rgb, resize_crop, save_image, subsample, to_images, to_tensor
 from .app import (Fail, Parser, call, file_sha256, number, pick_device, read_csv, run_program, save_csv,
                   save_text)
 from .encoder import Inception, inception_available, open_encoder
 from .runs import best_epoch, model_card, name_references, patches_of, read_settings, unfinished
-from .weights import TensorFile, load_vae, open_sd15
+from .weights import load_vae, open_sd15
 
 SWEEP = [f"{1 + k / 10:.1f}" for k in range(11)]        # Table 5
 COPIES = 5              # for usefulness: samples of a reference, flips of an image
@@ -63,12 +62,10 @@ class Evaluation:
 
     def real(self, part, n=None):
         """The files of a part's images at the model's size."""
-        paths = []
-        for _, name, source, _ in subsample(self.patches[part], n):
-            paths.append(self.out / "real" / part / f"{name}.png")
-            if not paths[-1].exists():
-                save_image(paths[-1], resize_crop(load_rgb(source), self.settings.size))
-        return paths
+        sources = {name: source for _, name, source, _ in subsample(self.patches[part], n)}
+        paths = {name: self.out / "real" / part / f"{name}.png" for name in sources}
+        write_real(paths, sources, self.settings.size)
+        return list(paths.values())
 
     def fake(self, part, n=None, cfg=None, each=1):
         """Files of samples, `each` of every image of a part, in the order of `real`; sample.py makes them.
@@ -90,8 +87,15 @@ class Evaluation:
         return [image.transpose(turn) for image in map(load_rgb, self.real(part, n))
                 for turn in list(Image.Transpose)[:COPIES]]
 
+    @torch.no_grad()
+    def decoded(self, part):
+        """The images of a part through the VAE and back -> PIL images."""
+        vae = load_vae(open_sd15(self.settings.sd15, self.settings.vae)[1], self.device)
+        inputs = (to_tensor([load_rgb(path)], self.settings.size) for path in self.real(part))
+        return [image for x in inputs for image in to_images(vae.reconstruct(x.to(self.device)))]
+
     def features(self, space, kind, part, *args):
-        """Features (n, d) of `real`, `fake` or `flipped` images of a part, in a feature space."""
+        """Features (n, d) of the images that a method above gives of a part, in a feature space."""
         key = (space.kind, kind, part, *args)
         if key not in self._features:
             self._features[key] = space.extract(getattr(self, kind)(part, *args), self.device)
@@ -116,18 +120,21 @@ def table5(ev):
                    fid=distance(real, ev.features(space, "fake", "val", None, w)))
 
 def table7(ev):
-    """Table 7: FID of validation and test part with a 95 % interval, beside that of other real images at the
-    same n; and of samples of training references, at the n of the validation part: it is much lower than that
-    part's where the adapter overfits"""
+    """Table 7: FID of validation and test part with a 95 % interval, beside floors: that of other real images
+    at the same n, and of the same images through the VAE; and of samples of training references, at the n of
+    the validation part: it is much lower than that part's where the adapter overfits"""
     for space in ev.spaces:
         for part, *of in (("train", ev.limit), ("val",), ("test",)):
             real, fake = ev.pair(space, part, *of)
             if of:
                 real, fake = (np.array(subsample(x, len(ev.patches["val"]))) for x in (real, fake))
+                floors = None, None
+            else:
+                others = ev.features(space, "real", "train", len(real)), ev.features(space, "decoded", part)
+                floors = [distance(real, x) for x in others]
             low, high = fid.bootstrap_interval(distance, real, fake)
-            floor = None if of else distance(real, ev.features(space, "real", "train", len(real)))
             yield dict(part=part, features=space.kind, n=len(real), fid=distance(real, fake), fid_low=low,
-                       fid_high=high, floor_real=floor, **fid.kid(real, fake))
+                       fid_high=high, floor_real=floors[0], floor_vae=floors[1], **fid.kid(real, fake))
 
 def table8(ev):
     """Table 8: KID of each class of the test part (the paper gives it x 1000); "-" below 20 images"""
@@ -171,19 +178,6 @@ def colour_table(ev):
     for name, a, b in zip(("red", "green", "blue"), real, fake - real):
         yield dict(channel=name, mean=a[0], deviation=a[1], mean_drift=b[0], deviation_drift=b[1])
 
-@torch.no_grad()
-def floors_table(ev):
-    """Floors: what the VAE alone costs, of the test images through it against themselves: PSNR in dB, and
-    their distance"""
-    vae, real = load_vae(open_sd15(ev.settings.sd15, ev.settings.vae)[1], ev.device), ev.real("test")
-    inputs = (to_tensor([load_rgb(path)], ev.settings.size).to(ev.device) for path in real)
-    images = [image for x in inputs for image in to_images(vae.reconstruct(x))]
-    psnr = fid.psnr(map(load_rgb, real), images)
-    for space in ev.spaces:
-        x = space.extract(images, ev.device)
-        yield dict(features=space.kind, n=len(x), psnr=psnr,
-                   distance=distance(ev.features(space, "real", "test"), x))
-
 def memorisation_table(ev):
     """Memorisation: distance from a sample to the nearest training image, in embedding and in pixels; real
     validation images are the yardstick: `closer` is the share of samples nearer than 99 % of these"""
@@ -209,17 +203,16 @@ def usefulness_table(ev):
     labels, real = ev.labels("train", n), ev.features(space, "real", "train", n)
     extra = {"synthetic": ev.features(space, "fake", "train", n, None, COPIES),
              "flips": ev.features(space, "flipped", "train", n)}
-    extra = {kind: x.reshape(n, COPIES, -1).swapaxes(0, 1) for kind, x in extra.items()}
     cap = max(2, n // (2 * len(np.unique(labels))))
-    for kind, k in [("flips", 0), *((kind, k) for kind in extra for k in (0.5, 1, 2, COPIES))]:
-        scores = []
+    for kind, k in [("flips", 0), *((kind, k) for kind in extra for k in (1, 2, COPIES))]:
+        copies, scores = extra[kind].reshape(n, COPIES, -1)[:, :k], []
         for order in (np.random.default_rng(seed).permutation(n) for seed in range(3)):
             few = [j for i, j in enumerate(order) if (labels[order[:i]] == labels[j]).sum() < cap]
-            x = np.concatenate([real[few], *extra[kind][:, few]])[:len(few) + int(k * len(few))]
-            guess = fid.fit_linear(x, np.tile(labels[few], 1 + COPIES)[:len(x)])
+            x = np.concatenate([real[few], copies[few].reshape(-1, real.shape[1])])
+            guess = fid.fit_linear(x, np.r_[labels[few], labels[few].repeat(k)])
             found = guess(ev.features(space, "real", "test"))
             scores.append(fid.balanced_accuracy(ev.labels("test"), found))
-        yield dict(train=f"real + {k:g} x {kind}" if k else "real", features=space.kind, n=len(x),
+        yield dict(train=f"real + {k} x {kind}" if k else "real", features=space.kind, n=len(x),
                    balanced_accuracy=np.mean(scores), accuracy_std=np.std(scores))
 
 # The feature space of the pixels themselves, at 32 x 32
@@ -247,9 +240,8 @@ def table6(out):
             raise Fail(f"{folder} was trained with {name} {getattr(settings, name)}, other rows with "
                        f"{getattr(first, name)}: they are not comparable; remove it, and train the row again")
         column, best = best_epoch(log)
-        shapes = TensorFile(folder / "adapter.safetensors").shapes.values()
         table.append(row | {"best_epoch": int(best["epoch"]), column: round(float(best[column]), 4),
-                            "parameters": sum(map(math.prod, shapes)), "minutes": log[-1]["minutes"]})
+                            "minutes": log[-1]["minutes"]})
     return sorted(table, key=lambda row: row[column])
 
 def ablation():
@@ -285,8 +277,8 @@ def as_markdown(rows):
 
 # name in --only: a section, whose docstring is its heading, and which may write a picture of that name
 SECTIONS = dict(epochs=table4, sweep=table5, test=table7, classes=table8, figure5=figure5,
-                floors=floors_table, fidelity=fidelity_table, colour=colour_table,
-                memorisation=memorisation_table, usefulness=usefulness_table)
+                fidelity=fidelity_table, colour=colour_table, memorisation=memorisation_table,
+                usefulness=usefulness_table)
 
 def main():
     if any(argument.split("=")[0] == "--ablation" for argument in sys.argv):
