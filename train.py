@@ -25,7 +25,7 @@ import torch._functorch.config as functorch_config
 
 from fid import frechet_distance
 from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast, check_same, command_line,
-                     file_sha256, foreign_file, frozen_dtype, join_processes, pick_device, progress,
+                     foreign_file, frozen_dtype, join_processes, pick_device, progress,
                      rank0_first, run_program, save_csv, save_tensors, save_text, shard, silence, to_device)
 from ldm.data import (Cache, contact_sheet, describe_split, hash_files, load_rgb, note_equal_images,
                       read_dataset, save_image, subsample, write_toy_tissue)
@@ -35,7 +35,7 @@ from ldm.runs import (FEW, TOY_DATA, Lock, check_or_create, model_card, name_ref
 from ldm.schedule import T, add_noise
 from ldm.vae import draw_latent
 from ldm.weights import TensorFile, licence, load_unet, load_vae, open_sd15
-from lora import inject, load_adapter, lora_parameters, open_adapter, save_adapter
+from lora import inject, lora_parameters, save_adapter
 from projector import Projector
 from sample import Job, Model, Sampling, latent_shape, make_images, write_real
 
@@ -435,23 +435,12 @@ class Inputs:
             files = dict(vae=self.vae_file, encoder=self.encoder, base=self.unet_file)
             self.sha256 = {name: file.fingerprint() for name, file in files.items()}
             self.sha256["features"] = self.space.fingerprint()[:8]
-            if settings.init and not self.started:
-                self.sha256["init"] = check_init(settings, self.sha256)
             check_or_create(folder, settings, self.sha256)
             self.lock = self.lock or (Lock(folder) if RANK0 else None)
             if RANK0:
                 save_text(folder / "split.json", describe_split(split, self.patches))
         check_same("weights", self.sha256)
         describe(self.patches, split)
-
-def check_init(settings, sha256):
-    """The hash of the adapter of --init. Fails unless it has the settings' shapes and is of these weights."""
-    s, header, same = settings, open_adapter(settings.init).header, ("rank", "hidden", "tokens", "depth")
-    wanted = dict(alpha=s.alpha / s.rank * s.rank, token_norm=int(s.token_norm), base_sha256=sha256["base"],
-                  encoder_sha256=sha256["encoder"]) | {name: getattr(s, name) for name in same}
-    if others := [f"{key} {header.get(key)}" for key, x in wanted.items() if header.get(key) != str(x)]:
-        raise Fail(f"--init {s.init} was trained with {', '.join(others)}; pass that, or another adapter")
-    return file_sha256(s.init)
 
 def describe(patches, split):
     """Print the dataset and its split, with an example of each class and its case."""
@@ -479,17 +468,14 @@ def build(inputs, device):
     check_or_create(folder, settings, sha256)
     dtype = frozen_dtype(device, settings.dtype, inputs.unet_file.shapes["conv_in.weight"][0])
     unet = load_unet(inputs.unet_file, device, dtype)
-    if settings.init and not inputs.started:
-        projector = load_adapter(open_adapter(settings.init), unet)
-    else:
-        projector = new_adapter(unet, settings, inputs.encoder.width).to(device)
+    projector = new_adapter(unet, settings, inputs.encoder.width).to(device)
     print(parameter_table(unet, projector))
     images = list(zip(inputs.names["train"], hashes["train"]))
     trainer = Trainer(settings, unet, projector, cache, images, inputs.z_shape, device)
     if inputs.started:
         trainer.restore(folder / "state.safetensors")
         print(f"{folder}: found, resumes after step {trainer.step} of {trainer.total}")
-    names = dict(base=settings.sd15, vae=settings.vae, encoder=inputs.encoder.source, init=settings.init)
+    names = dict(base=settings.sd15, vae=settings.vae, encoder=inputs.encoder.source)
     recipe, header = inputs.encoder.recipe, {key: public_name(name or "") for key, name in names.items()}
     header |= dict(base_sha256=sha256["base"], vae_sha256=sha256["vae"], encoder_sha256=sha256["encoder"],
                    resolution=str(settings.size), seed=str(settings.seed), dtype=str(dtype).partition(".")[2],

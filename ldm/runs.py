@@ -52,7 +52,6 @@ class Settings:
     micro_batch: int | None = option(TRAINING, None, "images per pass (default: what fits the GPU)", low=1)
     max_steps: int | None = option(TRAINING, None, "stop then, on a schedule of this length", low=1)
     seed: int = option(TRAINING, 0, "of everything random except the split", high=MAX_SEED)
-    init: str | None = option(TRAINING, None, "adapter to start from, on a new schedule")
     val_samples: int | None = option(VALIDATION, None, "images to sample for FID (default: all)")
     val_every: int = option(VALIDATION, 1, "sample every Nth epoch, and the last", low=1)
     val_cfg: float = option(VALIDATION, 1.5, "their guidance")
@@ -81,7 +80,7 @@ def parse_settings(description):
     parser.add_argument("--resume", metavar="RUN", help="resume this run, with its own settings")
     given = vars(parser.parse_args())
     resume, values = given.pop("resume"), {}
-    for name in {"data", "sd15", "vae", "encoder", "uni2h", "split", "init", "inception"} & given.keys():
+    for name in {"data", "sd15", "vae", "encoder", "uni2h", "split", "inception"} & given.keys():
         path = os.path.abspath(os.path.expanduser(given[name]))
         if name == "data" or (os.path.exists(path) and given[name] not in {*BUILT_IN, "paper", "official"}):
             given[name] = path
@@ -126,13 +125,13 @@ def read_settings(folder):
     values = read_json(path).get("args")
     if not isinstance(values, dict):
         return None
-    values.pop("parameters", None)          # which older versions saved
     add_options(parser, Settings)           # as arguments they are checked as those are
     arguments = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
-                 for name, value in values.items() if value != getattr(Settings, name, None)]
+                 for name, value in values.items() if value != getattr(Settings, name, None)
+                 and (value or hasattr(Settings, name))]        # what older versions had, and did not use
     try:
         settings = Settings(**vars(parser.parse_args(arguments)))
-        if asdict(settings) != asdict(settings) | values:
+        if any(getattr(settings, name, value) != value for name, value in values.items()):
             raise Fail("a setting is of another type")
     except Fail as problem:
         text = f"{path} is damaged or of another version ({problem}); restore it, or pass another --run"
@@ -161,9 +160,8 @@ def check_or_create(folder, settings, sha256):
     for name, was, now in pairs:
         if was != now:
             what = f"images of {saved.data}" if name == "images" else name.replace("_", "-")
-            adapter = f", where its learning rate is 0; to train on: --init {folder}/adapter.safetensors"
-            adapter = adapter if name in ("epochs", "max_steps") else ""
-            raise Fail(f"{folder} is a run with {what} {was}, not {now}{adapter}; pass another --run")
+            end = ", where its learning rate has fallen to 0" * (name in ("epochs", "max_steps"))
+            raise Fail(f"{folder} is a run with {what} {was}{end}, not {now}; pass another --run")
 
 def environment():
     """The versions that made a run: {name: version}; git: the commit, "-dirty" where tracked files differ."""
@@ -274,7 +272,7 @@ def model_card(folder):
     text = template.format(**asdict(settings) | log[-1] | dict(
         name=folder.name, base=public_name(settings.sd15), encoder=header["encoder"],
         terms=f"license: other\nlicense_name: {terms}" if terms else "license: mit",
-        best=_describe_best(folder, settings, split, log), **_describe_data(settings, split),
+        best=_describe_best(folder, settings, log), **_describe_data(settings, split),
         command=shlex.join(["python", *map(public_name, config["command"])]), licence=header["licence"],
         environment=", ".join(f"{k} {v}" for k, v in config["environment"].items() if v),
         sha256=", ".join(f"{k} {v[:16]}" for k, v in config["sha256"].items())))
@@ -289,18 +287,16 @@ def best_epoch(log):
     column = distances[0] if distances else "val_loss"
     return column, min((row for row in log if row[column]), key=lambda row: float(row[column]))
 
-def _describe_best(folder, settings, split, log):
-    if not (folder / "adapter-best.safetensors").exists():
+def _describe_best(folder, settings, log):
+    path, (column, _) = folder / "adapter-best.safetensors", best_epoch(log)
+    if not path.exists():
         return "not yet; it follows the first samples."
-    column, row = best_epoch(log)
-    limits = [len(split["val"]), settings.limit, settings.val_samples if column != "val_loss" else None]
-    n, why = min(n for n in limits if n is not None), "the lowest"
-    if n < FEW:
-        row, why = [row for row in log if row[column]][-1], "the last, as these are too few to choose by"
+    step = TensorFile(path).header["step"]
+    row = next(row for row in log if row["step"] == step)
     what = {"val_loss": "noise prediction loss", "fid": "FID (Inception, resize pytorch-fid)",
             "fid_encoder": "Fréchet distance of the encoder's features (no FID, not comparable)"}
-    return (f"the same after epoch {row['epoch']} of {settings.epochs}; {what[column]} of\n  {n} validation "
-            f"patches, guidance {settings.val_cfg:g}: **{float(row[column]):.4g}**, {why}.")
+    return (f"the same after epoch {row['epoch']} of {settings.epochs}; {what[column]} on\n  the validation "
+            f"patches, guidance {settings.val_cfg:g}: **{float(row[column]):.4g}**.")
 
 def _describe_data(settings, split):
     rows = [(part, split["cases"][part], sum(of.values()), ", ".join(f"{k} {n}" for k, n in of.items()))

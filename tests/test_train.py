@@ -236,7 +236,7 @@ def test_a_run_leaves_what_the_readme_says(trained, tmp_path):
     card = (trained / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["license"] == "other" and "an encoder of your own" in card
     assert "Open RAIL-M" in card
-    assert f"**{distances[-1]:.4g}**" in card and "too few to choose by" in card
+    assert "the same after epoch 2 of 2" in card and f"**{distances[-1]:.4g}**" in card
     assert f"python {' '.join(['train.py', '--data'])}" in card
     assert "pooled, then split by case; cases in more than one part: 0." in card
     assert config["environment"]["torch"] in card and len(config["environment"]["git"] or "0" * 40) >= 40
@@ -452,19 +452,9 @@ def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(
     with pytest.raises(train.Fail, match="damaged"):
         check_or_create(tmp_path, settings, {"vae": "1"})
 
-def test_a_finished_run_is_not_extended_but_a_new_one_starts_from_its_adapter(trained, small, tmp_path):
-    cwd, adapter = trained.parent.parent, trained / "adapter.safetensors"
-    refused = program("train.py", "--resume", "runs/x", "--epochs", 20, cwd=cwd, check=False)
-    assert refused.returncode == 2 and "--init runs/x/adapter.safetensors" in refused.stderr
-    more = [*small, "--val-samples", 0, "--max-steps", 1, "--lr", 0, "--init", adapter, "--run", "runs/y"]
-    refused = program("train.py", *more, "--rank", 4, cwd=tmp_path, check=False)
-    assert refused.returncode == 2 and "was trained with alpha 2.0, rank 2; pass that" in refused.stderr
-    program("train.py", *more, cwd=tmp_path)
-    a, b = (load_file(path) for path in (adapter, tmp_path / "runs/y/adapter.safetensors"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    header = train.TensorFile(tmp_path / "runs/y/adapter.safetensors").header
-    assert (header["init"], header["step"]) == ("adapter.safetensors", "1")
-    program("train.py", "--resume", "runs/y", cwd=tmp_path)         # for which the adapter is not needed
+def test_a_finished_run_is_not_extended(trained):
+    refused = program("train.py", "--resume", trained, "--epochs", 20, cwd=trained.parent, check=False)
+    assert refused.returncode == 2 and "has fallen to 0, not 20; pass another --run" in refused.stderr
 
 def test_other_data_under_the_name_of_a_run_is_called_so(trained, small, dataset, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "runs/x")
