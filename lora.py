@@ -52,7 +52,7 @@ def inject(unet, rank, alpha=None, generator=None):
 
 @torch.no_grad()
 def fold(unet):
-    """Replace every LoRALinear, in place, by a linear layer with W' = W + (α/r) B A, summed in float32."""
+    """Replace every LoRALinear, in place, by a linear layer with W' (eq. 6), summed in at least float32."""
     for name, layer in lora_layers(unet).items():
         W, dtype = layer.weight, torch.promote_types(layer.weight.dtype, torch.float32)
         folded = W.to(dtype) + layer.scale * (layer.B.to(dtype) @ layer.A.to(dtype))            # (eq. 6)

@@ -1,6 +1,5 @@
 """Frozen networks that turn images into features: the pathology encoder, and FID's Inception."""
 import hashlib
-import json
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -50,6 +49,7 @@ class FeatureSpace:
 @dataclass(frozen=True)
 class Recipe:
     """What turns a file of weights into an encoder, as its publisher's page gives it."""
+    name: str                       # what --encoder calls it
     repository: str
     terms: str                      # a phrase for the adapter's header and the model card
     licence: str                    # its name on the Hugging Face hub
@@ -65,14 +65,9 @@ class Recipe:
     resize: int = 0                 # of the shorter side, before the crop to `size`; 0: to `size`
     joined: bool = False            # e is the class token joined with the mean of the patch tokens
 
-    @property
-    def name(self):
-        """What --encoder calls it."""
-        return self.repository.rpartition("/")[2].lower() if self.head_width else "timm"
-
-ROWS = json.loads(Path(__file__).with_name("encoders.json").read_text(encoding="utf-8"))
-ROWS = [Recipe(**{key: tuple(x) if isinstance(x, list) else x for key, x in row.items()}) for row in ROWS]
-RECIPES = {recipe.name: recipe for recipe in ROWS}      # what --encoder calls them
+RECIPES = read_json(Path(__file__).with_name("encoders.json"))
+for name, row in RECIPES.items():
+    RECIPES[name] = Recipe(name, **{key: tuple(x) if isinstance(x, list) else x for key, x in row.items()})
 UNI2H, TOY = RECIPES["uni2-h"], RECIPES["toy"]
 UNI2H_DIGEST = "7e045138"       # pinned: an edited recipe must not read embeddings of the old one
 
@@ -172,7 +167,7 @@ def from_timm(file, config, source):
     if how["input_size"] != [3, size, size] or how.get("crop_mode", "center") != "center":
         raise ValueError(f"input_size is {how['input_size']}, crop_mode {how.get('crop_mode')}")
     recipe = Recipe(
-        repository=source, terms=f"{Path(source).name} (look up its terms)", licence="other",
+        name="timm", repository=source, terms=f"{Path(source).name} (look up its terms)", licence="other",
         model=config["architecture"], arguments=arguments | dict(num_classes=0), head_width=0, size=size,
         interpolation=Image.Resampling[how["interpolation"].upper()].name, mean=tuple(how["mean"]),
         std=tuple(how["std"]), resize=int(size / how.get("crop_pct", 1)))

@@ -207,7 +207,7 @@ def usefulness_table(ev):
     for kind, k in [("flips", 0), *((kind, k) for kind in extra for k in (1, 2, COPIES))]:
         copies, scores = extra[kind].reshape(n, COPIES, -1)[:, :k], []
         for order in (np.random.default_rng(seed).permutation(n) for seed in range(3)):
-            few = [j for i, j in enumerate(order) if (labels[order[:i]] == labels[j]).sum() < cap]
+            few = np.concatenate([order[labels[order] == name][:cap] for name in np.unique(labels)])
             x = np.concatenate([real[few], copies[few].reshape(-1, real.shape[1])])
             guess = fid.fit_linear(x, np.r_[labels[few], labels[few].repeat(k)])
             found = guess(ev.features(space, "real", "test"))
