@@ -1,12 +1,9 @@
 """The paper's evaluation of a run, and more: tables (CSV), pictures and report.md in RUN/report/.
 
-And its ablation study (Tables 3 and 6): twelve runs of train.py that differ in one factor.
-
     python -m ldm.report runs/x                                 # everything; --only sweep: Table 5
-    python -m ldm.report --ablation OUT --data chaoyang/        # trains all twelve; all else goes to train.py
-    python -m ldm.report --ablation OUT --row 3 --data ...      # only this one, for an array job of a cluster
+    python -m ldm.report runs/x runs/y runs/z                   # Table 6: several runs, beside each other
 
-Samples are made by sample.py and kept: an interrupted report resumes, as an ablation does. Numbers are in
+Samples are made by sample.py and kept: an interrupted report resumes. Numbers are in
 Inception's features, where its weights are available (--inception, or torch.hub's cache), and in those of
 --judge: these did not condition the samples. The encoder's, which did, stand beside them as "encoder".
 """
@@ -36,17 +33,17 @@ COPIES = 5              # for usefulness: samples of a reference, flips of an im
 class Evaluation:
     """A finished run with its images, samples and features; each is made on first use and kept."""
 
-    def __init__(self, args):
-        self.folder, self.out, self.settings = args.run, args.run / "report", read_settings(args.run)
+    def __init__(self, run, args):
+        self.folder, self.out, self.settings = run, run / "report", read_settings(run)
         self.device, self.cfg, self.limit = pick_device(args.device), f"{args.cfg:g}", args.limit
-        best = args.run / "adapter-best.safetensors"
+        best = run / "adapter-best.safetensors"
         if self.settings is None or not best.is_file():
-            raise Fail(f"{args.run} is no run of train.py with an adapter; pass one")
+            raise Fail(f"{run} is no run of train.py with an adapter; pass one")
         self.samples = self.out / "samples" / file_sha256(best)[:8]
         self.patches = {}           # part -> [(label, name, path, i)], names and order as in sample.py
-        for part, found in patches_of(self.settings, args.run).items():
+        for part, found in patches_of(self.settings, run).items():
             if len(found) < 2:
-                raise Fail(f"{args.run}: the {part} part of its split needs two images or more for a report")
+                raise Fail(f"{run}: the {part} part of its split needs two images or more for a report")
             names = name_references([(patch.title, path) for patch, path in found], {})[0]
             rows = enumerate(zip(found, names))
             self.patches[part] = [(patch.label, name, path, i) for i, ((patch, path), name) in rows]
@@ -219,48 +216,15 @@ def usefulness_table(ev):
 PIXELS = SimpleNamespace(kind="pixels", extract=lambda files, device: np.stack(
     [np.asarray(resize_crop(load_rgb(file), 32), np.float64).ravel() / 255 for file in files]))
 
-# ---- the ablation study ------------------------------------------------------------------------------------
-# Table 3: the first row is the baseline, each other changes one factor; and the paper's result (Table 6).
-ROWS = read_csv(Path(__file__).with_name("table6.csv"))
-FACTORS = list(ROWS[0])[:5]
-
-def row_folder(out, row):
-    return out / "r{rank}-t{tokens}-d{depth}-w{hidden}-x{lr_ratio}".format(**row)
-
-def table6(out):
-    """The finished rows -> [{column of Table 6: value}], sorted by FID. Fails if they are not comparable."""
-    table, first, column = [], None, None
-    for row in ROWS:
-        folder = row_folder(out, row)
-        log, settings = read_csv(folder / "log.csv"), read_settings(folder)
-        if settings is None or unfinished(folder):
-            continue
-        first = first or settings
-        for name in set(settings.differing(first)) - {*FACTORS, "alpha"}:
-            raise Fail(f"{folder} was trained with {name} {getattr(settings, name)}, other rows with "
-                       f"{getattr(first, name)}: they are not comparable; remove it, and train the row again")
-        column, best = best_epoch(log)
-        table.append(row | {"best_epoch": int(best["epoch"]), column: round(float(best[column]), 4),
-                            "minutes": log[-1]["minutes"]})
-    return sorted(table, key=lambda row: row[column])
-
-def ablation():
-    """Tables 3 and 6: train the rows that are not finished, and tabulate those that are."""
-    parser = Parser(__doc__)
-    parser.add_argument("--ablation", type=Path, metavar="OUT", help="holds a run per row, and table6.csv")
-    parser.add_argument("--row", type=number(int, 1, len(ROWS)), metavar="N",
-                        help="only this row of ldm/table6.csv, 1 (the baseline) to 12")
-    args, rest = parser.parse_known_args()
-    for row in ROWS[args.row - 1:args.row] if args.row else ROWS:       # α: train.py's default, the rank
-        flags = [f"--{name.replace('_', '-')}={row[name]}" for name in FACTORS]
-        if code := call("train.py", *rest, "--val-cfg=1.3", *flags, "--run", row_folder(args.ablation, row)):
-            sys.exit(code)              # train.py has printed why; it returns at once where a run is complete
-    table = table6(args.ablation)
-    if not table:
-        raise Fail(f"{args.ablation} contains no finished run of the ablation study")
-    save_csv(args.ablation / "table6.csv", table)
-    print(as_markdown(table))
-    print(f"{len(table)} of {len(ROWS)} rows; the paper's FIDs are of Chaoyang, 512 px, SD1.5 and UNI2-h")
+def table6(runs):
+    """Table 6: the finished ones of several runs by FID, with the settings in which they differ"""
+    found = [(run, read_settings(run), read_csv(run / "log.csv")) for run in runs if not unfinished(run)]
+    found = [(run, settings, log, *best_epoch(log)) for run, settings, log in found if settings and log]
+    names = sorted({name for _, settings, *_ in found for name in settings.differing(found[0][1])})
+    for run, settings, log, column, best in sorted(found, key=lambda row: float(row[4][row[3]])):
+        values = {name: getattr(settings, name) for name in names}
+        score = {"best_epoch": best["epoch"], column: float(best[column])}
+        yield {"run": run.name} | values | score | {"minutes": log[-1]["minutes"]}
 
 # ---- pictures and the program ------------------------------------------------------------------------------
 def save_sheet(path, pairs, texts):
@@ -281,10 +245,8 @@ SECTIONS = dict(epochs=table4, sweep=table5, test=table7, classes=table8, figure
                 usefulness=usefulness_table)
 
 def main():
-    if any(argument.split("=")[0] == "--ablation" for argument in sys.argv):
-        return ablation()
     parser = Parser(__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run; or several, for Table 6")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="(default: all)")
     parser.add_argument("--cfg", type=number(float, 0), default=1.3, help="guidance (default: 1.3)")
     parser.add_argument("--limit", type=number(int, 8), default=400, metavar="N",
@@ -294,8 +256,11 @@ def main():
     parser.add_argument("--inception", metavar="FILE", help="its weights (default: torch.hub's cache)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
-    evaluation = Evaluation(args)
-    text = f"# {args.run.name}\n"
+    if args.runs[1:]:
+        rows = list(table6(args.runs))
+        return print(as_markdown(rows) if rows else "none of these is a finished run of train.py")
+    [run], text = args.runs, f"# {args.runs[0].name}\n"
+    evaluation = Evaluation(run, args)
     for name in args.only:
         section, picture = SECTIONS[name], evaluation.out / f"{name}.png"
         part = "\n## " + " ".join(section.__doc__.split()) + "\n\n"
@@ -306,7 +271,7 @@ def main():
         text += part + (f"\n![{name}]({picture.name})\n" if picture.exists() else "")
     if args.only == list(SECTIONS):
         save_text(evaluation.out / "report.md", text)
-        save_text(args.run / "README.md", model_card(args.run))         # which includes the report
+        save_text(run / "README.md", model_card(run))           # which includes the report
 
 if __name__ == "__main__":
     run_program(main)

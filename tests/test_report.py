@@ -1,13 +1,15 @@
-"""The metrics beside the distances, each on a case whose answer is known; and the report and the ablation on
+"""The metrics beside the distances, each on a case whose answer is known; and the report on
 tiny runs.
 """
 import csv
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import timm
-from conftest import program
+from conftest import ROOT, program
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -101,35 +103,31 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
 
 def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
-    assert len(report.ROWS) == 12
-    rows = [tuple(int(row[name]) for name in report.FACTORS) for row in report.ROWS]
-    changed = [[i for i, value in enumerate(factors) if value != rows[0][i]] for factors in rows]
-    assert changed[0] == [] and all(len(c) == 1 for c in changed[1:])
-    values = {name: sorted(set(column)) for name, column in zip(report.FACTORS, zip(*rows))}
-    assert values == dict(rank=[4, 8, 16], tokens=[1, 2, 4, 8], depth=[2, 3], hidden=[512, 1024, 2048],
-                          lr_ratio=[1, 5, 10, 20])
+    rows = report.read_csv(ROOT / "ldm/table6.csv")
+    factors = [tuple(map(int, list(row.values())[:5])) for row in rows]
+    assert len(factors) == 12 and factors[0] == (8, 4, 2, 1024, 10)
+    assert all(sum(x != y for x, y in zip(row, factors[0])) == 1 for row in factors[1:])
+    values = [sorted(set(column)) for column in zip(*factors)]
+    assert values == [[4, 8, 16], [1, 2, 4, 8], [2, 3], [512, 1024, 2048], [1, 5, 10, 20]]
 
-@pytest.mark.slow
-def test_a_row_of_the_ablation_is_trained_once_and_tabulated(small, tmp_path):
-    arguments = small[:small.index("--rank")] + ["--batch", 4, "--epochs", 1, "--val-samples", 2]
-    for row in (2, 10):
-        program("ldm.report", "--ablation", "out", "--row", row, *arguments, cwd=tmp_path)
-    before = (tmp_path / "out/r4-t4-d2-w1024-x10/log.csv").read_text()
-    program("ldm.report", "--ablation", "out", "--row", 2, *arguments, cwd=tmp_path)
-    assert (tmp_path / "out/r4-t4-d2-w1024-x10/log.csv").read_text() == before
-    table = list(csv.DictReader(open(tmp_path / "out/table6.csv")))
-    assert sorted((row["rank"], row["lr_ratio"]) for row in table) == [("4", "10"), ("8", "1")]
-    assert float(table[0]["fid_encoder"]) <= float(table[1]["fid_encoder"])
-    config = json.loads((tmp_path / "out/r4-t4-d2-w1024-x10/config.json").read_text())["args"]
-    assert (config["rank"], config["alpha"], config["hidden"], config["lr_ratio"],
-            config["val_cfg"]) == (4, 4.0, 1024, 10.0, 1.3)
-    config = tmp_path / "out/r8-t4-d2-w1024-x1/config.json"
-    config.write_text(config.read_text().replace('"size": 64', '"size": 32'))
-    result = program("ldm.report", "--ablation", "out", "--row", 2, *arguments, cwd=tmp_path, check=False)
-    assert result.returncode == 2 and "size" in result.stderr
+def test_the_readmes_loop_gives_train_py_the_twelve_rows():
+    loop = (ROOT / "README.md").read_text().split("cut into jobs:\n\n")[1].split("\n\n## ")[0]
+    script = f"python() {{ echo $*; }}\n{loop}"
+    lines = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) == 12 and lines[1] == (
+        "train.py --data chaoyang/ --rank 4 --tokens 4 --depth 2 --hidden 1024 --lr-ratio 10 --val-cfg 1.3 "
+        "--run runs/ablation/r4-t4-d2-w1024-x10")
 
-def test_a_row_of_the_ablation_without_its_settings_is_left_out(tmp_path):
-    row = report.row_folder(tmp_path, report.ROWS[0])
-    row.mkdir()
-    (row / "log.csv").write_text("epoch,step,val_loss\n1,1,0.5\n")
-    assert report.table6(tmp_path) == []
+def test_several_runs_are_compared_by_what_differs_and_only_the_finished_ones(trained, tmp_path):
+    runs = [shutil.copytree(trained, tmp_path / name) for name in "abcd"]
+    for run, changes in zip(runs, (dict(rank=4), dict(lr=1e-4), {}, dict(epochs=9))):
+        config = json.loads((run / "config.json").read_text())
+        config["args"] |= changes
+        (run / "config.json").write_text(json.dumps(config))
+    log = report.read_csv(runs[1] / "log.csv")
+    report.save_csv(runs[1] / "log.csv", [row | {"fid_encoder": 1e-6} for row in log])
+    (runs[2] / "config.json").unlink()
+    first, second = report.table6(runs)
+    assert (first["run"], first["rank"], first["lr"], first["fid_encoder"]) == ("b", 2, 1e-4, 1e-6)
+    assert (second["run"], second["rank"], second["lr"]) == ("a", 4, 5e-5) and len(second) == 6
+    assert list(report.table6(runs[2:3])) == []
