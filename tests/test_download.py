@@ -72,62 +72,69 @@ def server():
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 
+# A client in a process of its own. Its pauses between attempts, 23 s of them, are omitted.
 HUB = """
-import json, sys
+import json, os, sys, time
+time.sleep = lambda seconds: None
 sys.path.insert(0, {root!r})
+from huggingface_hub import close_session
 from ldm.app import Fail
 from ldm.weights import SHA256, hub_file
-for name, sha256 in {cases!r}:
+for name, sha256, environment in {cases!r}:
+    os.environ.update(environment)
+    close_session()                         # the next one reads the environment again
     try:
         SHA256["o/" + name + "/file.bin"] = sha256
-        result = hub_file("o/" + name, ["file.bin"]).read_bytes()
-        print("RESULT", json.dumps([name, sha256, len(result)]))
+        result = len(hub_file("o/" + name, ["file.bin"]).read_bytes())
     except Fail as problem:
-        print("RESULT", json.dumps([name, sha256, str(problem)]))
+        result = str(problem)
+    print("RESULT", json.dumps(result))
 """
 
-def hub(server, cases, home, **environment):
+def hub(server, cases, home):
+    """Ask for a file of each repository -> the child's stderr; the length of each file, or the refusal."""
     environment = {"HF_ENDPOINT": server, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN,
-                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1",
-                   "HF_HUB_ETAG_TIMEOUT": "2"} | environment
+                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
     ran = subprocess.run([sys.executable, "-c", HUB.format(root=str(ROOT), cases=cases)], capture_output=True,
                          text=True, env=os.environ | environment, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert TOKEN not in ran.stdout + ran.stderr
-    return ran.stderr, [json.loads(line[7:])[2] for line in ran.stdout.splitlines()
-                        if line.startswith("RESULT ")]
+    lines = [line.removeprefix("RESULT ") for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
+    return ran.stderr, [json.loads(line) for line in lines]
+
+NOWHERE = dict.fromkeys(("HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9") | dict(NO_PROXY="", no_proxy="")
 
 def test_the_hub_as_it_should_be_and_as_it_may_be(server, tmp_path):
     Server.seen.clear()
-    cases = [("ok", SHA256), ("cut", SHA256), ("wrong", "0" * 64), ("gated", None), ("missing", None),
-             ("ok", SHA256)]
-    text, (ok, cut, wrong, gated, missing, again) = hub(server, cases, tmp_path)
+    cases = [("ok", SHA256, {}), ("cut", SHA256, {}), ("wrong", "0" * 64, {}), ("gated", None, {}),
+             ("missing", None, {}), ("ok", SHA256, {}), ("broken", None, {}), ("proxy", None, NOWHERE)]
+    text, (ok, cut, wrong, gated, missing, again, broken, proxy) = hub(server, cases, tmp_path)
     assert ok == cut == again == len(DATA)
     # named and sized, whatever stdout is
     assert "downloading file.bin of o/ok (0.03 GB)" in text
     # resumed, not begun again
     assert any(kind == "cut" and range_ for _, kind, range_, _ in Server.seen)
     assert "sha256" in wrong and "removed" in wrong
-    assert not list((tmp_path / "hub/models--o--wrong/blobs").glob("*"))
     assert "request access" in gated and "https://huggingface.co/o/gated" in gated
     assert "missing has no file.bin; check the name" in missing
+    assert "try again later" in broken
+    assert "cannot get file.bin" in proxy and "connection, HTTPS_PROXY" in proxy
+    assert "request access" not in broken + proxy
+    files = [path.relative_to(tmp_path).parts[1] for path in tmp_path.rglob("file.bin")]
+    assert sorted(files) == ["models--o--cut", "models--o--ok"]
+    assert not list((tmp_path / "hub/models--o--wrong/blobs").glob("*"))
     # the second time from the cache
     assert sum(command == "GET" and kind == "ok" for command, kind, *_ in Server.seen) == 1
     # sent, and nowhere printed
-    assert {auth for _, kind, _, auth in Server.seen if kind in {name for name,
-                                                                 *_ in cases}} == {f"Bearer {TOKEN}"}
+    asked = {name for name, *_ in cases}
+    assert {auth for _, kind, _, auth in Server.seen if kind in asked} == {f"Bearer {TOKEN}"}
 
-def test_a_hub_that_is_not_asked_or_does_not_answer(server, tmp_path):
-    case = [("ok", SHA256)]
-    _, [offline] = hub(server, case, tmp_path, HF_HUB_OFFLINE="1")
-    assert "cannot get file.bin" in offline and "local path" in offline
-    assert "HF_HUB_OFFLINE" in offline
-    _, [proxy] = hub(server, case, tmp_path, HTTP_PROXY="http://127.0.0.1:9",
-                     http_proxy="http://127.0.0.1:9", NO_PROXY="", no_proxy="")
-    assert "cannot get file.bin" in proxy and "connection, HTTPS_PROXY" in proxy
-    _, [broken] = hub(server, [("broken", None)], tmp_path)
-    assert "try again later" in broken and "request access" not in offline + proxy + broken
-    assert not list(tmp_path.rglob("file.bin"))
+def test_a_hub_that_must_not_be_asked_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(Fail, match="cannot get file.bin.*HF_HUB_OFFLINE.*local path") as problem:
+        hub_file("o/ok", ["file.bin"])
+    assert "request access" not in str(problem.value)
 
 @pytest.mark.parametrize("problem, words", [
     (OSError(28, "No space left on device"), "HF_HOME has space"),
@@ -144,7 +151,7 @@ def test_a_failed_download_names_its_remedy(problem, words, monkeypatch):
 
 @pytest.mark.slow
 def test_a_hub_that_is_slow_ends_in_one_line(server, tmp_path):
-    _, [slow] = hub(server, [("slow", SHA256)], tmp_path)
+    _, [slow] = hub(server, [("slow", SHA256, {})], tmp_path)
     assert "cannot get file.bin" in slow and not list(tmp_path.rglob("file.bin"))
 
 @pytest.mark.parametrize("kind, hash8, words", [("ok", SHA256[:8], None), ("ok", "00000000", "hash"),
