@@ -77,7 +77,8 @@ def folders(kind, tmp_path_factory, request):
     return root / "a", root / "b"
 
 def ours(folders, weights, resize):
-    return [fid.read_set(f, fid.images_of(f), Inception(weights, resize), CPU, 8) for f in folders]
+    network = Inception(weights, resize)
+    return [fid.read_set(f, fid.images_of(f), network, CPU, 8) for f in folders]
 
 def exact(x, y):
     """The Fréchet distance by eigenvalues of the Gram matrix: tr (Σ₁Σ₂)^½ = Σ √λ(X₁X₂ᵀ X₂X₁ᵀ), another way

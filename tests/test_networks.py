@@ -99,10 +99,18 @@ def check(folder, networks):
         assert not any(p.requires_grad for p in ours.parameters())
     return [file.fingerprint() for file in files]
 
-def test_a_diffusers_folder_loads_with_new_and_old_attention_names(base, diffusers_networks, tmp_path):
-    new = check(base, diffusers_networks)
-    (tmp_path / "unet").symlink_to(base / "unet")
-    vae = load_file(base / "vae/diffusion_pytorch_model.safetensors")
+@pytest.fixture(scope="module")
+def deep(diffusers_networks, tmp_path_factory):
+    """The networks of that fixture as Diffusers saves them."""
+    folder = tmp_path_factory.mktemp("deep")
+    for network, part in zip(diffusers_networks, ("unet", "vae")):
+        network.save_pretrained(folder / part)
+    return folder
+
+def test_a_diffusers_folder_loads_with_new_and_old_attention_names(deep, diffusers_networks, tmp_path):
+    new = check(deep, diffusers_networks)
+    (tmp_path / "unet").symlink_to(deep / "unet")
+    vae = load_file(deep / "vae/diffusion_pytorch_model.safetensors")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for name in [n for n in vae if "attentions" in n]:
         renamed = name

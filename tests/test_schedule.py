@@ -70,7 +70,7 @@ def test_guidance_is_eq_5():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(1)
-    unet, projector = UNet((32, 64, 128, 128)), Projector(d_e=16, d_h=32)
+    unet, projector = UNet((32, 64), layers=1), Projector(d_e=16, d_h=32)
     return unet.eval().requires_grad_(False), projector.requires_grad_(False)
 
 def test_the_guided_trajectory_equals_diffusers_fed_the_same_noise(model, scheduler):
