@@ -37,8 +37,18 @@ from train import Trainer  # noqa: E402
 SHARED = Path(os.environ.get("MORPH_SHARED", ROOT.parent / "shared"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Warnings of other libraries about themselves or about what a test does to them on purpose.
+EXPECTED = (
+    "ignore:The `disp` argument is deprecated:DeprecationWarning:pytorch_fid",  # it calls SciPy the old way
+    "ignore::UserWarning:PIL.TiffImagePlugin",          # of mutated and of hand-made TIFFs
+    "ignore:Detected pickle protocol:UserWarning:torch._weights_only_unpickler",    # of what is no state dict
+    # an adapter is read into a network without memory: its checks are the test
+    "ignore:for .* copying from a non-meta parameter:UserWarning:torch.nn.modules.module")
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long or gigabytes large; run with -m slow")
+    for entry in EXPECTED:
+        config.addinivalue_line("filterwarnings", entry)
 
 def pytest_collection_modifyitems(config, items):
     """The plain run omits the slow tests; `-m slow` runs them, and a test that is named is always run."""

@@ -223,7 +223,8 @@ def test_a_run_leaves_what_the_readme_says(trained, tmp_path):
     assert all(split[part] for part in ("train", "val", "test"))
     assert Image.open(trained / "grids/epoch02.png").size == (4 * 128 + 3 * 4, 128)         # two pairs
     best, last = load_file(trained / "adapter-best.safetensors"), load_file(trained / "adapter.safetensors")
-    assert best.keys() == last.keys() and len(last) == 2 * 8 * 10 + 2 + 2 + 2 + 1      # of ten attention blocks
+    # A and B of the eight layers of ten attention blocks; the projector
+    assert best.keys() == last.keys() and len(last) == 2 * 8 * 10 + 2 + 2 + 2 + 1
     config = json.loads((trained / "config.json").read_text())
     assert config["args"]["rank"] == 2
     assert set(config["sha256"]) == {"vae", "encoder", "base", "images", "features"}
