@@ -117,6 +117,19 @@ def uni2h(tmp_path_factory):
     torch.save(encoder.state_dict(), folder / "pytorch_model.bin")
     return folder
 
+def timm_folder(folder, architecture, config, **arguments):
+    """A model of timm of random weights, with its config.json -> the model."""
+    import timm
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=5, **arguments).eval()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    how = dict(classifier="head", input_size=[3, 64, 64], interpolation="bicubic", crop_pct=0.9,
+               mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
+    (folder / "config.json").write_text(json.dumps(dict(
+        architecture=architecture, num_classes=5, num_features=model.num_features, model_args=arguments,
+        pretrained_cfg=how | config)))
+    return model
+
 # What train.py writes into an adapter's header.
 HEADER = dict(base="x", base_sha256="b", vae_sha256="v", encoder="y", encoder_sha256="e", resolution="64",
               step="7", seed="0", licence="CC BY-NC-ND")

@@ -6,6 +6,7 @@ tries of each kind; with -s the counts are printed.
 import io
 import json
 import os
+import shutil
 import struct
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import HEADER, program, texture, trainer
+from conftest import HEADER, program, texture, timm_folder, trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, features
@@ -25,6 +26,7 @@ from ldm.app import Fail
 from ldm.data import load_rgb, read_dataset, read_split
 from ldm.encoder import open_encoder
 from ldm.unet import UNet
+from ldm.weights import open_sd15
 from lora import inject, load_adapter, open_adapter, save_adapter
 from projector import Projector
 from sample import read_embeddings
@@ -186,6 +188,137 @@ def test_absurd_sizes_in_a_header_take_no_memory(key, value, adapter, tmp_path):
             read_as_adapter(path)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+# ---- configs beside weights --------------------------------------------------------------------------------
+
+SCHEDULE = dict(_class_name="PNDMScheduler", beta_schedule="scaled_linear", beta_start=0.00085,
+                beta_end=0.012, num_train_timesteps=1000, steps_offset=1, trained_betas=None,
+                prediction_type="epsilon")
+INSTEAD = st.sampled_from([      # what others declare, and JSON
+    1, 2, 4, 16, 0.5, 1e-6, 0.13025, "gelu", "identity", "timestep", "text_time", "scale_shift", "fourier",
+    "gated", "layer_norm", "linear", "v_prediction", "DDPMScheduler", "UNetMidBlock2D", [4] * 4, [0.1] * 4,
+    [True, False, False, False], ["DownBlock2D"] * 4, ["AttnDownEncoderBlock2D"] * 4]) | json_values
+
+@pytest.fixture(scope="module")
+def configured(base, tmp_path_factory):
+    """A base with its three configs -> its folder, {name: config}."""
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("configured") / "base", copy_function=os.link)
+    names = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
+    configs = {name: json.loads((folder / name).read_text()) for name in names[:2]} | {names[2]: SCHEDULE}
+    for name in names:
+        (folder / name).unlink(missing_ok=True)     # a link to that of the fixture
+        (folder / name).parent.mkdir(exist_ok=True)
+    return folder, configs
+
+def write_configs(configured, changed, text):
+    """The three as they are, but for one."""
+    folder, configs = configured
+    for name, config in configs.items():
+        (folder / name).write_bytes(text if name == changed else json.dumps(config).encode())
+
+@many
+@given(data=st.data(), **mutations)
+def test_a_base_with_anything_in_its_configs(configured, data, changes, cut):
+    name = data.draw(st.sampled_from(sorted(configured[1])))
+    config = configured[1][name]
+    key = data.draw(st.sampled_from(sorted(config)))
+    for text in (mutate(json.dumps(config).encode(), changes, cut % 200),
+                 json.dumps(config | {key: data.draw(INSTEAD)}).encode(),
+                 json.dumps(data.draw(INSTEAD)).encode()):
+        write_configs(configured, name, text)
+        attempt(f"base, {name}", lambda: open_sd15(str(configured[0])))
+
+@pytest.fixture(scope="module")
+def outputs(configured):
+    """What Diffusers computes with the configs as they are."""
+    write_configs(configured, None, None)
+    return {name: diffusers_outputs(configured[0], name) for name in configured[1]}
+
+def diffusers_outputs(folder, name):
+    """What Diffusers computes with the file `name`; None where it cannot follow it with these tensors."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    part, g = name.split("/")[0], torch.Generator().manual_seed(0)
+    kind = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, scheduler=DDPMScheduler)[part]
+    try:
+        if part == "scheduler":
+            made = kind.from_pretrained(folder, subfolder=part)
+            return [made.alphas_cumprod, torch.tensor(made.config.prediction_type == "epsilon")]
+        network, loaded = kind.from_pretrained(folder, subfolder=part, output_loading_info=True)
+        assert not any(loaded.values())
+        with torch.no_grad():
+            z = torch.randn(1, 4, 16, 16, generator=g)
+            if part == "unet":
+                return [network(z, torch.tensor([501]), torch.randn(1, 4, 768, generator=g)).sample]
+            return [network.encode(z[:, :3]).latent_dist.parameters, network.decode(z[..., :4, :4]).sample,
+                    torch.tensor([network.config.scaling_factor, network.config.shift_factor or 0.0])]
+    except Exception:
+        return None
+
+@few
+@given(data=st.data())
+def test_a_base_that_is_opened_is_what_diffusers_makes_of_its_configs(configured, outputs, data):
+    """Our networks know no configs: an opened base is the one of the configs as they were."""
+    name = data.draw(st.sampled_from(sorted(outputs)))
+    key = data.draw(st.sampled_from(sorted(configured[1][name])))
+    value = data.draw(INSTEAD)
+    write_configs(configured, name, json.dumps(configured[1][name] | {key: value}).encode())
+    try:
+        open_sd15(str(configured[0]))
+    except Fail:
+        return
+    theirs = diffusers_outputs(configured[0], name)
+    ended["opened base", "computed by Diffusers" if theirs else "not computed by Diffusers"] += 1
+    for a, b in zip(theirs or (), outputs[name]):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), (name, key, value)
+
+@pytest.fixture(scope="module")
+def timm_encoder(tmp_path_factory):
+    """A small model of timm -> its folder, its config.json."""
+    folder = tmp_path_factory.mktemp("timm")
+    timm_folder(folder, "vit_tiny_patch16_224", {}, img_size=64, depth=1)
+    return folder, json.loads((folder / "config.json").read_text())
+
+@many
+@given(data=st.data(), **mutations)
+def test_an_encoder_with_anything_in_its_config(timm_encoder, data, changes, cut):
+    folder, config = timm_encoder
+    part = data.draw(st.sampled_from([None, "pretrained_cfg", "model_args"]))
+    inner = config[part] if part else config
+    inner = inner | {data.draw(st.sampled_from(sorted(inner))): data.draw(json_values)}
+    for text in (mutate(json.dumps(config).encode(), changes, cut % 200),
+                 json.dumps(config | {part: inner} if part else inner).encode()):
+        (folder / "config.json").write_bytes(text)
+        for name in (None, "timm"):
+            attempt("encoder, config.json", lambda: open_encoder(folder, name))
+
+THREE = st.lists(st.floats(0.1, 0.9), min_size=3, max_size=3)
+FOLLOWED = dict(input_size=st.sampled_from([[3, 64, 64], [3, 64, 96], [3, 32, 32], [1, 64, 64]]),
+                mean=THREE, std=THREE,
+                interpolation=st.sampled_from(["bilinear", "bicubic", "lanczos", "hamming", "box", "random"]),
+                crop_pct=st.floats(0.5, 1), crop_mode=st.sampled_from(["center", "squash", "border"]),
+                classifier=st.sampled_from(["head", ["head", "fc"], "fc"]), first_conv=json_values,
+                test_crop_pct=json_values, pool_size=json_values)
+
+@few
+@given(data=st.data())
+def test_an_encoder_that_is_opened_is_what_timm_makes_of_its_config(timm_encoder, data):
+    import timm
+    from timm.data import create_transform, resolve_data_config
+    folder, config = timm_encoder
+    key = data.draw(st.sampled_from(sorted(FOLLOWED)))
+    how = config["pretrained_cfg"] | {key: data.draw(FOLLOWED[key])}
+    pool = data.draw(st.sampled_from(["token", "avg", "max", "avgmax", ""]))
+    (folder / "config.json").write_text(json.dumps(config | {"pretrained_cfg": how, "global_pool": pool}))
+    try:
+        encoder = open_encoder(folder, "timm")
+        ours = encoder.embed(encoder.load(), [texture(0, 90)])
+    except Fail:
+        return
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    x = create_transform(**resolve_data_config({}, model=theirs))(texture(0, 90))
+    with torch.no_grad():
+        assert torch.allclose(ours, theirs(x[None]), rtol=1e-4, atol=1e-5), (how, pool)
+    ended["opened encoder", "computed by timm"] += 1
 
 # ---- lists of patches and splits ---------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import program
+from conftest import program, timm_folder
 from PIL import Image
 
 from ldm.app import Fail
@@ -187,34 +187,6 @@ def test_each_named_encoder_equals_timms_pipeline(name, tmp_path):
     assert encoder.recipe.licence == "other"  # a narrow twin is not the published network
     with pytest.raises(Fail, match="does not fit MahmoodLab/UNI2-h"):
         open_encoder(tmp_path)
-
-def timm_folder(folder, architecture, config, **arguments):
-    """A model of timm of random weights, with its config.json -> the model."""
-    import timm
-
-    torch.manual_seed(0)
-    model = timm.create_model(architecture, num_classes=5, **arguments).eval()
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "architecture": architecture,
-                "num_classes": 5,
-                "num_features": model.num_features,
-                "model_args": arguments,
-                "pretrained_cfg": dict(
-                    classifier="head",
-                    input_size=[3, 64, 64],
-                    interpolation="bicubic",
-                    crop_pct=0.9,
-                    mean=[0.5, 0.4, 0.3],
-                    std=[0.2, 0.3, 0.4],
-                )
-                | config,
-            }
-        )
-    )
-    return model
 
 def test_any_model_with_timms_config_is_an_encoder(tmp_path):
     from timm.data import create_transform
