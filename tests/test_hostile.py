@@ -296,7 +296,7 @@ FOLLOWED = dict(input_size=st.sampled_from([[3, 64, 64], [3, 64, 96], [3, 32, 32
                 mean=THREE, std=THREE,
                 interpolation=st.sampled_from(["bilinear", "bicubic", "lanczos", "hamming", "box", "random"]),
                 crop_pct=st.floats(0.5, 1), crop_mode=st.sampled_from(["center", "squash", "border"]),
-                classifier=st.sampled_from(["head", ["head", "fc"], "fc"]), first_conv=json_values,
+                classifier=st.sampled_from(["head", ["head", "fc"], "fc"]),
                 test_crop_pct=json_values, pool_size=json_values)
 
 @few

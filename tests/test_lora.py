@@ -50,7 +50,7 @@ def count_lora(rank):
 def test_the_full_size_network_has_the_papers_number_of_lora_parameters(rank, expected):
     assert count_lora(rank) == expected
 
-# rank, tokens, depth, hidden of Table 3's twelve runs, four of which differ by learning rates only; counted by hand:
+# rank, tokens, depth, hidden of Table 3's twelve runs, four of which differ by learning rates only; by hand:
 # 199,296 r + 1536 h + h + 2h + (depth 3: h² + h + 2h) + 768 n (h + 1) + 1536
 @pytest.mark.parametrize("rank, tokens, depth, hidden, expected", [
     (8, 4, 2, 1024, 6_320_640), (4, 4, 2, 1024, 5_523_456), (16, 4, 2, 1024, 7_915_008),

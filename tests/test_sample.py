@@ -106,7 +106,7 @@ def test_labels_csv_and_the_marks_in_the_images_stay_right_over_several_calls(tr
     program("sample.py", *arguments, "--cfg", 1.5, "--label", label, "--n", 8, cwd=tmp_path)
     assert table(tmp_path / "out") == [row for row in rows if row["file"] != rows[0]["file"]]
     # nine tiles of 256 a row, the reference and its eight samples
-    assert Image.open(tmp_path / "out/sheet-cfg1.5.png").width == 9 * 260 - 4
+    assert Image.open(tmp_path / "out/sheet-cfg1.5.png").width == 9 * 260
     command = shlex.split(result.stdout.split("To compare: ")[1])
     assert Path(command[1]).is_file() and command[2:] == ["out/real", "out/cfg1", "--per-class"]
 

@@ -221,7 +221,7 @@ def test_a_run_leaves_what_the_readme_says(trained, tmp_path):
     distances = [float(row["fid_encoder"]) for row in rows]
     split = json.loads((trained / "split.json").read_text())
     assert all(split[part] for part in ("train", "val", "test"))
-    assert Image.open(trained / "grids/epoch02.png").size == (4 * 128 + 3 * 4, 128)         # two pairs
+    assert Image.open(trained / "grids/epoch02.png").size == (4 * 260, 276)         # two pairs
     best, last = load_file(trained / "adapter-best.safetensors"), load_file(trained / "adapter.safetensors")
     # A and B of the eight layers of ten attention blocks; the projector
     assert best.keys() == last.keys() and len(last) == 2 * 8 * 10 + 2 + 2 + 2 + 1
