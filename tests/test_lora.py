@@ -1,11 +1,17 @@
 """LoRA equals PEFT's, counts as the paper counts, and survives the way through its file."""
+import copy
 import json
 import shutil
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from conftest import HEADER, ROOT, program
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, PeftModel
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ldm.app import Fail
@@ -70,9 +76,6 @@ def test_the_adapted_network_equals_the_frozen_one_bit_for_bit_at_the_start(unet
 
 @pytest.mark.parametrize("rank, alpha", [(4, 4), (8, 2)])
 def test_forward_and_gradients_equal_peft(rank, alpha, unet, inputs, diffusers_networks):
-    import copy
-
-    from peft import LoraConfig
     ours = randomise(inject(unet, rank, alpha))
     theirs = copy.deepcopy(diffusers_networks[0]).float()
     theirs.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=False))
@@ -133,9 +136,6 @@ def test_an_adapter_survives_the_way_through_its_file(adapter, unet, inputs, dif
         assert torch.equal(fresh(*inputs), unet(*inputs))
 
 def test_diffusers_loads_the_adapter_file_as_it_is(adapter, unet, inputs, diffusers_networks):
-    import copy
-
-    from diffusers import StableDiffusionPipeline
     path, _ = adapter
     # refuses files with a name that lacks "lora"
     state, _ = StableDiffusionPipeline.lora_state_dict(str(path))
@@ -153,7 +153,6 @@ def test_an_adapter_for_another_width_names_its_base(adapter):
         load_adapter(open_adapter(adapter[0]), UNet((64, 64, 128, 128)))
 
 def test_peft_names_and_configuration_are_in_the_file(adapter):
-    from safetensors import safe_open
     with safe_open(adapter[0], "pt") as f:
         names, header = set(f.keys()), f.metadata()
     assert "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight" in names
@@ -206,10 +205,6 @@ def test_an_exported_lora_is_the_same_in_the_program_it_is_for(form, adapter, un
     """Diffusers reads its own names and, through its converter, kohya's, which are also ComfyUI's and
     A1111's; PEFT reads its folder.
     """
-    import copy
-
-    from diffusers import StableDiffusionPipeline
-    from peft import PeftModel
     out = tmp_path / ("adapter-peft/adapter_model" if form == "peft" else f"adapter-{form}")
     out = out.with_suffix(".safetensors")
     result = program("lora.py", adapter[0], "--export", form, cwd=tmp_path)
@@ -234,9 +229,6 @@ def test_an_exported_lora_is_the_same_in_the_program_it_is_for(form, adapter, un
 def test_the_readmes_diffusers_pipeline_makes_our_image(trained, base, uni2h, dataset, tmp_path, monkeypatch):
     """The block of the README as it stands, but for the names of the checkpoints and the size of the image.
     """
-    import numpy as np
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from PIL import Image
     unet, vae = (kind.from_pretrained(base, subfolder=part) for kind,
                  part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
     unet.register_to_config(sample_size=8)          # 64 px; SD1.5's says 64 for 512 px

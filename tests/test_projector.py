@@ -4,9 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import program, timm_folder
 from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform
+from timm.layers import SwiGLUPacked
 
 from ldm.app import Fail
 from ldm.data import load_rgb
@@ -16,10 +20,9 @@ from ldm.unet import UNet
 from lora import inject, open_adapter
 from projector import Projector
 
-TIMM_CALL = dict(img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0,
-                 no_embed_class=True,
-             # from MahmoodLab/UNI2-h's page
-             act_layer=torch.nn.SiLU, reg_tokens=8, dynamic_img_size=True)
+TIMM_CALL = dict(           # from MahmoodLab/UNI2-h's page
+    img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True,
+    act_layer=torch.nn.SiLU, reg_tokens=8, dynamic_img_size=True)
 
 def test_tokens_are_eqs_3_and_4_written_out():
     torch.manual_seed(0)
@@ -28,8 +31,8 @@ def test_tokens_are_eqs_3_and_4_written_out():
         f.norm[0].weight.normal_(), f.norm[0].bias.normal_()
     e = torch.randn(4, 6, dtype=torch.float64)
     h = e @ f.linear[0].weight.T + f.linear[0].bias
-    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True)
-                                          + 1e-5).sqrt() * f.norm[0].weight + f.norm[0].bias
+    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    h = h * f.norm[0].weight + f.norm[0].bias
     h = h / (1 + torch.exp(-h))
     c = (h @ f.out.weight.T + f.out.bias).reshape(4, 2, 3)
     assert (f(e) - c).abs().max() < 1e-12
@@ -77,10 +80,8 @@ def test_the_token_norm_normalises_each_token():
 
 def mahmoodlab_transform():
     """What `create_transform(**resolve_data_config(model.pretrained_cfg))` gives for the model of the hub."""
-    from timm.data import create_transform
-    return create_transform((3, 224, 224), is_training=False, interpolation="bilinear",
-                            mean=(0.485, 0.456, 0.406),
-                            std=(0.229, 0.224, 0.225), crop_pct=1.0, crop_mode="center")
+    return create_transform((3, 224, 224), is_training=False, interpolation="bilinear", crop_pct=1.0,
+                            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_mode="center")
 
 @pytest.mark.parametrize("size", [(512, 512), (220, 220), (224, 224), (97, 97), (331, 250), (250, 331),
                                   (1000, 300)])
@@ -89,9 +90,8 @@ def test_preprocessing_equals_timms_pipeline(size):
     assert (preprocess([image])[0] - mahmoodlab_transform()(image)).abs().max() < 1e-6
 
 def test_embeddings_equal_timms_own(uni2h, dataset):
-    import timm
     theirs = timm.create_model("vit_giant_patch14_224", depth=2, num_heads=3, embed_dim=192,
-                               mlp_layer=timm.layers.SwiGLUPacked, **TIMM_CALL)
+                               mlp_layer=SwiGLUPacked, **TIMM_CALL)
     theirs.load_state_dict(torch.load(uni2h / "pytorch_model.bin", weights_only=True), strict=True)
     images = [load_rgb(path) for path in sorted((dataset / "train").iterdir())[:3]]
     encoder = open_encoder(uni2h)
@@ -102,141 +102,93 @@ def test_embeddings_equal_timms_own(uni2h, dataset):
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 
 def test_a_folder_a_pickle_and_a_safetensors_file_hold_the_same_encoder(uni2h, tmp_path):
-    from safetensors.torch import save_file
     save_file(torch.load(uni2h / "pytorch_model.bin", weights_only=True), tmp_path / "model.safetensors")
     fingerprints = {open_encoder(path).fingerprint() for path in (
         uni2h, uni2h / "pytorch_model.bin", tmp_path, tmp_path / "model.safetensors")}
     assert len(fingerprints) == 1
 
-@pytest.mark.parametrize("change", [dict(mean=(0.5, 0.5, 0.5)), dict(interpolation="BICUBIC"),
-                                    dict(arguments=UNI2H.arguments | {"act_layer": "gelu"}),
-                                    dict(resize=256),
-                                    dict(arguments=UNI2H.arguments | {"global_pool": ""}, joined=True)])
-def test_the_same_weights_under_another_recipe_are_another_encoder(change, uni2h):
+@pytest.mark.parametrize("change", [
+    dict(mean=(0.5, 0.5, 0.5)), dict(interpolation="BICUBIC"), dict(resize=256),
+    dict(arguments=UNI2H.arguments | {"act_layer": "gelu"}),
+    dict(arguments=UNI2H.arguments | {"global_pool": ""}, joined=True)])
+def test_the_same_weights_under_another_recipe_are_another_encoder(change, uni2h, monkeypatch):
     """Cache and adapter are keyed by the fingerprint. UNI2-h's is that of the weights alone, as in adapters
-    of earlier versions.
+    of earlier versions: not if the recipe itself is edited.
     """
-    file = open_encoder(uni2h).file
-    changed = Encoder(file, replace(UNI2H, **change)).fingerprint()
-    assert Encoder(file).fingerprint() == Encoder(file, TOY).fingerprint() == file.fingerprint() != changed
-    assert changed == Encoder(file, replace(UNI2H, **change, terms="other terms")).fingerprint()
-
-def test_an_edited_recipe_of_uni2h_is_another_encoder(uni2h, monkeypatch):
-    """The fingerprint of the published recipe is that of the weights; its mean may not change unnoticed."""
-    before = open_encoder(uni2h).fingerprint()
-    assert before == open_encoder(uni2h).file.fingerprint()
-    edited = replace(UNI2H, mean=(0.5, 0.5, 0.5))
+    file, edited = open_encoder(uni2h).file, replace(UNI2H, **change)
+    changed = Encoder(file, edited).fingerprint()
+    assert open_encoder(uni2h).fingerprint() == Encoder(file, TOY).fingerprint() == file.fingerprint()
+    assert changed != file.fingerprint()
+    assert changed == Encoder(file, replace(edited, terms="other terms")).fingerprint()
     monkeypatch.setattr("ldm.encoder.UNI2H", edited)
-    assert Encoder(open_encoder(uni2h).file, edited).fingerprint() != before
+    assert changed == Encoder(file, edited).fingerprint()
 
-BIOPTIMUS = dict(
-    interpolation="bicubic", mean=(0.707223, 0.578729, 0.703617), std=(0.211883, 0.230117, 0.177517)
-)
-
-SWIGLU = dict(mlp_layer="SwiGLUPacked", act_layer="silu")
 # The publishers' calls of timm, narrow and two blocks deep, and their transforms.
+OPTIMUS = ("vit_giant_patch14_reg4_dinov2", dict(img_size=224, init_values=1e-5),
+           dict(mean=(0.707223, 0.578729, 0.703617), std=(0.211883, 0.230117, 0.177517)))
 ROWS = {
-    "H-optimus-0": ("vit_giant_patch14_reg4_dinov2", dict(img_size=224, init_values=1e-5), BIOPTIMUS),
-    "h-optimus-1": ("vit_giant_patch14_reg4_dinov2", dict(img_size=224, init_values=1e-5), BIOPTIMUS),
-    "virchow2": (
-        "vit_huge_patch14_224",
-        dict(
-            img_size=224,
-            init_values=1e-5,
-            reg_tokens=4,
-            mlp_ratio=5.3375,
-            global_pool="",
-            dynamic_img_size=True,
-            **SWIGLU,
-        ),
-        {},
-    ),
-    "prov-gigapath": (
-        "vit_giant_patch14_dinov2",
-        dict(img_size=224, patch_size=16, init_values=1e-5, mlp_ratio=5.33334),
-        dict(crop_pct=0.875),
-    ),
-}
+    "H-optimus-0": OPTIMUS, "h-optimus-1": OPTIMUS,
+    "virchow2": ("vit_huge_patch14_224", dict(
+        img_size=224, init_values=1e-5, reg_tokens=4, mlp_ratio=5.3375, global_pool="", dynamic_img_size=True,
+        mlp_layer=SwiGLUPacked, act_layer="silu"), {}),
+    "prov-gigapath": ("vit_giant_patch14_dinov2", dict(
+        img_size=224, patch_size=16, init_values=1e-5, mlp_ratio=5.33334), dict(crop_pct=0.875))}
 
 @pytest.mark.parametrize("name", ROWS)
 def test_each_named_encoder_equals_timms_pipeline(name, tmp_path):
-    import timm
-    from timm.data import create_transform
-
     model, arguments, how = ROWS[name]
-    if "mlp_layer" in arguments:
-        arguments = arguments | {"mlp_layer": timm.layers.SwiGLUPacked}
     torch.manual_seed(0)
     width = 160 if name == "virchow2" else 128
-    theirs = timm.create_model(
-        model, num_classes=0, embed_dim=width, depth=2, num_heads=2, **arguments
-    ).eval()
+    theirs = timm.create_model(model, num_classes=0, embed_dim=width, depth=2, num_heads=2, **arguments)
+    theirs.eval()
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    transform = create_transform(
-        224, **dict(interpolation="bicubic", mean=UNI2H.mean, std=UNI2H.std, crop_pct=1.0) | how
-    )
-    rng = np.random.default_rng(0)
+    how = dict(interpolation="bicubic", mean=UNI2H.mean, std=UNI2H.std, crop_pct=1.0) | how
+    transform, rng = create_transform(224, **how), np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, size, np.uint8)) for size in ((300, 301, 3), (97, 64, 3))]
     encoder = open_encoder(tmp_path, name)
     ours = encoder.embed(encoder.load(), images)
     with torch.no_grad():
         expected = theirs(torch.stack([transform(image) for image in images]))
-    if name == "virchow2":  # the class token, four registers, 256 patches
+    if name == "virchow2":          # the class token, four registers, 256 patches
         expected = torch.cat([expected[:, 0], expected[:, 5:].mean(1)], dim=-1)
     assert ours.shape == (2, encoder.width) and (ours - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert encoder.recipe.licence == "other"  # a narrow twin is not the published network
+    assert encoder.recipe.licence == "other"        # a narrow twin is not the published network
     with pytest.raises(Fail, match="does not fit MahmoodLab/UNI2-h"):
         open_encoder(tmp_path)
 
 def test_any_model_with_timms_config_is_an_encoder(tmp_path):
-    from timm.data import create_transform
-
     model = timm_folder(tmp_path, "vit_tiny_patch16_224", {}, img_size=64, depth=2)
     encoder = open_encoder(name=str(tmp_path))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 111, 3), np.uint8))
-    x = create_transform(
-        64, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_pct=0.9
-    )(image)
+    x = create_transform(64, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4),
+                         crop_pct=0.9)(image)
     with torch.no_grad():
         expected = model.forward_head(model.forward_features(x[None]), pre_logits=True)
-    assert (
-        torch.allclose(encoder.embed(encoder.load(), [image]), expected, atol=1e-5) and encoder.width == 192
-    )
+    assert torch.allclose(encoder.embed(encoder.load(), [image]), expected, atol=1e-5)
+    assert encoder.width == 192
     assert encoder.fingerprint() == open_encoder(tmp_path, "timm").fingerprint() != encoder.file.fingerprint()
 
-@pytest.mark.parametrize(
-    "config",
-    [dict(crop_mode="squash"), dict(input_size=[3, 64, 96]), dict(interpolation="random"), dict(mean=None)],
-)
+@pytest.mark.parametrize("config", [dict(crop_mode="squash"), dict(input_size=[3, 64, 96]),
+                                    dict(interpolation="random"), dict(mean=None)])
 def test_a_timm_config_that_cannot_be_followed_is_refused(config, tmp_path):
     timm_folder(tmp_path, "vit_tiny_patch16_224", config, img_size=64, depth=1)
     with pytest.raises(Fail, match="config.json is no config of timm that can be used"):
         open_encoder(tmp_path, "timm")
 
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("mean", [0.5, 0.5, 0.5]),
-        ("std", [0.2, 0.2, 0.2]),
-        ("input_size", [3, 448, 448]),
-        ("architecture", "vit_large_patch16_224"),
-        ("interpolation", "bicubic"),
-    ],
-)
+@pytest.mark.parametrize("key, value", [
+    ("mean", [0.5, 0.5, 0.5]), ("std", [0.2, 0.2, 0.2]), ("input_size", [3, 448, 448]),
+    ("architecture", "vit_large_patch16_224"), ("interpolation", "bicubic")])
 def test_a_config_that_contradicts_the_recipe_is_refused(key, value, uni2h, tmp_path):
     (tmp_path / "pytorch_model.bin").symlink_to(uni2h / "pytorch_model.bin")
-    same = dict(
-        architecture="vit_giant_patch14_224",
-        input_size=[3, 224, 224],
-        mean=[0.485, 0.456, 0.406],
-        std=[0.229, 0.224, 0.225],
-        interpolation="bilinear",
-    )
-    for config in (same, same | {key: value}):
-        top = {"architecture": config["architecture"]}
-        (tmp_path / "config.json").write_text(json.dumps(top | {"pretrained_cfg": config}))
-        if config is same:
-            open_encoder(tmp_path)
+
+    def write(config):
+        top = {"architecture": config["architecture"], "pretrained_cfg": config}
+        (tmp_path / "config.json").write_text(json.dumps(top))
+    same = dict(architecture="vit_giant_patch14_224", input_size=[3, 224, 224], interpolation="bilinear",
+                mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    write(same)
+    open_encoder(tmp_path)
+    write(same | {key: value})
     with pytest.raises(Fail, match=f"{key} .*computes with"):
         open_encoder(tmp_path)
 
@@ -248,7 +200,6 @@ def test_names_of_encoders_and_files_that_are_none(tmp_path):
 
 def test_an_adapter_of_another_encoder_finds_its_recipe_again(small, tmp_path):
     """Also apart from its run: the header names the recipe, the terms and where the weights were."""
-    import timm
     (tmp_path / "gigapath").mkdir()
     torch.manual_seed(0)
     model, arguments, _ = ROWS["prov-gigapath"]

@@ -8,10 +8,8 @@ import subprocess
 
 import numpy as np
 import pytest
-import timm
-from conftest import ROOT, program
+from conftest import ROOT, program, timm_folder
 from PIL import Image
-from safetensors.torch import save_file
 
 import fid
 from ldm import report
@@ -90,13 +88,9 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
         assert Image.open(out / picture).width > 64 and f"({picture})" in text
     assert "Table 5" in result.stdout
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
-    judge, size = trained.parent / "judge", dict(img_size=32, depth=1)
+    judge = trained.parent / "judge"
     judge.mkdir()
-    save_file(timm.create_model("vit_tiny_patch16_224", **size).state_dict(), judge / "model.safetensors")
-    (judge / "config.json").write_text(json.dumps(dict(
-        architecture="vit_tiny_patch16_224", model_args=size, pretrained_cfg=dict(
-            input_size=[3, 32, 32], interpolation="bicubic", mean=[0.5] * 3, std=[0.5] * 3,
-            classifier="head"))))
+    timm_folder(judge, "vit_tiny_patch16_224", dict(input_size=[3, 32, 32]), img_size=32, depth=1)
     program("ldm.report", trained, "--limit", 8, "--only", "fidelity", "--judge", judge, cwd=trained)
     assert [row["features"] for row in csv.DictReader(open(out / "fidelity.csv"))] == ["judge", "encoder"]
     # nothing is sampled twice

@@ -12,22 +12,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT, SETTINGS, process, program, trainer
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
-from ldm.data import Patch, describe_split
+from ldm.data import Cache, Patch, describe_split, read_dataset
+from ldm.encoder import open_encoder
 from ldm.runs import (Settings, check_or_create, find, model_card, name_references, newest_run,
                       parse_settings, read_settings)
 from ldm.schedule import alpha_bar
-from ldm.weights import open_sd15
+from ldm.weights import SHA256, hub_file, load_unet, open_sd15
 from lora import inject, lora_parameters
 from projector import Projector
-from sample import Sampling, sample
+from sample import Sampling, find_adapter, sample
 from train import (Trainer, batch_of_step, draw_batch, draw_validation, generator, learning_rate_factor,
                    noise_prediction_loss)
 
@@ -131,10 +133,6 @@ def test_training_moves_lora_projector_and_null_embedding_and_nothing_else():
 def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, monkeypatch):
     """On one fixed draw of noise and timesteps. (The frozen network is random: with new draws at every step,
     it predicts noise only so far, and the loss falls by half.)"""
-    from ldm.data import read_dataset
-    from ldm.data import Cache
-    from ldm.encoder import open_encoder
-    from ldm.weights import load_unet
     root, encoder_file = shared("data/ebhi-colon"), open_encoder(uni2h)
     unet_file, vae_file = open_sd15(str(base))
     names = [p.name for p in read_dataset(root)][::200][:8]
@@ -380,7 +378,6 @@ def test_the_best_adapter_has_the_lowest_fid_or_loss_unless_few_images_choose_an
     assert int(steps[0]) / 3 == int(steps[1]) / best
     fake = {p.name: p.read_bytes() for p in (tmp_path / "runs/x/fake").rglob("*.png")}
     assert fake == shown[best - 1] and len(fake) == samples and not list(tmp_path.glob("runs/x/.*"))
-    from sample import find_adapter
     assert find_adapter(tmp_path / "runs/x", None).path.name == "adapter-best.safetensors"
 
 @pytest.mark.usefixtures("cached")
@@ -414,7 +411,6 @@ def test_samples_are_named_seeded_and_not_made_twice(trained, tmp_path):
 
 def test_one_reference_gives_the_same_image_as_among_others(trained, dataset, tmp_path):
     """Another batch size may round differently, by one grey level at most."""
-    import numpy as np
     cwd, references = trained.parent.parent, sorted((dataset / "test").iterdir())[:3]
     for name, which, seed in (("many", references, 0), ("one", references[1:2], 1)):
         program("sample.py", "--run", trained, "--ref", *which, "--steps", 3, "--seed", seed, "--out",
@@ -565,7 +561,6 @@ def test_the_newest_run_is_a_finished_one_and_what_is_passed_over_is_said(tmp_pa
     assert newest_run() == Path("runs/new") and not capsys.readouterr().err
 
 def test_paths_that_are_not_there_are_looked_for_in_the_newest_run_all_or_none(tmp_path, monkeypatch):
-    import os
     monkeypatch.chdir(tmp_path)
     for age, name in ((20, "old"), (10, "new")):
         (tmp_path / "runs" / name / "real").mkdir(parents=True)
@@ -591,7 +586,6 @@ def test_two_references_of_one_name_are_two_references(tmp_path):
     assert both == {"patch-2": paths[1], "patch": paths[0]}
 
 def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path):
-    from safetensors.torch import save_file
     other = shutil.copytree(base, tmp_path / "other")
     path = other / "unet/diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
@@ -631,7 +625,6 @@ def headless(path):
 
 def edited(change):
     def apply(path):
-        from safetensors.torch import save_file
         tensors = {n: t.clone() for n, t in load_file(path).items()}
         path.unlink()
         change(tensors)
@@ -652,7 +645,6 @@ def flatten_proj_in(tensors):
      "conv_in.bias is (5,) instead of (32,)"),
     (edited(lambda t: t.update({"conv_in.bias": t["conv_in.bias"].int()})), "not floating point")])
 def test_a_checkpoint_that_is_none_is_refused_by_name(change, words, base, tmp_path):
-    from ldm.weights import load_unet
     with pytest.raises(train.Fail) as problem:
         load_unet(open_sd15(str(damage(base, tmp_path / "sd", change)))[0])
     assert words in str(problem.value) and "\n" not in str(problem.value)
@@ -676,8 +668,6 @@ class Hub:
         monkeypatch.setattr(hub, "hf_hub_download", download)
 
 def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch, tmp_path, capsys):
-    from ldm import weights
-    from ldm.weights import hub_file
     names = ["a16", "a32"]
     Hub(monkeypatch, tmp_path, {"a32": b"1234", "a16": b"12"}, cached=["a32"])
     assert hub_file("x/y", names) == tmp_path / "a32" and capsys.readouterr().err == ""
@@ -687,7 +677,7 @@ def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch
     Hub(monkeypatch, tmp_path, {"a32": b"1234"})
     assert hub_file("x/y", names).read_bytes() == b"1234"
     with monkeypatch.context() as m, pytest.raises(train.Fail, match="sha256.*removed"):
-        m.setitem(weights.SHA256, "x/y/a32", "0" * 64)
+        m.setitem(SHA256, "x/y/a32", "0" * 64)
         hub_file("x/y", ["a32"])
     assert not (tmp_path / "a32").exists()
     Hub(monkeypatch, tmp_path, {"a32": b"1234", "config.json": b"{}"})
@@ -697,7 +687,6 @@ def test_a_file_of_the_hub_is_named_checked_and_taken_from_its_cache(monkeypatch
         hub_file("x/y", ["b"])
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
-    from ldm.encoder import open_encoder
     witness = tmp_path / "ran"
 
     class Attack:
