@@ -15,7 +15,7 @@ import scipy.linalg
 from scipy.spatial.distance import cdist
 
 from ldm.data import is_generated, list_files
-from ldm.encoder import RESIZERS, Inception, inception_available, open_encoder
+from ldm.encoder import RESIZERS, Inception, cached_inception, open_encoder
 from ldm.app import (RANK0, Fail, Parser, atomic_write, check_same, foreign_file, join_processes, number,
                      pick_device, rank0_first, run_program, save_json)
 from ldm.runs import find, read_settings
@@ -215,7 +215,8 @@ def choose_space(args):
     """The feature space of --features (by default, that of the run that REAL lies in), and --resize."""
     runs = (p for p in args.real.resolve().parents if (p / "adapter.safetensors").is_file())
     settings = next(map(read_settings, runs), None)
-    toy = settings and settings.uni2h == "toy" and not args.resize and not inception_available(args.inception)
+    inception = args.resize or args.inception or cached_inception().is_file()
+    toy = settings and settings.uni2h == "toy" and not inception
     if args.features == "encoder" and settings is None:
         raise Fail(f"--features encoder: {args.real} is in no run of train.py; pass --features inception")
     with rank0_first():            # rank 0 downloads what is missing

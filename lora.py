@@ -78,10 +78,6 @@ def peft_config(rank, alpha, prefix=""):
     """LoRA's shape under PEFT's names."""
     return {f"{prefix}r": rank, f"{prefix}lora_alpha": alpha, f"{prefix}target_modules": TARGETS}
 
-def peft_names(tensors, prefix):
-    """LoRA's tensors, named as by `lora_parameters`, under PEFT's names."""
-    return {f"{prefix}{name[:-1]}lora_{name[-1]}.weight": tensor for name, tensor in tensors.items()}
-
 def save_adapter(path, unet, projector, header):
     """Write the adapter with `header` ({str: str}) and the shape of its parts, atomically.
 
@@ -90,7 +86,7 @@ def save_adapter(path, unet, projector, header):
     """
     layer = next(iter(lora_layers(unet).values()))
     rank, alpha = len(layer.A), layer.scale * len(layer.A)
-    tensors = peft_names(lora_parameters(unet), "unet.")
+    tensors = {f"unet.{name[:-1]}lora_{name[-1]}.weight": p for name, p in lora_parameters(unet).items()}
     tensors |= {f"lora_projector.{name}": p for name, p in projector.state_dict().items()}
     shape = {name: str(value) for name, value in (dict(rank=rank, alpha=alpha) | projector.shape).items()}
     config = json.dumps(peft_config(rank, alpha, "unet."))
@@ -157,21 +153,21 @@ def export(path, form):
     rank, alpha, lora = read_lora(file)
     out = path.with_name(f"{path.stem}-{form}.safetensors")
     header = {"licence": file.header.get("licence", "")}
-    if form == "kohya":
+    tensors = {name: file.get(name) for name in file.names if name.startswith("unet.")}
+    if form == "diffusers":
+        header["lora_adapter_metadata"] = json.dumps(peft_config(rank, alpha, "unet."))
+    elif form == "peft":            # a folder, with its configuration in a file
+        out = out.with_suffix("") / "adapter_model.safetensors"
+        tensors = {name.replace("unet", "base_model.model", 1): tensor for name, tensor in tensors.items()}
+        config = {"peft_type": "LORA", "bias": "none"} | peft_config(rank, alpha)
+        save_json(out.with_name("adapter_config.json"), config)
+    else:
         tensors = {}
         for name, tensor in lora.items():
             layer = "lora_unet_" + name[:-2].replace(".", "_")
             tensors[f"{layer}.lora_{dict(A='down', B='up')[name[-1]]}.weight"] = tensor
             tensors[f"{layer}.alpha"] = torch.tensor(alpha)
         header |= {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1"}
-    elif form == "diffusers":
-        tensors = peft_names(lora, "unet.")
-        header["lora_adapter_metadata"] = json.dumps(peft_config(rank, alpha, "unet."))
-    else:                           # a folder, with its configuration in a file
-        out = out.with_suffix("") / "adapter_model.safetensors"
-        tensors = peft_names(lora, "base_model.model.")
-        config = {"peft_type": "LORA", "bias": "none"} | peft_config(rank, alpha)
-        save_json(out.with_name("adapter_config.json"), config)
     save_tensors(out, tensors, header)
     return out
 

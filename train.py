@@ -29,7 +29,7 @@ from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast
                      rank0_first, run_program, save_csv, save_tensors, save_text, shard, silence, to_device)
 from ldm.data import (Cache, contact_sheet, describe_split, hash_files, load_rgb, note_equal_images,
                       read_dataset, save_image, subsample, write_toy_tissue)
-from ldm.encoder import Inception, inception_available, open_encoder
+from ldm.encoder import Inception, cached_inception, open_encoder
 from ldm.runs import (FEW, TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
                       parse_settings, public_name, read_settings, split_of_run)
 from ldm.schedule import T, add_noise
@@ -409,7 +409,7 @@ class Inputs:
             raise Fail(f"--batch {settings.batch}: fewer images than {WORLD} processes; start fewer")
         # the features of the validation FID: those that the run began with, else by what is available
         features = settings.features or getattr(read_settings(folder), "features", None) or (
-            "inception" if inception_available(settings.inception) else "encoder")
+            "inception" if settings.inception or cached_inception().is_file() else "encoder")
         self.settings = settings = replace(settings, features=broadcast(features))
         with rank0_first():
             self.started = (folder / "state.safetensors").exists()      # there is something to resume from

@@ -224,16 +224,12 @@ def _exchange_pool(block, pool):
     block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     block.branch_pool.register_forward_pre_hook(lambda *_: pool(inputs.pop()))
 
-def inception_available(path=None):
-    """Whether Inception needs no download: a file is named, or torch.hub's cache has it."""
-    return path is not None or _cached_inception().is_file()
-
-def _cached_inception():
-    """Where torch.hub, and so pytorch-fid, keeps the weights."""
+def cached_inception():
+    """Where torch.hub, and so pytorch-fid, keeps Inception's weights."""
     return Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rpartition("/")[2])
 
 def _download_inception():
-    path = _cached_inception()
+    path = cached_inception()
     if not path.is_file():
         print(f"downloading {INCEPTION_URL} (96 MB) to {path}", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from sample import Sampling, write_real
 from .data import contact_sheet, load_rgb, resize_crop, save_image, subsample, to_images, to_tensor
 from .app import (Fail, Parser, call, file_sha256, number, pick_device, read_csv, run_program, save_csv,
                   save_text)
-from .encoder import Inception, inception_available, open_encoder
+from .encoder import Inception, cached_inception, open_encoder
 from .runs import best_epoch, model_card, name_references, patches_of, read_settings, unfinished
 from .weights import load_vae, open_sd15
 
@@ -47,7 +47,7 @@ class Evaluation:
             names = name_references([(patch.title, path) for patch, path in found], {})[0]
             rows = enumerate(zip(found, names))
             self.patches[part] = [(patch.label, name, path, i) for i, ((patch, path), name) in rows]
-        self.spaces = [Inception(args.inception)] if inception_available(args.inception) else []
+        self.spaces = [Inception(args.inception)] if args.inception or cached_inception().is_file() else []
         for name in args.judge:
             self.spaces.append(open_encoder(name=name))
             self.spaces[-1].kind = Path(name).name

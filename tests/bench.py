@@ -36,7 +36,7 @@ import memory  # noqa: E402
 from ldm.app import frozen_dtype, pick_device  # noqa: E402
 from ldm.data import Cache, list_images, load_rgb  # noqa: E402
 from ldm.runs import Settings  # noqa: E402
-from ldm.encoder import Inception, build_encoder, inception_available, open_encoder, preprocess  # noqa: E402
+from ldm.encoder import Inception, build_encoder, cached_inception, open_encoder, preprocess  # noqa: E402
 from ldm.unet import UNet  # noqa: E402
 from ldm.vae import VAE  # noqa: E402
 from ldm.weights import open_sd15  # noqa: E402
@@ -565,7 +565,7 @@ def main():
           f"medians of {args.repeats}\n\n| work | who | time | ratio | peak memory | TFLOP/s (share) |\n"
           "|---|---|---|---|---|---|", flush=True)
     for work in args.work or [name for name in WORK if name not in ("kept", "memory")]:
-        if work == "fid" and not inception_available(args.inception):
+        if work == "fid" and not (args.inception or cached_inception().is_file()):
             print("fid: left out, pass --inception", flush=True)
             continue
         WORK[work](args)
