@@ -122,7 +122,8 @@ def test_the_readmes_three_lines_work_on_what_they_leave_behind(tmp_path, monkey
     """With no network: a connection that is tried ends the program."""
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
-    train = "train.py", "--rank", 4, "--tokens", 4, "--max-steps", 2, "--limit", 16, "--val-samples", 4
+    train = ("train.py", "--rank", 4, "--tokens", 4, "--max-steps", 2, "--limit", 16, "--val-samples", 4,
+             "--val-steps", 4)
     out = program(*train, cwd=tmp_path).stdout
     assert out.startswith("No --data") and "--data FOLDER" in out
     [run] = (tmp_path / "runs").glob("toy-tissue-64px-r4-t4")
