@@ -136,8 +136,8 @@ def write_real(files, sources, size, rewrite=False):
             save_image(path, resize_crop(load_rgb(sources[name]), size), reference=name)
 
 # ---- the program -------------------------------------------------------------------------------------
-def parse_args():
-    """-> (arguments, a Sampling for each guidance)."""
+def parse_args(arguments=None):
+    """The command line -> (arguments, a Sampling for each guidance)."""
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to sample")
     source, add = add.add_mutually_exclusive_group(required=True).add_argument, add.add_argument
@@ -164,7 +164,7 @@ def parse_args():
     add("--dtype", choices=DTYPES, default="auto", help="of the U-Net (changes rounding)")
     add("--no-compile", action="store_true", help=f"no torch.compile (on CUDA from {COMPILE_FROM} images)")
     add("--device", default="auto", help="cuda, mps or cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not args.split and (args.label or args.limit or args.balance):
         raise Fail("--label, --limit and --balance choose among the patches of --split, not of --ref")
     if args.balance and (args.split != "train" or args.n > 1 or args.limit or args.mean):
@@ -172,8 +172,8 @@ def parse_args():
     given = {f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)}
     return args, [Sampling(**given | {"cfg": w}) for w in dict.fromkeys(given.get("cfg", [Sampling.cfg]))]
 
-def main():
-    args, samplings = parse_args()
+def main(arguments=None):
+    args, samplings = parse_args(arguments)
     device = pick_device(args.device)
     join_processes(device)
     adapter = find_adapter(args.run, args.adapter)

@@ -152,11 +152,6 @@ class Trainer:
         fit = max(1, int(0.9 * torch.cuda.mem_get_info(self.device)[0] / image))
         return math.ceil(share / math.ceil(share / fit))
 
-    def learning_rates(self, step):
-        """Those of LoRA and of the projector at a step."""
-        factor = learning_rate_factor(step, self.warm_up, self.total)
-        return [group["base"] * factor for group in self.optimizer.param_groups]
-
     def load_part(self, hashes, draws, part, size):
         """Images `part` of a batch -> (how many, cached mean, logvar, e, and Draws), all on the device."""
         at = (list(part) * size)[:size] if self.compiled else list(part)        # compiled: for one shape
@@ -200,8 +195,8 @@ class Trainer:
             names = ", ".join(self.images[i][0] for i in indices)
             raise Fail(f"step {self.step}: loss {loss}, gradient norm {norm}, timesteps {draws.t.tolist()}, "
                        f"images {names}; the last state is kept. Try a lower --lr, or check these images")
-        for group, rate in zip(self.optimizer.param_groups, self.learning_rates(self.step)):
-            group["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * learning_rate_factor(self.step, self.warm_up, self.total)
         self.optimizer.step()                                                                       # 11
         self.step += 1
         if self.step % 1000 == 0:
@@ -292,11 +287,10 @@ def train(trainer, validation, folder, header):
             bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.3f}", refresh=False,
                             images_per_s=f"{trainer.settings.batch / seconds[-1]:.1f}")
             bar.update()
-            # with several processes it comes with the gradients, so that all stop after the same step
-            stop = SIGNALS.received if WORLD == 1 else trainer.stop
-            if stop or trainer.epoch_is_due() or time.perf_counter() - trainer.saved_at > SAVE_SECONDS:
+            late = time.perf_counter() - trainer.saved_at > SAVE_SECONDS
+            if trainer.stop or late or trainer.epoch_is_due():
                 trainer.save(folder, header)
-            if stop:
+            if trainer.stop:
                 bar.write(f"{folder}: saved at step {trainer.step}; repeat the command to resume")
                 barrier()                   # rank 0 writes
                 return 128 + (SIGNALS.received or signal.SIGTERM)
@@ -306,13 +300,14 @@ def end_epoch(trainer, validation, seconds):
     SIGNALS.kept = f"; saved at step {trainer.step} of {trainer.total}; repeat the command to resume"
     SIGNALS.deferred = False                # all is saved: a stop during validation or sampling loses nothing
     SIGNALS.leave()
-    epoch, rates = math.ceil(trainer.step / trainer.steps_per_epoch), trainer.learning_rates(trainer.step - 1)
+    epoch, settings = math.ceil(trainer.step / trainer.steps_per_epoch), trainer.settings
+    lr = settings.lr * learning_rate_factor(trainer.step - 1, trainer.warm_up, trainer.total)
+    speed = settings.batch / fmean(seconds[1:]) if seconds[1:] else 0       # the first step compiles
     peak = torch.cuda.max_memory_allocated(trainer.device) if trainer.device.type == "cuda" else 0
-    rate = trainer.settings.batch / fmean(seconds[1:]) if seconds[1:] else 0     # the first step compiles
     row = dict(epoch=epoch, step=trainer.step, train_loss=fmean(trainer.losses),
-               **trainer.validation_loss(validation.hashes), lr_lora=rates[0], lr_projector=rates[1],
-               images_per_second=round(rate, 2), peak_memory_gb=round(peak / 1e9, 2))
-    due = not validation.sampled or epoch % trainer.settings.val_every == 0 or trainer.step == trainer.total
+               **trainer.validation_loss(validation.hashes), lr_lora=lr, lr_projector=lr * settings.lr_ratio,
+               images_per_second=round(speed, 2), peak_memory_gb=round(peak / 1e9, 2))
+    due = not validation.sampled or epoch % settings.val_every == 0 or trainer.step == trainer.total
     row[validation.column] = validation.distance(trainer, epoch) if due else None
     SIGNALS.deferred = True
     best = due and (validation.few or row[validation.score] < trainer.best)
@@ -468,7 +463,10 @@ def build(inputs, device):
     check_or_create(folder, settings, sha256)
     dtype = frozen_dtype(device, settings.dtype, inputs.unet_file.shapes["conv_in.weight"][0])
     unet = load_unet(inputs.unet_file, device, dtype)
-    projector = new_adapter(unet, settings, inputs.encoder.width).to(device)
+    inject(unet, settings.rank, settings.alpha, torch.Generator().manual_seed(settings.seed))
+    torch.manual_seed(generator(settings.seed, INITIAL).initial_seed())         # for the projector
+    shape = settings.hidden, settings.tokens, unet.context, settings.depth, settings.token_norm
+    projector = Projector(inputs.encoder.width, *shape).to(device)
     print(parameter_table(unet, projector))
     images = list(zip(inputs.names["train"], hashes["train"]))
     trainer = Trainer(settings, unet, projector, cache, images, inputs.z_shape, device)
@@ -492,13 +490,6 @@ def load_encoders(vae_file, encoder, device):
         parts = [vae.encode(part.to(device)) for part in x.split(max(1, vae.PIXELS // x[0, 0].numel()))]
         return [torch.cat(part).cpu() for part in zip(*parts)]
     return encode, partial(encoder.embed, network)
-
-def new_adapter(unet, settings, width):
-    """Wrap the U-Net's attention in LoRA -> an untrained Projector from embeddings of this width."""
-    inject(unet, settings.rank, settings.alpha, torch.Generator().manual_seed(settings.seed))
-    torch.manual_seed(generator(settings.seed, INITIAL).initial_seed())         # for the projector
-    s = settings
-    return Projector(width, s.hidden, s.tokens, unet.context, s.depth, s.token_norm)
 
 if __name__ == "__main__":
     run_program(main)

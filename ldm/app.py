@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import uuid
 from contextlib import contextmanager
@@ -207,15 +206,6 @@ def progress(*args, **kwargs):
         kwargs |= dict(file=_Lines(), delay=60, mininterval=60, miniters=1,             # seconds
                        bar_format="{desc}: {n_fmt} of {total_fmt}{postfix}, {rate_fmt}, {remaining} left")
     return tqdm(*args, disable=getattr(sys.stdout, "name", "") == os.devnull, **kwargs)
-
-def call(program, *args):
-    """Run one of our programs in its own process -> its exit code. Stopping this one stops it."""
-    alone = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC") and k != "WORLD_SIZE"}
-    with subprocess.Popen([sys.executable, str(ROOT / program), *map(str, args)], env=alone) as child:
-        try:
-            return child.wait()
-        finally:
-            child.terminate()       # no effect on a program that has ended
 
 def command_line(program, *args):
     """The command that calls one of our programs from where the user is, quoted for the shell."""

@@ -7,7 +7,6 @@ Samples are made by sample.py and kept: an interrupted report resumes. Numbers a
 Inception's features, where its weights are available (--inception, or torch.hub's cache), and in those of
 --judge: these did not condition the samples. The encoder's, which did, stand beside them as "encoder".
 """
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +16,11 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 
 import fid
+import sample
 from fid import frechet_distance as distance
-from sample import Sampling, write_real
 
 from .data import contact_sheet, load_rgb, resize_crop, save_image, subsample, to_images, to_tensor
-from .app import (Fail, Parser, call, file_sha256, number, pick_device, read_csv, run_program, save_csv,
+from .app import (Fail, Parser, file_sha256, number, pick_device, read_csv, run_program, save_csv,
                   save_text)
 from .encoder import Inception, cached_inception, open_encoder
 from .runs import best_epoch, model_card, name_references, patches_of, read_settings, unfinished
@@ -61,7 +60,7 @@ class Evaluation:
         """The files of a part's images at the model's size."""
         sources = {name: source for _, name, source, _ in subsample(self.patches[part], n)}
         paths = {name: self.out / "real" / part / f"{name}.png" for name in sources}
-        write_real(paths, sources, self.settings.size)
+        sample.write_real(paths, sources, self.settings.size)
         return list(paths.values())
 
     def fake(self, part, n=None, cfg=None, each=1):
@@ -69,14 +68,13 @@ class Evaluation:
 
         cfg: one of SWEEP, for all of which the model is then loaded once.
         """
-        how = Sampling(cfg=float(cfg or self.cfg)).name
+        how = sample.Sampling(cfg=float(cfg or self.cfg)).name
         paths = [self.samples / part / how / f"{name}_seed{i * each + k}_{how}.png"
                  for _, name, _, i in subsample(self.patches[part], n) for k in range(each)]
         if not all(path.exists() for path in paths):
             args = ["--run", self.folder, "--split", part, "--n", each, "--out", self.samples / part,
                     "--device", self.device, "--cfg", *(SWEEP if cfg else [self.cfg])]
-            if code := call("sample.py", *args, *(["--limit", n] if n else [])):
-                sys.exit(code)              # sample.py has printed the reason
+            sample.main([str(arg) for arg in [*args, *(["--limit", n] if n else [])]])
         return paths
 
     def flipped(self, part, n):

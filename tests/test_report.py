@@ -66,8 +66,8 @@ def test_a_table_shows_zero_as_zero_and_what_is_missing_as_a_dash():
 def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch):
     assert report.SWEEP == [f"{w / 10:.1f}" for w in range(10, 21)]
     monkeypatch.setattr(report, "SWEEP", ["1.0", "1.3"])
-    monkeypatch.setattr(report, "call", lambda name, *args: program(name, *args, "--steps", 2, cwd=trained,
-                                                                    check=False).returncode)
+    main = report.sample.main
+    monkeypatch.setattr(report.sample, "main", lambda arguments: main([*arguments, "--steps", "2"]))
     result = program("ldm.report", trained, "--limit", 8, cwd=trained)
     out = trained / "report"
     table = {path.stem: list(csv.DictReader(open(path))) for path in out.glob("*.csv")}
