@@ -22,17 +22,19 @@ from ldm.runs import find, read_settings
 
 # ---- metrics of two sets, of features x (n, d) and y (m, d) ------------------------------------------------
 def frechet_distance(x, y):
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½) of features: exact for a singular Σ too, of few images.
-
+    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½) of features, by scipy's sqrtm; exact also where Σ is singular.
     With X and Y centred and scaled so that Σ = XᵀX, tr (Σ₁Σ₂)^½ is the nuclear norm of X Yᵀ; of many rows X,
-    that of R Yᵀ, where X = QR and R is d x d.
-    """
+    that of R Yᵀ, where X = QR and R is d x d."""
     x, y = np.float64(x), np.float64(y)
     mu_x, mu_y = x.mean(0), y.mean(0)
     x, y = (x - mu_x) / np.sqrt(len(x) - 1), (y - mu_y) / np.sqrt(len(y) - 1)
-    rx, ry = (np.linalg.qr(f, mode="r") if len(f) > f.shape[1] else f for f in (x, y))
-    nuclear = scipy.linalg.svdvals(rx @ ry.T).sum()
-    distance = np.square(mu_x - mu_y).sum() + np.square(x).sum() + np.square(y).sum() - 2 * nuclear
+    singular = min(len(x), len(y)) <= x.shape[1] or not (x.any(0) & y.any(0)).all()
+    if singular:
+        rx, ry = (np.linalg.qr(f, mode="r") if len(f) > f.shape[1] else f for f in (x, y))
+        trace = scipy.linalg.svdvals(rx @ ry.T).sum()
+    else:
+        trace = np.trace(scipy.linalg.sqrtm((x.T @ x) @ (y.T @ y))).real
+    distance = np.square(mu_x - mu_y).sum() + np.square(x).sum() + np.square(y).sum() - 2 * trace
     return max(0.0, float(distance))            # of two equal sets rounding may make it negative
 
 def squared_mmd(x, y):
@@ -47,10 +49,8 @@ MIN_KID = 20        # images of either set, below which KID is noise
 
 def kid(x, y, subset=1000, subsets=100, seed=2020):
     """KID -> {"kid", "kid_std", "kid_subset"}: mean and std of MMD² over random subsets, and their size.
-
     The subsets have min(subset, n, m) images, drawn as torch-fidelity does (same seed, same subsets). Where
-    that is all of both sets there is only one subset, hence std 0. None for too few.
-    """
+    that is all of both sets there is only one subset, hence std 0. None for too few."""
     x, y, size = np.float64(x), np.float64(y), min(subset, len(x), len(y))
     if min(len(x), len(y)) < MIN_KID:
         return dict(kid=None, kid_std=None, kid_subset=size)
@@ -61,10 +61,8 @@ def kid(x, y, subset=1000, subsets=100, seed=2020):
 
 def bootstrap_interval(distance, x, y, repeats=200, level=0.95, seed=0):
     """Bootstrap of distance(x, y) over pairs, row i of y made from row i of x -> (low, high).
-
     Only the spread of resampled sets is used: with images repeated, a Fréchet distance has its bias twice.
-    Patches of one case are not independent: the interval is too narrow for that.
-    """
+    Patches of one case are not independent: the interval is too narrow for that."""
     picks = np.random.default_rng(seed).integers(len(x), size=(repeats, len(x)))
     values = [distance(x[i], y[i]) for i in picks]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - np.mean(values) + distance(x, y)
@@ -85,9 +83,7 @@ def nearest_centroid(train, labels, x):
 
 def fit_linear(x, labels, penalty=1.0):
     """Ridge regression on standardised features x (n, d) -> a function, features to labels.
-
-    Minimises the mean of |y - W z|² + penalty |W|², y one-hot: without bias, as both are centred.
-    """
+    Minimises the mean of |y - W z|² + penalty |W|², y one-hot: without bias, as both are centred."""
     names, mu, spread = np.unique(labels), x.mean(0), x.std(0) + 1e-6
     z, y = (x - mu) / spread, np.float64(names == labels[:, None])
     W = np.linalg.solve(z.T @ z / len(z) + penalty * np.eye(len(mu)), z.T @ y / len(z))
@@ -101,9 +97,7 @@ def balanced_accuracy(labels, guesses):
 @dataclass
 class ImageSet:
     """Features (n, d) of images; names: n paths within the folder, or none for stand-ins of equal moments.
-
-    space: (kind, resizer, hash) of the FeatureSpace, None where unknown. Raises ValueError for other shapes.
-    """
+    space: (kind, resizer, hash) of the FeatureSpace, None where unknown. ValueError for other shapes."""
     features: np.ndarray
     names: list = ()
     space: tuple | None = None
@@ -177,9 +171,7 @@ def compare(real, fake, subset=1000):
 
 def compare_classes(real, fake, subset=1000):
     """{class: {"n_real", "n_fake", columns of `kid`}} for every subfolder of either, if one is in both.
-
-    Images outside of subfolders are the class "".
-    """
+    Images outside of subfolders are the class ""."""
     x, y = real.by_class(), fake.by_class()
     names = sorted(x.keys() | y.keys()) if any(x.keys() & y.keys()) else ()
     pairs = {name: (x.get(name, ()), y.get(name, ())) for name in names}

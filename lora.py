@@ -23,11 +23,8 @@ from projector import Projector
 
 class LoRALinear(nn.Module):
     """A frozen linear layer W (d_out, d_in) with trainable A (r, d_in) and B (d_out, r) in float32.
-
     B starts at zero, so that the adapted network equals the frozen one exactly. A starts as PEFT's does,
-    uniform within ±1/√d_in (the paper does not specify it). No bias and no dropout of its own.
-    """
-
+    uniform within ±1/√d_in (the paper does not specify it). No bias and no dropout of its own."""
     def __init__(self, linear, rank, alpha, generator=None):
         super().__init__()
         self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
@@ -80,10 +77,8 @@ def peft_config(rank, alpha, prefix=""):
 
 def save_adapter(path, unet, projector, header):
     """Write the adapter with `header` ({str: str}) and the shape of its parts, atomically.
-
     LoRA has PEFT's names under Diffusers' prefix `unet.`. Diffusers' pipelines refuse a name without "lora":
-    hence `lora_projector.` for the rest, which they skip.
-    """
+    hence `lora_projector.` for the rest, which they skip."""
     layer = next(iter(lora_layers(unet).values()))
     rank, alpha = len(layer.A), layer.scale * len(layer.A)
     tensors = {f"unet.{name[:-1]}lora_{name[-1]}.weight": p for name, p in lora_parameters(unet).items()}
@@ -116,9 +111,7 @@ def load_projector(file):
 
 def load_adapter(file, unet):
     """Inject the LoRA of an open adapter into `unet` and fill it -> the Projector; both in float32, frozen.
-
-    Fails where a shape differs from the base's; the caller checks its content by the header's `base_sha256`.
-    """
+    Fails where a shape differs from the base's; the caller compares its content with `base_sha256`."""
     projector, (rank, alpha, tensors) = load_projector(file), read_lora(file)
     adapted = lora_parameters(inject(unet, rank, alpha))
     wanted, found = ({(name, *t.shape) for name, t in named.items()} for named in (adapted, tensors))

@@ -13,12 +13,9 @@ SHAPE = ("embedding", "hidden", "tokens", "context", "depth", "token_norm")     
 
 class Projector(nn.Module):
     """f_φ: e (B, d_e) -> c (B, n_c, d_c). The defaults are the paper's baseline: 4,724,736 parameters.
-
     With the null embedding (1, d_e), a parameter of this module, they are 4,726,272, Table 2's number for the
     projector alone. A LayerNorm(d_c) on the tokens, as in IP-Adapter, gives the same number without the null
-    embedding: `token_norm` is this other reading. Depth 3, not specified by the paper, repeats eq. (3).
-    """
-
+    embedding: `token_norm` is this other reading. Depth 3, not specified by the paper, repeats eq. (3)."""
     def __init__(self, d_e=1536, d_h=1024, n_c=4, d_c=768, depth=2, token_norm=False):
         super().__init__()
         self.shape = dict(zip(SHAPE, (d_e, d_h, n_c, d_c, depth, int(token_norm))))
@@ -38,9 +35,7 @@ class Projector(nn.Module):
 
     def forward(self, e, keep=None):
         """e (B, d_e) -> c (B, n_c, d_c).
-
-        keep (B, depth-1, d_h): dropout as factors, 0 or 1/(1-p); None outside training.
-        """
+        keep (B, depth-1, d_h): dropout as factors, 0 or 1/(1-p); None outside training."""
         h = e
         for k, (linear, norm) in enumerate(zip(self.linear, self.norm)):
             h = F.silu(norm(linear(h)))                                 # (eq. 3)

@@ -56,9 +56,7 @@ def guide(eps_null, eps_c, w):
 @torch.no_grad()
 def sample(e, projector, unet, sampling, seeds, z_shape):
     """Algorithm 2: embeddings e (B, d_e) of references (line 1), Sampling, seeds, z_shape (4, h, w) -> z_0.
-
-    An image's noise does not depend on its batch (its rounding may). z is float32, whatever the U-Net is.
-    """
+    An image's noise does not depend on its batch (its rounding may). z is float32, whatever the U-Net is."""
     device = projector.null.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.stack([torch.randn(z_shape, generator=g) for g in generators])
@@ -103,14 +101,11 @@ Job = namedtuple("Job", "path reference seed sampling")
 
 def make_images(model, jobs, e):
     """Sample and write an image for each of the jobs; e[reference]: embedding (d_e,) of a reference.
-
     Several processes share whole batches, each of one Sampling: in another batch an image may round
-    differently. PNGs are written while the next batch is computed. Fails where an image is not finite.
-    """
+    differently. PNGs are written while the next batch is computed. Fails where an image is not finite."""
     def write(job, image):
         save_image(job.path, image, reference=job.reference, seed=job.seed, **asdict(job.sampling),
                    adapter=model.adapter)
-
     groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.sampling)]
     parts = shard([group[i:i + model.batch] for group in groups for i in range(0, len(group), model.batch)])
     written, total = (), sum(map(len, parts))
@@ -147,7 +142,6 @@ def parse_args(arguments=None):
     add("--label", nargs="+", metavar="CLASS", help="of --split, only patches of these classes")
     add("--limit", type=number(int, 1), metavar="N", help="of --split, N patches at most")
     add("--n", type=number(int, 1), default=1, help="samples per reference (default: 1)")
-    add("--mean", action="store_true", help="condition on the mean embedding of all references")
     add("--balance", action="store_true", help="of --split train: fill each class up to the largest")
     add("--seed", type=number(int, 0, MAX_SEED), default=0, help="image i of all the references has SEED + i")
     add_options(parser, Sampling)
@@ -167,8 +161,8 @@ def parse_args(arguments=None):
     args = parser.parse_args(arguments)
     if not args.split and (args.label or args.limit or args.balance):
         raise Fail("--label, --limit and --balance choose among the patches of --split, not of --ref")
-    if args.balance and (args.split != "train" or args.n > 1 or args.limit or args.mean):
-        raise Fail("--balance fills up the classes of --split train, without --n, --limit or --mean")
+    if args.balance and (args.split != "train" or args.n > 1 or args.limit):
+        raise Fail("--balance fills up the classes of --split train, without --n or --limit")
     given = {f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)}
     return args, [Sampling(**given | {"cfg": w}) for w in dict.fromkeys(given.get("cfg", [Sampling.cfg]))]
 
@@ -180,7 +174,7 @@ def main(arguments=None):
     settings = read_settings(adapter.path.parent)
     found = find_references(args, settings, adapter)
     unet_file, vae_file, encoder = open_files(args, settings, adapter)
-    kinds = [args.split, args.embedding and "embedding", args.mean and "mean", args.balance and "balance"]
+    kinds = [args.split, args.embedding and "embedding", args.balance and "balance"]
     name = "-".join([f"step{int(adapter.header['step']):06d}", *filter(None, kinds)])
     out, size = args.out or adapter.path.parent / "samples" / name, int(adapter.header["resolution"])
     guard = dict(adapter_sha256=file_sha256(adapter.path), base_sha256=unet_file.fingerprint(),
@@ -190,10 +184,6 @@ def main(arguments=None):
     check_same("weights or references", [guard, known])
     chosen = choose(args, dict(zip(names, (label for _, label, _ in found))))
     references = {name: names[name] for name in chosen}
-    if args.mean:
-        key = hashlib.sha256("".join(known[name] for name in chosen).encode()).hexdigest()[:8]
-        name = Path(os.path.commonpath(chosen), f"mean-of-{len(chosen)}-{key}").as_posix()
-        chosen = {name: range(args.seed, args.seed + args.n)}
     jobs = [Job(out / s.name / f"{name}_seed{seed}_{s.name}.png", name, seed, s)
             for s in samplings for name, seeds in chosen.items() for seed in seeds]
     todo = [job for job in jobs if not job.path.exists()]
@@ -201,16 +191,15 @@ def main(arguments=None):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images exist already")
     if todo:
         # all references are read before anything is written, so that an unreadable one is found first
-        needed = references if args.mean else {job.reference: references[job.reference] for job in todo}
+        needed = {job.reference: references[job.reference] for job in todo}
         e = list(needed.values())
         e = torch.from_numpy(encoder.extract(e, device, args.batch)).float() if encoder else torch.stack(e)
-        e = {todo[0].reference: e.mean(0)} if args.mean else dict(zip(needed, e))
         compiled = device.type == "cuda" and len(todo) >= COMPILE_FROM and not args.no_compile
         model = load_model(unet_file, vae_file, adapter, device, args.batch, compiled, args.dtype)
         if RANK0:
             save_json(out / "samples.json", guard | {"references": known})
         SIGNALS.kept = f"; the finished images are in {out}; repeat the command for the rest"
-        make_images(model, todo, e)
+        make_images(model, todo, dict(zip(needed, e)))
     if RANK0:
         real = {name: out / "real" / f"{name}.png" for name in references if encoder}
         write_real(real, references, size)
@@ -293,9 +282,7 @@ def choose(args, labels):
 
 def read_samples(out, guard, folders):
     """The references of the samples in --out {name: sha256}; {} where it is new or empty.
-
-    Fails where it holds other files or samples of another kind, or is inside one of the folders of patches.
-    """
+    Fails where it holds other files, samples of another kind, or is inside one of the folders of patches."""
     saved = read_json(out / "samples.json")
     before = asdict(Sampling()) | saved                     # an option that it lacks had its default
     problems = [f"is inside {folder}, where its images would be taken for patches" for folder in folders

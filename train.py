@@ -97,8 +97,7 @@ def draw_validation(n, z_shape):
 
 def batch_of_step(seed, step, batch, n):
     """Indices of the images of a step; each epoch is a permutation of its own. The last batch is filled from
-    its start, as in DistributedSampler: 5,398 images make 338 full batches (the paper does not say).
-    """
+    its start, as in DistributedSampler: 5,398 images make 338 full batches (the paper does not say)."""
     epoch, k = divmod(step, math.ceil(n / batch))
     order = torch.randperm(n, generator=generator(seed, ORDER, epoch))
     return order[torch.arange(k * batch, (k + 1) * batch) % n].tolist()
@@ -106,9 +105,7 @@ def batch_of_step(seed, step, batch, n):
 # ---- Algorithm 1 -------------------------------------------------------------------------------------
 def noise_prediction_loss(unet, projector, mean, logvar, e, draws):
     """Lines 4 to 10 of Algorithm 1 -> ‖ε - ε_θ(z_t, t, c)‖² of each image, as a mean over its latent, (B,).
-
-    mean, logvar (B, 4, h, w) and e (B, d_e): the frozen encoders' outputs for the images x.
-    """
+    mean, logvar (B, 4, h, w) and e (B, d_e): the frozen encoders' outputs for the images x."""
     z0 = draw_latent(mean, logvar, draws.posterior)                         # 4: encode to latent space
     z_t = add_noise(z0, draws.eps, draws.t)                                 # 6: forward diffusion (eq. 1)
     e = torch.where(draws.null, projector.null, e)                          # 8: replace with e_∅
@@ -117,7 +114,6 @@ def noise_prediction_loss(unet, projector, mean, logvar, e, draws):
 
 class Trainer:
     """1: what is trained, its optimizer, the log: the complete state of a run; `save` writes it."""
-
     def __init__(self, settings, unet, projector, cache, images, z_shape, device):
         """images: [(name, hash)] of the training images. z_shape: (4, h, w) of a latent."""
         self.settings, self.device, self.z_shape = settings, device, z_shape
@@ -171,8 +167,7 @@ class Trainer:
 
     def train_step(self):
         """One iteration of Algorithm 1 -> (loss, gradient norm), summed over passes and processes. Fails,
-        before the update, if not finite; what overflowed in float16 is computed again with half the scale.
-        """
+        before the update, if not finite; what overflowed in float16 is computed again with half the scale."""
         indices, draws, passes = this = self.following or self.load_step(self.step)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
@@ -320,9 +315,7 @@ def end_epoch(trainer, validation, seconds):
 
 class Validation:
     """The loss of all validation images; the distance of one sample of each, image i with seed i (Table 4).
-    fid.py gives the same of real/, the images at the model's size, and fake/, the best adapter's samples.
-    """
-
+    fid.py gives the same of real/, the images at the model's size, and fake/, the best adapter's samples."""
     def __init__(self, inputs, hashes, device):
         """hashes: of all validation images' files."""
         settings, self.hashes, self.vae_file = inputs.settings, hashes, inputs.vae_file
@@ -395,7 +388,6 @@ def main():
 
 class Inputs:
     """A run's folder, made or found, and what it reads, opened and checked; nothing is computed yet."""
-
     def __init__(self, settings, resumed):
         self.folder = folder = Path(settings.run)
         toy = settings.data == TOY_DATA                 # the toy tissue is drawn beside the run
@@ -484,7 +476,6 @@ def build(inputs, device):
 def load_encoders(vae_file, encoder, device):
     """-> (encode, embed) for Cache.fill, which frees them, and so the two networks, before training."""
     vae, network = load_vae(vae_file, device), encoder.load(device)
-
     @torch.no_grad()
     def encode(x):
         parts = [vae.encode(part.to(device)) for part in x.split(max(1, vae.PIXELS // x[0, 0].numel()))]

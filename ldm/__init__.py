@@ -1,4 +1,1 @@
-"""Latent diffusion from scratch: networks, schedule, weights, data, and what the programs share.
-
-No network here knows what the images show or what the condition means.
-"""
+"""Latent diffusion from scratch; no network here knows what images show or what the condition means."""

@@ -1,13 +1,11 @@
-"""Shared by the programs: clear failures, arguments, atomic files, device and memory, processes, signals.
+"""Shared by the programs: clear failures, arguments, atomic files, device, processes, signals.
 
-Under torchrun every process runs the whole program on its shard of the images; rank 0 writes what a run has
-once. Without torchrun there is one process, and the collective functions return their argument.
+Under torchrun every process runs the whole program on its shard of the images; rank 0 writes what a run has.
 """
 import argparse
 import csv
 import errno
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -42,13 +40,11 @@ class Fail(Exception):
 
 def run_program(main):
     """Call main() as a program. Exit codes: 2 with one line for what the user can fix, 130, 143, or main's.
-
-    Rank 0 alone prints more than failures.
-    """
+    Rank 0 alone prints more than failures."""
     if not RANK0:
         silence()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):        # a console without α prints another character for it
+        if hasattr(stream, "reconfigure"):        # a console without α prints another character for it
             stream.reconfigure(errors="replace")
     SIGNALS.start()
     if WORLD == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -79,8 +75,7 @@ def announce(line):
 
 class Signals:
     """SIGINT and SIGTERM end the program (130, 143), by an exception, so that temporary files are removed: at
-    once or, while `deferred`, at `leave`. The message says what is `kept`.
-    """
+    once or, while `deferred`, at `leave`. The message says what is `kept`."""
     received, deferred, kept = 0, False, ""
     KINDS = signal.SIGINT, signal.SIGTERM
 
@@ -150,7 +145,6 @@ def first_line(problem):
 # ---- arguments -----------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """argparse with one line instead of the usage for a wrong argument."""
-
     def __init__(self, description):
         how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         super().__init__(description=description, **how)
@@ -170,9 +164,7 @@ def number(kind, low, high=10 ** 6):
 
 def option(group, default, help, low=0, high=10 ** 6, **more):
     """A dataclass field that is also an argument --name of a program, of the field's type; see `add_options`.
-
-    low, high: the range of a number; more: argparse's metavar, choices and nargs.
-    """
+    low, high: the range of a number; more: argparse's metavar, choices and nargs."""
     return field(default=default, metadata=dict(group=group, help=help, range=(low, high), more=more))
 
 def add_options(parser, record):
@@ -216,10 +208,8 @@ def command_line(program, *args):
 @contextmanager
 def atomic_write(path, sync=True):
     """Yield a temporary path beside `path`; on success rename it to `path`, else remove it.
-
     A file under its final name is therefore complete, and an old one stays until the new one is. sync: even
-    where the power fails, if the file system can (some of networks and of user space cannot).
-    """
+    where the power fails, if the file system can (some of networks and of user space cannot)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex[:8]}{path.suffix}")
@@ -302,10 +292,8 @@ def pick_device(name="auto"):
 
 def frozen_dtype(device, name="auto", width=320):
     """The dtype of the frozen U-Net: `name`, or the device's fastest. width: of its first level.
-
     On a GPU bfloat16, or float16 where it has none; on a CPU with products in bfloat16 (AMX, AVX-512) that
-    too, for a network as wide as SD1.5's: narrow ones gain nothing. Else float32.
-    """
+    too, for a network as wide as SD1.5's: narrow ones gain nothing. Else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":

@@ -41,10 +41,8 @@ GENERATED, NOT_UTF8 = "generated images", "files whose names are not valid UTF-8
 # ---- images ------------------------------------------------------------------------------------------------
 def load_rgb(path):
     """An image file -> PIL image in RGB: upright by its EXIF tag, transparency on white, 16 bits scaled to 8.
-
     The one reader of all programs. Fails with the file's name unless it is a single readable image from 16
-    pixels a side to 8192 x 8192. Previews beside it and an alpha channel that is 0 everywhere are ignored.
-    """
+    pixels a side to 8192 x 8192. Previews beside it and an alpha channel that is 0 everywhere are ignored."""
     with foreign_file(path, "cannot be read", "restore it, save it as 8-bit RGB, or remove it"):
         image = _open_image(path)
         short, long = sorted(image.size)
@@ -136,12 +134,9 @@ def save_image(path, image, **text):
 
 def list_files(folder):
     """The files under a folder, at any depth -> {name: kind}, sorted: "images", or why it is none.
-
-    Links to folders are followed, each folder once. Fails (OSError) on a folder that cannot be read.
-    """
+    Links to folders are followed, each folder once. Fails (OSError) on a folder that cannot be read."""
     def stop(problem):
         raise problem
-
     kinds, seen = {}, {}
     for base, folders, names in os.walk(folder, followlinks=True, onerror=stop):
         if seen.setdefault(os.path.realpath(base), base) != base:
@@ -200,12 +195,10 @@ class Patch:
 
 def read_dataset(root, case=None, say=print):
     """A folder of patches -> [Patch], sorted by name.
-
     It has patches.csv, or train.json, val.json and test.json as in Chaoyang, or a folder per class, or only
     images (class "all"). The case is what the pattern `case` finds in a name (group 1, or all of it), or one
     of CASES, or the folder below the class; else every patch is its own. say: takes a line on what is left
-    out or doubtful; None: a run exists, the layout is not doubted.
-    """
+    out or doubtful; None: a run exists, the layout is not doubted."""
     root = Path(os.path.expanduser(root))
     if not root.is_dir():
         raise Fail(f"{root}: no such folder of patches")
@@ -213,7 +206,6 @@ def read_dataset(root, case=None, say=print):
         raise Fail(f"{root} is in {above}, which train.py or sample.py made; pass a folder of real patches")
     with foreign_file(f"--case {case}", "is no regular expression", "see Python's module re"):
         re.compile(case or "")
-
     kinds, made = list_files(root), cache(lambda f: is_output(f) or any(f.glob("adapter*.safetensors")))
     for name in [name for name, kind in kinds.items() if kind == "images"]:
         if is_generated(root / name) or any(made(root / f) for f in Path(name).parents if f.name):
@@ -244,7 +236,6 @@ def _find_files(root, rows, on_disk, case):
     """(name, label, case, part) -> Patch, of each row; a name may be spelled otherwise than `on_disk`."""
     def folded(name):           # lists from Windows and macOS
         return unicodedata.normalize("NFC", name).casefold()
-
     similar = defaultdict(set)
     for name in on_disk:
         similar[folded(name)].add(name)
@@ -271,9 +262,7 @@ def _read_name(name, case):
 
 def _folder_rows(root, kinds, case, say):
     """One subfolder per class, with folders of cases in it or not; or a flat folder (one class, "all").
-
-    Fails where the names of either look like anything but classes and cases.
-    """
+    Fails where the names of either look like anything but classes and cases."""
     rows, cases = [], defaultdict(set)              # class -> names of folders that are taken for cases
     names = [name for name, kind in kinds.items() if kind == "images"]
     for name in [name for name in names if "/" in name] or names:
@@ -335,10 +324,8 @@ PROPORTIONS = dict(train=5398, val=387, test=375)     # the paper's counts; its 
 
 def split_patches(patches, parts=PROPORTIONS):
     """[Patch] -> {part: [names]}, with every case in one part and each class near its proportion in all.
-
     Deterministic and greedy: from the largest case down (ties by hash), each goes where the counts n of part
-    and class come nearest to their targets m, by the increase of Σ (n - m)²/m. No part stays empty.
-    """
+    and class come nearest to their targets m, by the increase of Σ (n - m)²/m. No part stays empty."""
     cases = {}
     for p in patches:
         cases.setdefault(p.case, []).append(p)
@@ -361,10 +348,8 @@ def split_patches(patches, parts=PROPORTIONS):
 
 def make_split(patches, how):
     """-> {"train": [names], "val": [...], "test": [...]}.
-
     how: "paper" (pooled, the paper's proportions), "official" (validation taken from train.json where there
-    is no val.json) or the path of a split file. Prints which class a part lacks.
-    """
+    is no val.json) or the path of a split file. Prints which class a part lacks."""
     if how == "paper":
         split = split_patches(patches)
         for label in sorted({p.label for p in patches}):
@@ -436,10 +421,8 @@ def hash_files(paths):
 
 class Cache:
     """Posterior mean and log-variance of each image and of its mirror image, and the embedding of the image.
-
     A folder per (VAE, encoder, size), a file per image, named by hashes of content: nothing can be stale.
-    Runs may share it, and be interrupted.
-    """
+    Runs may share it, and be interrupted."""
     BATCH, COLUMNS = 4, ("mean", "logvar", "embedding")     # four: small enough for 12 GB at 512 px
 
     def __init__(self, folder, vae_sha256, encoder_sha256, size):
@@ -460,10 +443,8 @@ class Cache:
 
     def fill(self, paths, encoders):
         """Add the images that are missing -> the hash of each path's file.
-
         encoders() -> (encode, embed), called only where images are missing. encode: x (B, 3, size, size) ->
-        mean, logvar; embed: PIL images -> e. Several processes share the work.
-        """
+        mean, logvar; embed: PIL images -> e. Several processes share the work."""
         hashes = hash_files(paths)
         files = dict(zip(hashes, paths))
         images = [*files]

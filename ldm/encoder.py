@@ -19,7 +19,6 @@ from .weights import TensorFile, check_declared, find_file, load
 
 class FeatureSpace:
     """A network with its preprocessing. Subclasses define kind, resize, `file`, `preprocess` and `load`."""
-
     def fingerprint(self):
         """sha256 of all that features depend on."""
         return self.file.fingerprint()
@@ -33,12 +32,9 @@ class FeatureSpace:
 
     def extract(self, images, device, batch=32):
         """Image files or PIL images of any size -> features (n, d), float64. Frees the network afterwards.
-
-        Several processes share whole batches, so that their number does not change the features.
-        """
+        Several processes share whole batches, so that their number does not change the features."""
         def read(image):
             return self.preprocess([image if isinstance(image, Image.Image) else load_rgb(image)])[0]
-
         network, features = self.load(device), []
         batches = shard([images[i:i + batch] for i in range(0, len(images), batch)])
         for batch in progress(prefetch(read, batches), "features", len(batches), leave=False):
@@ -73,9 +69,7 @@ UNI2H_DIGEST = "7e045138"       # pinned: an edited recipe must not read embeddi
 
 class Encoder(FeatureSpace):
     """A pathology encoder: PIL RGB images -> embeddings e (B, d_e), d_e = `width`.
-
-    UNI2-h is a ViT-H/14 with SwiGLU, 8 registers and 64-wide heads: 681,394,176 parameters, d_e = 1,536.
-    """
+    UNI2-h is a ViT-H/14 with SwiGLU, 8 registers and 64-wide heads: 681,394,176 parameters, d_e = 1,536."""
     kind = "encoder"
 
     def __init__(self, file, recipe=UNI2H, source=""):
@@ -136,10 +130,8 @@ def build_encoder(width=None, depth=None, recipe=UNI2H):
 
 def open_encoder(source=None, name=None):
     """A folder with weights, such a file, a Hugging Face repository or "toy" -> Encoder.
-
     name: of RECIPES (default: the one of that repository, else UNI2-h), whose repository is the default
-    source; or "timm" or a source, for a model as the config.json of timm beside its weights gives it.
-    """
+    source; or "timm" or a source, for a model as the config.json of timm beside its weights gives it."""
     recipe = RECIPES.get((name or "").lower())
     if name not in (None, "timm") and not recipe:
         source, name = source or name, "timm"
@@ -182,9 +174,7 @@ SIDE = 299
 
 class Inception(FeatureSpace):
     """Images -> the 2,048 features "pool3" of TensorFlow's graph. resize: whose resizer, see RESIZERS.
-
-    path: pytorch-fid's weights, .pth or .safetensors (default: torch.hub's cache, else a download).
-    """
+    path: pytorch-fid's weights, .pth or .safetensors (default: torch.hub's cache, else a download)."""
     kind, hint = "inception", "pass pytorch-fid's Inception weights"
 
     def __init__(self, path=None, resize="pytorch-fid"):
@@ -256,7 +246,6 @@ def resize_tf1(image):
     def weights(n):                 # (299, n): row i interpolates at i·n/299
         at = (torch.arange(SIDE) * (n / SIDE)).clamp(max=n - 1)
         return (1 - (at[:, None] - torch.arange(n)).abs()).clamp(min=0)
-
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
     return (weights(image.height) @ x @ weights(image.width).T - 128) / 128
 

@@ -31,7 +31,6 @@ COPIES = 5              # for usefulness: samples of a reference, flips of an im
 
 class Evaluation:
     """A finished run with its images, samples and features; each is made on first use and kept."""
-
     def __init__(self, run, args):
         self.folder, self.out, self.settings = run, run / "report", read_settings(run)
         self.device, self.cfg, self.limit = pick_device(args.device), f"{args.cfg:g}", args.limit
@@ -65,9 +64,7 @@ class Evaluation:
 
     def fake(self, part, n=None, cfg=None, each=1):
         """Files of samples, `each` of every image of a part, in the order of `real`; sample.py makes them.
-
-        cfg: one of SWEEP, for all of which the model is then loaded once.
-        """
+        cfg: one of SWEEP, for all of which the model is then loaded once."""
         how = sample.Sampling(cfg=float(cfg or self.cfg)).name
         paths = [self.samples / part / how / f"{name}_seed{i * each + k}_{how}.png"
                  for _, name, _, i in subsample(self.patches[part], n) for k in range(each)]
@@ -168,7 +165,6 @@ def colour_table(ev):
     def measure(paths):
         pixels = (np.asarray(load_rgb(path), np.float64) for path in paths)
         return np.mean([(x.mean((0, 1)), x.std((0, 1))) for x in pixels], axis=0).T
-
     real, fake = measure(ev.real("test")), measure(ev.fake("test"))
     for name, a, b in zip(("red", "green", "blue"), real, fake - real):
         yield dict(channel=name, mean=a[0], deviation=a[1], mean_drift=b[0], deviation_drift=b[1])
@@ -233,7 +229,6 @@ def save_sheet(path, pairs, texts):
 def as_markdown(rows):
     def cell(x):
         return f"{x:.4g}" if isinstance(x, float) else "-" if x in (None, "") else str(x)
-
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(cell, row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

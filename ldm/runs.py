@@ -2,9 +2,7 @@
 import os
 import platform
 import shlex
-import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import chain, count
@@ -33,8 +31,7 @@ class Settings:
     split: str = option(DATA, "paper", "paper (pooled, by case, 5398:387:375), official, or a file")
     sd15: str = option(DATA, SD15, "Diffusers folder, CompVis file, hub repository, or toy")
     vae: str | None = option(DATA, None, "another VAE: folder, file, repository (default: the base's)")
-    encoder: str | None = option(DATA, None, "uni2-h (default), h-optimus-0, h-optimus-1, virchow2, "
-                                 "prov-gigapath, or a folder or repository with timm's config.json")
+    encoder: str | None = option(DATA, None, "uni2-h, h-optimus-0/-1, virchow2, prov-gigapath, a timm config")
     uni2h: str | None = option(DATA, None, "the encoder's weights, or toy (default: its hub repository)")
     size: int = option(DATA, 512, "side of the images in pixels", low=8, high=8192)
     limit: int | None = option(DATA, None, "use at most N images of each part", low=1)
@@ -56,8 +53,7 @@ class Settings:
     val_every: int = option(VALIDATION, 1, "sample every Nth epoch, and the last", low=1)
     val_cfg: float = option(VALIDATION, 1.5, "their guidance")
     val_steps: int = option(VALIDATION, 30, "their denoising steps", low=1, high=999)
-    features: str | None = option(VALIDATION, None, "of the FID: inception (default if available) or encoder",
-                                  choices=("inception", "encoder"))
+    features: str | None = option(VALIDATION, None, "of FID", choices=("inception", "encoder"))
     inception: str | None = option(VALIDATION, None, "pytorch-fid's weights (default: torch.hub's cache)")
     run: str | None = option(RUN, None, "its folder (default: under runs/)")
     device: str = option(RUN, "auto", "cuda, mps or cpu")
@@ -72,9 +68,7 @@ class Settings:
 
 def parse_settings(description):
     """The command line of train.py -> (Settings, whether --resume was given).
-
-    Paths become absolute; α and the run's folder, which depend on other settings, are filled in.
-    """
+    Paths become absolute; α and the run's folder, which depend on other settings, are filled in."""
     parser = Parser(description)
     add_options(parser, Settings)
     parser.add_argument("--resume", metavar="RUN", help="resume this run, with its own settings")
@@ -100,9 +94,7 @@ def parse_settings(description):
 # ---- a run's folder ----------------------------------------------------------------------------------
 class Lock:
     """Keeps a folder from other processes while this object lives; fails where another process holds it.
-
-    There is no lock on Windows, which lacks flock, nor on a file system that refuses it.
-    """
+    There is no lock on Windows, which lacks flock, nor on a file system that refuses it."""
     handle = None
 
     def __init__(self, folder):
@@ -140,9 +132,7 @@ def read_settings(folder):
 
 def check_or_create(folder, settings, sha256):
     """Check that the run in this folder has these settings and hashes, or make the folder a run of these.
-
-    Until a run has saved an adapter its config.json is replaced: its settings may be why it stopped.
-    """
+    Until a run has saved an adapter its config.json is replaced: its settings may be why it stopped."""
     path, saved = folder / "config.json", read_settings(folder)
     others = [p for p in folder.glob("[!.]*") if p.name != "split.json"]
     if folder.is_file() or (saved is None and others):
@@ -150,7 +140,9 @@ def check_or_create(folder, settings, sha256):
     if not RANK0:
         return
     if not any(folder.glob("[!.]*.safetensors")):
-        config = dict(args=asdict(settings), sha256=sha256, command=sys.argv, environment=environment())
+        versions = {name: version(name) for name in ("torch", "timm", "safetensors", "numpy", "pillow")}
+        versions |= dict(python=platform.python_version(), platform=platform.platform(), processes=WORLD)
+        config = dict(args=asdict(settings), sha256=sha256, command=sys.argv, environment=versions)
         return save_json(path, config)
     config, kinds = read_json(path), dict(sha256=dict, command=list, environment=dict)
     if not all(isinstance(config.get(key), kind) for key, kind in kinds.items()):
@@ -162,15 +154,6 @@ def check_or_create(folder, settings, sha256):
             what = f"images of {saved.data}" if name == "images" else name.replace("_", "-")
             end = ", where its learning rate has fallen to 0" * (name in ("epochs", "max_steps"))
             raise Fail(f"{folder} is a run with {what} {was}{end}, not {now}; pass another --run")
-
-def environment():
-    """The versions that made a run: {name: version}; git: the commit, "-dirty" where tracked files differ."""
-    found = {name: version(name) for name in ("torch", "timm", "safetensors", "numpy", "pillow")}
-    found |= dict(python=platform.python_version(), platform=platform.platform(), processes=WORLD)
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
-    with suppress(OSError):                 # it is not installed
-        found["git"] = subprocess.run([*git, "--exclude", "*"], capture_output=True, text=True).stdout.strip()
-    return found
 
 def split_of_run(folder, patches, how, started):
     """The split of a run: its split.json, with which a run that is not started must agree; or a new one."""
@@ -193,9 +176,7 @@ def unfinished(folder):
 
 def newest_run():
     """The folder under runs/ whose adapter was written last, of the finished ones if there are any, or None.
-
-    Says which newer ones are not finished.
-    """
+    Says which newer ones are not finished."""
     found = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: -path.stat().st_mtime)
     for path in found:
         if not (left := unfinished(path.parent)):
@@ -226,9 +207,7 @@ def patches_of(settings, folder):
 
 def name_references(found, known, digest=file_sha256):
     """[(name, path)] -> {unique name: path}, and `known` extended by them: {name: digest(path)}.
-
-    Two images never share a name, here or with an earlier call that left `known`: the second one gets "-2".
-    """
+    Two images never share a name, here or with an earlier call that left `known`: the second gets "-2"."""
     references, known = {}, dict(known)
     for name, path in found:
         name, sha256 = "/".join(map(safe_name, name.split("/"))), digest(path)
@@ -239,9 +218,7 @@ def name_references(found, known, digest=file_sha256):
 
 def public_name(source):
     """A source as an adapter's header and the model card name it: of an absolute path the last part.
-
-    The same for an argument --name=source. A folder with the name of a built-in source does not pass for it.
-    """
+    The same for an argument --name=source. A folder named as a built-in source does not pass for it."""
     flag, equals, value = source.partition("=") if source.startswith("--") else ("", "", source)
     name = (Path(value).name or value) if os.path.isabs(value) or value.startswith("~") else value
     return flag + equals + (f"./{name}" if name in BUILT_IN and name != value else name)

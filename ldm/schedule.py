@@ -12,10 +12,8 @@ T = 1000
 @cache
 def alpha_bar():
     """ᾱ (1000,) in float64: the product of 1 - β, with √β linear from √0.00085 to √0.012.
-
     The paper writes α_t for it. Source: CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml.
-    Accumulated in float64 as there; Diffusers does it in float32, and differs by 8e-7.
-    """
+    Accumulated in float64 as there; Diffusers does it in float32, and differs by 8e-7."""
     beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float64) ** 2
     return torch.cumprod(1 - beta, dim=0)
 
@@ -31,18 +29,14 @@ def _roots(device, dtype):
 
 def timesteps(steps=30):
     """Timesteps from noise to image: k · (1000 // steps) + 1, k = steps-1 .. 0; for 30: 958, 925, ..., 34, 1.
-
-    This is Diffusers' `leading` spacing with `steps_offset` 1, which SD1.5's scheduler config asks for.
-    """
+    This is Diffusers' `leading` spacing with `steps_offset` 1, which SD1.5's scheduler config asks for."""
     if not 1 <= steps < T:
         raise ValueError(f"steps must be between 1 and {T - 1}, not {steps}")
     return [k * (T // steps) + 1 for k in reversed(range(steps))]
 
 def ddpm_coefficients(t, previous):
     """(c_0, c_t, σ) of z_previous = c_0 ẑ_0 + c_t z_t + σ · noise, the step t -> previous (None at the end).
-
-    Ho et al. 2020, eqs. (6)-(7), for steps of any length; σ² is the posterior variance (`fixed_small`).
-    """
+    Ho et al. 2020, eqs. (6)-(7), for steps of any length; σ² is the posterior variance (`fixed_small`)."""
     ab = alpha_bar()
     ab_t, ab_p = ab[t].item(), 1.0 if previous is None else ab[previous].item()
     a = ab_t / ab_p

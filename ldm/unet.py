@@ -11,21 +11,16 @@ from torch.utils.checkpoint import checkpoint
 
 class UNet(nn.Module):
     """Predict the noise ε in z_t. The defaults are SD1.5: 859,520,964 parameters in 686 tensors.
-
     channels: width of each level; all levels but the last have attention. layers: residual blocks per level
     on the way down (one more on the way up). context: d_c, the width of a condition token. heads: heads of
-    every attention (what SD1.5's config calls `attention_head_dim: 8`).
-    """
-
+    every attention (what SD1.5's config calls `attention_head_dim: 8`)."""
     def __init__(self, channels=(320, 640, 1280, 1280), layers=2, context=768, heads=8, latent=4):
         super().__init__()
         levels, first, last, time = len(channels), channels[0], channels[-1], 4 * channels[0]
         self.latent, self.context = latent, context
-
         def level(inputs, c, attentions, **samplers):       # inputs: the widths of its blocks' inputs
             resnets = [ResBlock(c_in, c, time) for c_in in inputs]
             return Level(resnets, [Transformer(c, heads, context) for _ in range(attentions)], **samplers)
-
         self.conv_in = nn.Conv2d(latent, first, 3, padding=1)
         self.time_embedding = TimeEmbedding(first, time)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
@@ -45,9 +40,7 @@ class UNet(nn.Module):
 
     def forward(self, z, t, c):
         """z (B, 4, H, W), t (B,) integer timesteps, c (B, N, d_c) -> ε (B, 4, H, W).
-
-        Computed in the network's dtype, returned in z's: float32 around a bfloat16 network.
-        """
+        Computed in the network's dtype, returned in z's: float32 around a bfloat16 network."""
         dtype = self.conv_in.weight.dtype
         t, c = self.time_embedding(t), c.to(dtype)          # (B, 4 C₀), (B, N, d_c)
         skips = [h := self.conv_in(z.to(dtype))]
@@ -68,7 +61,6 @@ class UNet(nn.Module):
 
 class TimeEmbedding(nn.Module):
     """Integer timesteps (B,) -> (B, width), from cosines, then sines, of t · 10000^(-2i/dim) in float32."""
-
     def __init__(self, dim, width):
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(dim, width), nn.Linear(width, width)
@@ -97,7 +89,6 @@ class Level(nn.Module):
 
 class Conv(nn.Conv2d):
     """A convolution; a wide one of few positions on the CPU without oneDNN, which takes twice the time."""
-
     def forward(self, x):
         if x.device.type != "cpu" or self.in_channels < 1280 or x.shape[0] * x[0, 0].numel() > 128:
             return super().forward(x)
@@ -106,7 +97,6 @@ class Conv(nn.Conv2d):
 
 class ResBlock(nn.Module):
     """x (B, c_in, H, W) -> (B, c_out, H, W). time: width of the time embedding, None in the VAE."""
-
     def __init__(self, c_in, c_out, time=None, eps=1e-5):
         super().__init__()
         self.norm1 = nn.GroupNorm(32, c_in, eps)
@@ -127,7 +117,6 @@ class ResBlock(nn.Module):
 
 class Transformer(nn.Module):
     """Self-attention over the positions, cross-attention to the condition, feed-forward; each residual."""
-
     def __init__(self, c, heads, context):
         super().__init__()
         self.norm = nn.GroupNorm(32, c, eps=1e-6)
@@ -143,7 +132,6 @@ class Transformer(nn.Module):
 
 class TransformerBlock(nn.Module):
     """h (B, L, C), c (B, N, d_c) -> (B, L, C)."""
-
     def __init__(self, c, heads, context):
         super().__init__()
         self.norm1, self.attn1 = nn.LayerNorm(c), Attention(c, c, heads)
@@ -158,7 +146,6 @@ class TransformerBlock(nn.Module):
 
 class Attention(nn.Module):
     """Queries from x (B, L, C), keys and values from c (B, N, context) -> (B, L, C). bias: of Q, K and V."""
-
     def __init__(self, dim, context, heads, bias=False):
         super().__init__()
         self.heads = heads
@@ -174,7 +161,6 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     """h (B, L, C) -> (B, L, C) through GEGLU of inner width 4C, with the exact (erf) GELU."""
-
     def __init__(self, c):
         super().__init__()
         geglu = nn.ModuleDict({"proj": nn.Linear(c, 8 * c)})
@@ -186,7 +172,6 @@ class FeedForward(nn.Module):
 
 class Downsample(nn.Module):
     """Halve H and W. The VAE pads right and bottom only: all around, its latents have 0.8 relative error."""
-
     def __init__(self, c, asymmetric=False):
         super().__init__()
         self.asymmetric = asymmetric
@@ -197,7 +182,6 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """Double H and W: nearest neighbour, then a convolution."""
-
     def __init__(self, c):
         super().__init__()
         self.conv = Conv(c, c, 3, padding=1)

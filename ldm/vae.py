@@ -11,9 +11,7 @@ EPS = 1e-6          # of every GroupNorm here; the U-Net's residual blocks have 
 
 class VAE(nn.Module):
     """KL autoencoder, 8 x 8 pixels to one latent pixel; as in SD1.5, 83,653,863 parameters in 248 tensors.
-
-    channels: width of each level. layers: residual blocks per level of the encoder (one more in the decoder).
-    """
+    channels: width of each level. layers: blocks per level of the encoder, one more in the decoder."""
     PIXELS = 2 ** 19        # at a time, two images of 512 px: 1.5 GiB, counted by `tests/bench.py memory`
 
     def __init__(self, channels=(128, 256, 512, 512), layers=2, latent=4):
@@ -43,7 +41,6 @@ def draw_latent(mean, logvar, noise):
 
 class Stage(Level):
     """n residual blocks from c_in to c channels, attention after the first of them; then the resampling."""
-
     def __init__(self, c_in, c, n, **others):
         super().__init__([ResBlock(c_in if j == 0 else c, c, eps=EPS) for j in range(n)], **others)
 
@@ -55,7 +52,6 @@ class Stage(Level):
 
 class Coder(nn.Module):
     """The encoder E: images to latents, stages of halved size, the middle last; or D, its mirror image."""
-
     def __init__(self, channels, layers, c_in, c_out, decoder=False):
         super().__init__()
         first, last = channels[0], channels[-1]
@@ -80,7 +76,6 @@ class Coder(nn.Module):
 
 class SpatialAttention(Attention):
     """One head over all positions, residual: x (B, C, H, W) -> (B, C, H, W)."""
-
     def __init__(self, c):
         super().__init__(c, c, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(32, c, EPS)

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .app import RANK0, Fail, file_sha256, first_line, foreign_file, layout, read_json
+from .app import Fail, announce, file_sha256, first_line, foreign_file, layout, read_json
 from .schedule import T, alpha_bar
 from .unet import UNet
 from .vae import VAE
@@ -33,10 +33,7 @@ BLOCK = 2 ** 18         # numbers; so many zeros in a row are a gap in a file, n
 
 class TensorFile:
     """The tensors of a safetensors file or a pickled state dict, mapped, read on demand.
-
-    names: {our name: name in the file}; shapes: {our name: shape}. The first bytes decide the format.
-    """
-
+    names: {our name: name in the file}; shapes: {our name: shape}. The first bytes decide the format."""
     def __init__(self, path):
         self.path, self.header, self._fingerprint = Path(path), {}, None
         with foreign_file(self.path, "is not a plain file of tensors, or is truncated", "download it again"):
@@ -107,9 +104,7 @@ class _Stub:
 
 def _unpickle(path, archive):
     """The state dict in a file of torch.save, which may be one part of a trainer's checkpoint.
-
-    Nothing in it is run or imported: objects of unknown classes become stubs. archive: whether it is a zip.
-    """
+    Nothing in it is run or imported: objects of unknown classes become stubs. archive: it is a zip."""
     mapped = archive and path.suffix.lower() != ".safetensors"      # which torch takes for no pickle
     unknown = get_unsafe_globals_in_checkpoint(path) if archive else []
     try:
@@ -118,7 +113,7 @@ def _unpickle(path, archive):
     except pickle.UnpicklingError:              # torch's message has many lines and unsafe advice
         raise ValueError("damaged, or a pickle with code: save its state dict alone") from None
     state = {"tensor": state} if isinstance(state, torch.Tensor) else state
-    for key in ("model", "state_dict", "model_state_dict"):
+    for key in 2 * ("model", "state_dict", "model_state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     state = {name: t for name, t in state.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}
     if not state:
@@ -127,9 +122,7 @@ def _unpickle(path, archive):
 
 def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     """build() -> a frozen network with the tensors of `file`, which must match it by name and shape.
-
-    Memory peaks at its size in `dtype` plus one tensor; a CPU copies nothing where the file has that dtype.
-    """
+    Memory peaks at its size in `dtype` plus one tensor; a CPU copies nothing of that dtype."""
     with foreign_file(file.path, "has tensors of another network", hint), torch.device("meta"):
         network = build()
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -147,8 +140,8 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
             raise Fail(f"{file.path}: {name} is {tensor.dtype}, not floating point (quantised?). {hint}")
         small = tensor.dtype if tensor.itemsize == 1 else small
         state[name] = tensor.reshape(wanted[name]).to(device, dtype)
-    if small and device != "meta" and RANK0:
-        print(f"note: {file.path} is stored as {small}, 2 or 3 bits of precision", file=sys.stderr)
+    if small and device != "meta":
+        announce(f"note: {file.path} is stored as {small}, 2 or 3 bits of precision")
     network.load_state_dict(state, strict=True, assign=True)
     return network.to(memory_format=layout(device, dtype)).eval().requires_grad_(False)
 
@@ -167,9 +160,7 @@ def find_file(argument, source, names):
 # ---- Stable Diffusion 1.5 ----------------------------------------------------------------------------------
 def open_sd15(source, vae=None):
     """A Diffusers folder, CompVis file, Hugging Face repository or "toy" -> TensorFiles (U-Net, VAE).
-
-    vae: another source for the VAE. Fails where a file or config declares another model than SD1.5.
-    """
+    vae: another source for the VAE. Fails where a file or config declares another model than SD1.5."""
     unet = vae_file = TensorFile(find_file("--sd15", source, _names("unet/")))
     if vae is not None:
         vae_file = TensorFile(find_file("--vae", vae, [*_names("vae/"), *_names("")]))
@@ -216,7 +207,6 @@ def check_declared(path, found, computed):
         if isinstance(value, float) and isinstance(ours, (int, float)):
             return math.isclose(value, ours, rel_tol=1e-6)
         return value == ours or not (value or ours)         # null, false and 0 have one meaning
-
     for key, values in computed.items():
         if key in found and not any(same(found[key], value) for value in values):
             raise Fail(f"{path} declares {key} {found[key]!r}, and this program computes with {values[0]!r}; "

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-LIMITS = dict(modules=15, imports=45, lines=3768, columns=110, function=60)
+LIMITS = dict(modules=15, imports=45, lines=3600, columns=110, function=60)
 FILES = sorted(path for path in (*ROOT.glob("*.py"), *ROOT.glob("ldm/**/*.py")))
 SOURCE = {path: path.read_text(encoding="utf-8") for path in FILES}
 TREES = {path: ast.parse(text) for path, text in SOURCE.items()}

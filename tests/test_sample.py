@@ -1,4 +1,4 @@
-"""sample.py as a program: stored embeddings, means, balance, labels.csv, provenance, and where it writes."""
+"""sample.py as a program: stored embeddings, balance, labels.csv, provenance, and where it writes."""
 import csv
 import shlex
 from pathlib import Path
@@ -68,19 +68,6 @@ def test_what_is_no_embedding_is_refused_in_one_line(x, words, tmp_path):
         np.save(path, x)
     with pytest.raises(Fail, match=words):
         sample.read_embeddings(path, 6)
-
-def test_the_mean_of_references_is_the_image_of_their_mean_embedding(embeddings, tmp_path):
-    paths, rows, arguments, _ = embeddings
-    np.save(tmp_path / "mean.npy", rows.mean(0).numpy())
-    np.save(tmp_path / "both.npy", rows.numpy())
-    for out, *what in (("a", "--mean", "--ref", *paths), ("b", "--mean", "--embedding", "both.npy"),
-                       ("c", "--embedding", "mean.npy")):
-        program("sample.py", *arguments, *what, "--out", out, cwd=tmp_path)
-    a, b, c = (pixels(tmp_path / out / "cfg1.3") for out in "abc")
-    assert [*a] == [*b] == [*c] == ["0_cfg1.3.png"] and len(list((tmp_path / "a/real").iterdir())) == 2
-    assert all(abs(x["0_cfg1.3.png"] - c["0_cfg1.3.png"]).max() <= 1 for x in (a, b))
-    [path] = (tmp_path / "a/cfg1.3").iterdir()
-    assert path.name.startswith("mean-of-2-")
 
 def table(out):
     return list(csv.DictReader(open(out / "labels.csv")))

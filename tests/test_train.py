@@ -237,7 +237,7 @@ def test_a_run_leaves_what_the_readme_says(trained, tmp_path):
     assert "the same after epoch 2 of 2" in card and f"**{distances[-1]:.4g}**" in card
     assert f"python {' '.join(['train.py', '--data'])}" in card
     assert "pooled, then split by case; cases in more than one part: 0." in card
-    assert config["environment"]["torch"] in card and len(config["environment"]["git"] or "0" * 40) >= 40
+    assert config["environment"]["torch"] in card
     assert not list(trained.rglob(".*"))                                           # no temporary files
 
 def test_a_model_card_says_no_more_than_is_known(trained, tmp_path):
