@@ -248,10 +248,11 @@ class Trainer:
             self.step, minutes = int(header["step"]), float(header["minutes"])
             self.best, self.scale = float(header["best"]), min(float(header["scale"]), self.largest_scale)
             self.losses, self.history = json.loads(header["losses"]), json.loads(header["history"])
+            state = dict(file.read(file.names))
             for name, p in self.named.items():
-                p.copy_(file.get(name).view_as(p))
-                if f"{name}/exp_avg" in file.names:
-                    moments = {key: file.get(f"{name}/{key}").view_as(p).to(p, copy=True) for key in MOMENTS}
+                p.copy_(state[name].view_as(p))
+                if f"{name}/exp_avg" in state:
+                    moments = {key: state[f"{name}/{key}"].view_as(p).to(p, copy=True) for key in MOMENTS}
                     step = torch.tensor(float(self.step), device=self.device)
                     self.optimizer.state[p] = dict(step=step, **moments)
             ends = [0, *(row["step"] for row in self.history if row.keys() >= {"epoch", "val_loss"})]

@@ -155,14 +155,17 @@ def from_timm(file, config, source):
     """A TensorFile and the config.json beside it -> the file without its classifier, and a Recipe."""
     how = config["pretrained_cfg"]
     arguments = {k: config[k] for k in ("global_pool",) if k in config} | config.get("model_args", {})
-    size = how["input_size"][1]
-    if how["input_size"] != [3, size, size] or how.get("crop_mode", "center") != "center":
-        raise ValueError(f"input_size is {how['input_size']}, crop_mode {how.get('crop_mode')}")
+    size, mean, std = how["input_size"][1], how["mean"], how["std"]
+    crop = 0.875 if how.get("crop_pct") is None else how["crop_pct"]            # timm's default
+    ranges = all(0 <= x <= 1 for x in mean) and all(0 < x <= 1 for x in std) and 0.1 <= crop <= 1
+    if ([how["input_size"], how.get("crop_mode", "center"), len(mean), len(std)]
+            != [[3, size, size], "center", 3, 3] or not ranges):
+        raise ValueError(f"not usable: among input_size, crop_mode, crop_pct, mean and std of {how}")
     recipe = Recipe(
         name="timm", repository=source, terms=f"{Path(source).name} (look up its terms)", licence="other",
         model=config["architecture"], arguments=arguments | dict(num_classes=0), head_width=0, size=size,
-        interpolation=Image.Resampling[how["interpolation"].upper()].name, mean=tuple(how["mean"]),
-        std=tuple(how["std"]), resize=int(size / how.get("crop_pct", 1)))
+        interpolation=Image.Resampling[how["interpolation"].upper()].name, mean=tuple(mean), std=tuple(std),
+        resize=int(size / crop))
     heads = how.get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     return file.renamed({name: name for name in file.names if not name.startswith(prefixes)}), recipe

@@ -203,7 +203,7 @@ def check_declared(path, found, computed):
     def same(value, ours):
         if isinstance(value, list):
             ours = ours if isinstance(ours, list) else [ours] * len(value)
-            return len(value) == len(ours) and all(map(same, value, ours))
+            return len(value) == len(ours) > 0 and all(map(same, value, ours))
         if isinstance(value, float) and isinstance(ours, (int, float)):
             return math.isclose(value, ours, rel_tol=1e-6)
         return value == ours or not (value or ours)         # null, false and 0 have one meaning
@@ -222,7 +222,8 @@ def _check_model(unet, vae):
     for part, (file, name) in configs.items():
         if file.path.name.startswith("diffusion_pytorch_model"):
             config = Path(os.path.normpath(file.path.parent / name))
-            check_declared(config, read_json(config), FACTS[part])
+            if found := read_json(config):
+                check_declared(config, FACTS["defaults"].get(part, {}) | found, FACTS[part])
     if "alphas_cumprod" in unet.names:
         theirs = unet.get("alphas_cumprod")
         rounding = {1: 0.3, 2: 0.01}.get(theirs.itemsize, 1e-4)

@@ -294,9 +294,10 @@ def test_an_encoder_with_anything_in_its_config(timm_encoder, data, changes, cut
 
 THREE = st.lists(st.floats(0.1, 0.9), min_size=3, max_size=3)
 FOLLOWED = dict(input_size=st.sampled_from([[3, 64, 64], [3, 64, 96], [3, 32, 32], [1, 64, 64]]),
-                mean=THREE, std=THREE,
+                mean=THREE | json_values, std=THREE | json_values,
                 interpolation=st.sampled_from(["bilinear", "bicubic", "lanczos", "hamming", "box", "random"]),
-                crop_pct=st.floats(0.5, 1), crop_mode=st.sampled_from(["center", "squash", "border"]),
+                crop_pct=st.floats(0.5, 1) | json_values,
+                crop_mode=st.sampled_from(["center", "squash", "border"]),
                 classifier=st.sampled_from(["head", ["head", "fc"], "fc"]),
                 test_crop_pct=json_values, pool_size=json_values)
 

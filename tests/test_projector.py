@@ -168,8 +168,10 @@ def test_any_model_with_timms_config_is_an_encoder(tmp_path):
     assert encoder.width == 192
     assert encoder.fingerprint() == open_encoder(tmp_path, "timm").fingerprint() != encoder.file.fingerprint()
 
-@pytest.mark.parametrize("config", [dict(crop_mode="squash"), dict(input_size=[3, 64, 96]),
-                                    dict(interpolation="random"), dict(mean=None)])
+@pytest.mark.parametrize("config", [
+    dict(crop_mode="squash"), dict(input_size=[3, 64, 96]), dict(interpolation="random"), dict(mean=None),
+    dict(mean=[0.5] * 4), dict(mean="abc"), dict(mean=[float("nan")] * 3), dict(std=[0, 1, 1]),
+    dict(std=["0.5"] * 3), dict(crop_pct=-1), dict(crop_pct=float("inf")), dict(crop_pct=0)])
 def test_a_timm_config_that_cannot_be_followed_is_refused(config, tmp_path):
     timm_folder(tmp_path, "vit_tiny_patch16_224", config, img_size=64, depth=1)
     with pytest.raises(Fail, match="config.json is no config of timm that can be used"):

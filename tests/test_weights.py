@@ -227,7 +227,8 @@ def copy(folder, to, configs):
     (VAE_CONFIG, "mid_block_add_attention", False), (VAE_CONFIG, "act_fn", "relu"),
     (SCHEDULER, "prediction_type", "v_prediction"), (SCHEDULER, "rescale_betas_zero_snr", True),
     (SCHEDULER, "beta_schedule", "linear"), (SCHEDULER, "beta_end", 0.02),
-    (SCHEDULER, "trained_betas", [0.1]), (SCHEDULER, "num_train_timesteps", 4000)])
+    (SCHEDULER, "trained_betas", [0.1]), (SCHEDULER, "num_train_timesteps", 4000),
+    (SCHEDULER, "prediction_type", []), (VAE_CONFIG, "scaling_factor", [])])
 def test_a_config_that_contradicts_the_network_is_refused_with_key_and_both_values(
         file, key, value, folder, tmp_path):
     copy(folder, tmp_path / "x", {file: OFFICIAL[file] | {key: value}})
@@ -236,11 +237,17 @@ def test_a_config_that_contradicts_the_network_is_refused_with_key_and_both_valu
     words = str(problem.value)
     assert key in words and repr(value) in words and "computes with" in words and file in words
 
+def test_what_a_scheduler_does_not_say_is_diffusers_default(folder, tmp_path):
+    """Whose betas are linear from 0.0001 to 0.02; a flow's scheduler has none at all."""
+    copy(folder, tmp_path / "x", {SCHEDULER: dict(_class_name="FlowMatchEulerDiscreteScheduler")})
+    with pytest.raises(Fail, match="declares beta_schedule 'linear'"):
+        open_sd15(str(tmp_path / "x"))
+
 HARMLESS = {
     UNET: dict(upcast_attention=True, dropout=0.1, _name_or_path="x", only_cross_attention=[False] * 4,
                attention_head_dim=[8] * 4, act_fn="swish", class_embeddings_concat=None),
     VAE_CONFIG: dict(force_upcast=False, scaling_factor=0.18215, shift_factor=0, latents_std=[1.0] * 4),
-    SCHEDULER: dict(prediction_type="epsilon", timestep_spacing="trailing", _class_name="DDIMScheduler")}
+    SCHEDULER: dict(OFFICIAL[SCHEDULER], timestep_spacing="trailing", _class_name="DDIMScheduler")}
 
 BOTH = {name: OFFICIAL[name] | HARMLESS[name] for name in OFFICIAL}
 
