@@ -178,8 +178,10 @@ def main(arguments=None):
     name = "-".join([f"step{int(adapter.header['step']):06d}", *filter(None, kinds)])
     out, size = args.out or adapter.path.parent / "samples" / name, int(adapter.header["resolution"])
     guard = dict(adapter_sha256=file_sha256(adapter.path), base_sha256=unet_file.fingerprint(),
-                 vae_sha256=vae_file.fingerprint(), resolution=size, steps=samplings[0].steps)
+                 vae_sha256=vae_file.fingerprint(), resolution=size, **asdict(samplings[0]))
+    del guard["cfg"]                                        # which is in the names
     known = read_samples(out, guard, [*(args.ref or ()), settings and settings.data])
+    digest = file_sha256 if encoder else lambda row: hashlib.sha256(row.numpy()).hexdigest()
     names, known = name_references([(name, source) for name, _, source in found], known, digest)
     check_same("weights or references", [guard, known])
     chosen = choose(args, dict(zip(names, (label for _, label, _ in found))))
@@ -258,11 +260,6 @@ def read_embeddings(path, width):
         if not (finite := rows.isfinite().all(1)).all():
             raise Fail(f"{path}: embedding {finite.long().argmin()} is not finite; omit it")
         return rows
-
-def digest(source):
-    """The SHA-256 of a reference: a file, or an embedding (d_e,)."""
-    is_row = isinstance(source, torch.Tensor)
-    return hashlib.sha256(source.numpy()).hexdigest() if is_row else file_sha256(source)
 
 def choose(args, labels):
     """{reference: label} -> {reference: seeds of its samples}, for those to sample."""

@@ -134,6 +134,8 @@ def open_encoder(source=None, name=None):
     source; or "timm" or a source, for a model as the config.json of timm beside its weights gives it."""
     recipe = RECIPES.get((name or "").lower())
     if name not in (None, "timm") and not recipe:
+        if "/" not in name and not Path(name).exists():
+            raise Fail(f"--encoder {name} is none of {', '.join(RECIPES)}, and no folder or repository")
         source, name = source or name, "timm"
     recipe = recipe or next((r for r in RECIPES.values() if r.repository == source), UNI2H)
     source = str(source or recipe.repository)

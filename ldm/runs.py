@@ -34,7 +34,7 @@ class Settings:
     encoder: str | None = option(DATA, None, "uni2-h, h-optimus-0/-1, virchow2, prov-gigapath, a timm config")
     uni2h: str | None = option(DATA, None, "the encoder's weights, or toy (default: its hub repository)")
     size: int = option(DATA, 512, "side of the images in pixels", low=8, high=8192)
-    limit: int | None = option(DATA, None, "use at most N images of each part", low=1)
+    limit: int | None = option(DATA, None, "use at most N images of train and val", low=1)
     rank: int = option(MODEL, 8, "r of LoRA", low=1, high=4096)
     alpha: float | None = option(MODEL, None, "α of LoRA (default: the rank)", low=1e-6)
     tokens: int = option(MODEL, 4, "condition tokens n_c", low=1, high=4096)
@@ -46,7 +46,7 @@ class Settings:
     cfg_drop: float = option(TRAINING, 0.1, "p of the null embedding, per image", high=1)
     epochs: int = option(TRAINING, 12, "passes over the training images", low=1)
     batch: int = option(TRAINING, 16, "images per step", low=1)
-    micro_batch: int | None = option(TRAINING, None, "images per pass (default: what fits the GPU)", low=1)
+    micro_batch: int | None = option(TRAINING, None, "images per pass (default: what fits)", low=1)
     max_steps: int | None = option(TRAINING, None, "stop then, on a schedule of this length", low=1)
     seed: int = option(TRAINING, 0, "of everything random except the split", high=MAX_SEED)
     val_samples: int | None = option(VALIDATION, None, "images to sample for FID (default: all)")
@@ -84,7 +84,7 @@ def parse_settings(description):
             raise Fail(f"--resume {resume}: pass a run of train.py, and no --run")
         values = {name: x for name, x in vars(saved).items() if name not in THIS_CALL} | {"run": resume}
     elif given.get("sd15") == "toy" or not {"sd15", "data"} & given.keys():
-        values = TOY
+        values = {name: x for name, x in TOY.items() if name != "uni2h" or "encoder" not in given}
     s = Settings(**values | given)
     if s.data is None or (s.data == TOY_DATA and s.split != "paper"):
         raise Fail("pass --data with a folder of patches; only the toy base has its own, and their split")

@@ -70,9 +70,9 @@ def test_a_setting_that_an_older_run_lacks_has_its_default(trained, tmp_path, mo
     assert read_settings(tmp_path) == replace(read_settings(trained), quiet=True)
     (tmp_path / "adapter.safetensors").touch()
     check_or_create(tmp_path, parse(monkeypatch, "--resume", tmp_path), config["sha256"])
-    config["args"]["min_snr"] = 5
+    config["args"]["no_such_setting"] = 5
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Fail, match="config.json is damaged or of another version.*--min-snr"):
+    with pytest.raises(Fail, match="config.json is damaged or of another version.*--no-such-setting"):
         read_settings(tmp_path)
 
 def test_every_setting_differs_or_not_as_its_field_says():
@@ -89,7 +89,7 @@ def test_all_of_a_sampling_is_in_the_png_and_only_the_guidance_in_its_name(train
     program("sample.py", *arguments, "--steps", 2, "--cfg", 1.5, cwd=tmp_path)
     [path] = (tmp_path / "out/cfg1.5").glob("*.png")
     text = Image.open(path).text
-    assert {key: text[key] for key in asdict(Sampling())} == {"cfg": "1.5", "steps": "2"}
+    assert asdict(Sampling()).keys() <= text.keys() and (text["cfg"], text["steps"]) == ("1.5", "2")
     assert text["reference"] == patch.stem and text["seed"] == "0"
     assert path.stem.endswith("_seed0_cfg1.5") and Sampling(2.0).name == "cfg2"
     other = program("sample.py", *arguments, "--steps", 3, cwd=tmp_path, check=False)
