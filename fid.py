@@ -22,7 +22,7 @@ from ldm.runs import find, read_settings
 
 # ---- metrics of two sets, of features x (n, d) and y (m, d) ------------------------------------------------
 def frechet_distance(x, y):
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½) of features, by scipy's sqrtm; exact also where Σ is singular.
+    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½) of features, by scipy's sqrtm; exact also for few images.
     With X and Y centred and scaled so that Σ = XᵀX, tr (Σ₁Σ₂)^½ is the nuclear norm of X Yᵀ; of many rows X,
     that of R Yᵀ, where X = QR and R is d x d."""
     x, y = np.float64(x), np.float64(y)
@@ -164,14 +164,13 @@ def compare(real, fake, subset=1000):
     """Two ImageSets -> {"fid", "n_real", "n_fake"}, and the columns of `kid` where the features are known."""
     (d, a), (other, b) = ((x.features.shape[1], ", ".join(x.space or ())) for x in (real, fake))
     if d != other or (a and b and a != b):
-        raise Fail(f"REAL has {d} features of {a or '?'}, FAKE {other} of {b or '?'}: make one again, with "
-                   "the --resize and --inception of the other")
+        raise Fail(f"REAL has {d} features of {a or '?'}, FAKE {other} of {b or '?'}: make one again, "
+                   "with one network, --resize and --inception for both")
     others = kid(real.features, fake.features, subset) if real.n and fake.n else {}
     return dict(fid=frechet_distance(real.features, fake.features), n_real=real.n, n_fake=fake.n) | others
 
 def compare_classes(real, fake, subset=1000):
-    """{class: {"n_real", "n_fake", columns of `kid`}} for every subfolder of either, if one is in both.
-    Images outside of subfolders are the class ""."""
+    """{class or "": {"n_real", "n_fake", columns of `kid`}} for every subfolder, if one is in both."""
     x, y = real.by_class(), fake.by_class()
     names = sorted(x.keys() | y.keys()) if any(x.keys() & y.keys()) else ()
     pairs = {name: (x.get(name, ()), y.get(name, ())) for name in names}

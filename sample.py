@@ -143,7 +143,7 @@ def parse_args(arguments=None):
     add("--limit", type=number(int, 1), metavar="N", help="of --split, N patches at most")
     add("--n", type=number(int, 1), default=1, help="samples per reference (default: 1)")
     add("--balance", action="store_true", help="of --split train: fill each class up to the largest")
-    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="image i of all the references has SEED + i")
+    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="image i has SEED + i (default: 0)")
     add_options(parser, Sampling)
     add = parser.add_argument_group("with which model").add_argument
     add("--run", metavar="DIR", help="a run, its best adapter (default: the newest in runs/)")

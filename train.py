@@ -284,9 +284,11 @@ def train(trainer, validation, folder, header):
                             images_per_s=f"{trainer.settings.batch / seconds[-1]:.1f}")
             bar.update()
             late = time.perf_counter() - trainer.saved_at > SAVE_SECONDS
-            if trainer.stop or late or trainer.epoch_is_due():
+            # with several processes it comes with the gradients, so that all stop after the same step
+            stop = trainer.stop or (WORLD == 1 and SIGNALS.received)
+            if stop or late or trainer.epoch_is_due():
                 trainer.save(folder, header)
-            if trainer.stop:
+            if stop:
                 bar.write(f"{folder}: saved at step {trainer.step}; repeat the command to resume")
                 barrier()                   # rank 0 writes
                 return 128 + (SIGNALS.received or signal.SIGTERM)
@@ -298,11 +300,11 @@ def end_epoch(trainer, validation, seconds):
     SIGNALS.leave()
     epoch, settings = math.ceil(trainer.step / trainer.steps_per_epoch), trainer.settings
     lr = settings.lr * learning_rate_factor(trainer.step - 1, trainer.warm_up, trainer.total)
-    speed = settings.batch / fmean(seconds[1:]) if seconds[1:] else 0       # the first step compiles
-    peak = torch.cuda.max_memory_allocated(trainer.device) if trainer.device.type == "cuda" else 0
+    speed = round(settings.batch / fmean(seconds[1:]), 2) if seconds[1:] else None      # the first compiles
+    peak = torch.cuda.max_memory_allocated(trainer.device) / 1e9 if trainer.device.type == "cuda" else None
     row = dict(epoch=epoch, step=trainer.step, train_loss=fmean(trainer.losses),
                **trainer.validation_loss(validation.hashes), lr_lora=lr, lr_projector=lr * settings.lr_ratio,
-               images_per_second=round(speed, 2), peak_memory_gb=round(peak / 1e9, 2))
+               images_per_second=speed, peak_memory_gb=peak)
     due = not validation.sampled or epoch % settings.val_every == 0 or trainer.step == trainer.total
     row[validation.column] = validation.distance(trainer, epoch) if due else None
     SIGNALS.deferred = True

@@ -36,7 +36,7 @@ LAYOUTS = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encod
 CLASSES, CASES, PARTS, FOREIGN = (LAYOUTS[key] for key in ("chaoyang", "cases", "parts", "foreign"))
 NO_PATCH, CONTAINER, MAGNIFICATION = (re.compile(LAYOUTS[key], re.I | re.X)
                                       for key in ("no_patch", "container", "magnification"))
-GENERATED, NOT_UTF8 = "generated images", "files whose names are not valid UTF-8"
+GENERATED, NOT_UTF8 = UNUSED = "generated images", "files whose names are not valid UTF-8"
 
 # ---- images ------------------------------------------------------------------------------------------------
 def load_rgb(path):
@@ -217,7 +217,7 @@ def read_dataset(root, case=None, say=print):
         rows = chain(*(_list_rows(root / name, kinds) for name in lists))
     else:
         rows = _folder_rows(root, kinds, case, say)
-    patches = [p for p in _find_files(root, rows, kinds, case) if kinds[p.name] not in (GENERATED, NOT_UTF8)]
+    patches = [p for p in _find_files(root, rows, kinds, case) if kinds.get(p.name) not in UNUSED]
     left, used = defaultdict(list), {p.name for p in patches}.union(lists)
     for name, kind in kinds.items():
         if name not in used:
@@ -241,14 +241,16 @@ def _find_files(root, rows, on_disk, case):
         similar[folded(name)].add(name)
     for name, label, own, part in rows:
         name = Path(name.replace("\\", "/")).as_posix()
-        found = {name} if name in on_disk else similar[folded(name)]
+        inside = {"", ".."}.isdisjoint(name.split("/"))         # of links and hidden folders too
+        found = {name} if inside and (root / name).is_file() else similar[folded(name)]
         if len(found) != 1 or not (root / min(found)).is_file():
             raise Fail(f"{root}: {name!r} is not there, or no file; restore it, or omit it")
-        own = own or _read_name(name, case)[0]
+        own = own or _read_name(name, case, listed=True)[0]
         yield Patch(min(found), unicodedata.normalize("NFC", label), own, part)
 
-def _read_name(name, case):
-    """A patch's name -> its case; whether a pattern finds it; the folders that are not it, nor containers."""
+def _read_name(name, case, listed=False):
+    """A patch's name -> its case; whether a pattern finds it; the other folders. listed: the first of them is
+    no class or container to be left out."""
     folders, found = name.split("/")[:-1], None
     for pattern in [case] if case else CASES.values():
         if (m := re.search(pattern, name)) and (found := m[group := min(1, m.re.groups)]):
@@ -257,7 +259,7 @@ def _read_name(name, case):
             break
     if case and not found:
         raise Fail(f"--case {case} finds nothing in {name}")
-    folders = [folder for folder in folders if not CONTAINER.fullmatch(folder)]
+    folders = folders[:listed] + [folder for folder in folders[listed:] if not CONTAINER.fullmatch(folder)]
     return found or (folders[1:] or [name])[0], bool(found), folders
 
 def _folder_rows(root, kinds, case, say):
@@ -372,7 +374,7 @@ def make_split(patches, how):
 def read_split(path, patches):
     """Read and check a split file against the dataset."""
     if not Path(path).exists():
-        raise Fail(f"{path}: no such split file; restore it, or pass --split paper, official or another file")
+        raise Fail(f"{path}: no such split file; restore it, or pass another --split or --run")
     with foreign_file(path, "is no split of these patches", "pass their --data, or another --run or --split"):
         split = json.loads(Path(path).read_bytes())
         split = {part: [*split[part]] for part in PROPORTIONS}

@@ -20,10 +20,10 @@ import sample
 from fid import frechet_distance as distance
 
 from .data import contact_sheet, load_rgb, resize_crop, save_image, subsample, to_images, to_tensor
-from .app import (Fail, Parser, file_sha256, number, pick_device, read_csv, run_program, save_csv,
-                  save_text)
+from .app import Fail, Parser, file_sha256, number, pick_device, read_csv, run_program, save_csv, save_text
 from .encoder import Inception, cached_inception, open_encoder
-from .runs import best_epoch, model_card, name_references, patches_of, read_settings, unfinished
+from .runs import (THIS_CALL, best_epoch, model_card, name_references, patches_of, read_settings,
+                   unfinished)
 from .weights import load_vae, open_sd15
 
 SWEEP = [f"{1 + k / 10:.1f}" for k in range(11)]        # Table 5
@@ -159,16 +159,6 @@ def fidelity_table(ev):
             row[name] = (guesses == ev.labels("test")).mean()
         yield row
 
-def colour_table(ev):
-    """Colour drift: mean and deviation (0 to 255) of each channel of an image, averaged over the references
-    of the test part, and by how much those of the samples differ"""
-    def measure(paths):
-        pixels = (np.asarray(load_rgb(path), np.float64) for path in paths)
-        return np.mean([(x.mean((0, 1)), x.std((0, 1))) for x in pixels], axis=0).T
-    real, fake = measure(ev.real("test")), measure(ev.fake("test"))
-    for name, a, b in zip(("red", "green", "blue"), real, fake - real):
-        yield dict(channel=name, mean=a[0], deviation=a[1], mean_drift=b[0], deviation_drift=b[1])
-
 def memorisation_table(ev):
     """Memorisation: distance from a sample to the nearest training image, in embedding and in pixels; real
     validation images are the yardstick: `closer` is the share of samples nearer than 99 % of these"""
@@ -214,10 +204,13 @@ def table6(runs):
     """Table 6: the finished ones of several runs by FID, with the settings in which they differ"""
     found = [(run, read_settings(run), read_csv(run / "log.csv")) for run in runs if not unfinished(run)]
     found = [(run, settings, log, *best_epoch(log)) for run, settings, log in found if settings and log]
-    names = sorted({name for _, settings, *_ in found for name in settings.differing(found[0][1])})
-    for run, settings, log, column, best in sorted(found, key=lambda row: float(row[4][row[3]])):
+    if not found:
+        raise Fail("none of these is a finished run of train.py")
+    names = [name for name in vars(found[0][1]) if name not in THIS_CALL | {"run", "micro_batch"}
+             and len({getattr(settings, name) for _, settings, *_ in found}) > 1]
+    for run, settings, log, column, best in sorted(found, key=lambda row: (row[3], float(row[4][row[3]]))):
         values = {name: getattr(settings, name) for name in names}
-        score = {"best_epoch": best["epoch"], column: float(best[column])}
+        score = {"best_epoch": best["epoch"], "score": column, "lowest": float(best[column])}
         yield {"run": run.name} | values | score | {"minutes": log[-1]["minutes"]}
 
 # ---- pictures and the program ------------------------------------------------------------------------------
@@ -234,8 +227,7 @@ def as_markdown(rows):
 
 # name in --only: a section, whose docstring is its heading, and which may write a picture of that name
 SECTIONS = dict(epochs=table4, sweep=table5, test=table7, classes=table8, figure5=figure5,
-                fidelity=fidelity_table, colour=colour_table, memorisation=memorisation_table,
-                usefulness=usefulness_table)
+                fidelity=fidelity_table, memorisation=memorisation_table, usefulness=usefulness_table)
 
 def main():
     parser = Parser(__doc__)
@@ -243,15 +235,14 @@ def main():
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="(default: all)")
     parser.add_argument("--cfg", type=number(float, 0), default=1.3, help="guidance (default: 1.3)")
     parser.add_argument("--limit", type=number(int, 8), default=400, metavar="N",
-                        help="samples of training images; and as many again for usefulness")
+                        help="samples of training images, and as many for usefulness (default: 400)")
     parser.add_argument("--judge", nargs="+", default=[], metavar="NAME",
                         help="other encoders to measure with, as --encoder of train.py names them")
     parser.add_argument("--inception", metavar="FILE", help="its weights (default: torch.hub's cache)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()
     if args.runs[1:]:
-        rows = list(table6(args.runs))
-        return print(as_markdown(rows) if rows else "none of these is a finished run of train.py")
+        return print(as_markdown(list(table6(args.runs))))
     [run], text = args.runs, f"# {args.runs[0].name}\n"
     evaluation = Evaluation(run, args)
     for name in args.only:

@@ -31,7 +31,7 @@ class Settings:
     split: str = option(DATA, "paper", "paper (pooled, by case, 5398:387:375), official, or a file")
     sd15: str = option(DATA, SD15, "Diffusers folder, CompVis file, hub repository, or toy")
     vae: str | None = option(DATA, None, "another VAE: folder, file, repository (default: the base's)")
-    encoder: str | None = option(DATA, None, "uni2-h, h-optimus-0/-1, virchow2, prov-gigapath, a timm config")
+    encoder: str | None = option(DATA, None, "uni2-h, h-optimus-0/-1, virchow2, prov-gigapath, timm's")
     uni2h: str | None = option(DATA, None, "the encoder's weights, or toy (default: its hub repository)")
     size: int = option(DATA, 512, "side of the images in pixels", low=8, high=8192)
     limit: int | None = option(DATA, None, "use at most N images of train and val", low=1)
@@ -53,7 +53,8 @@ class Settings:
     val_every: int = option(VALIDATION, 1, "sample every Nth epoch, and the last", low=1)
     val_cfg: float = option(VALIDATION, 1.5, "their guidance")
     val_steps: int = option(VALIDATION, 30, "their denoising steps", low=1, high=999)
-    features: str | None = option(VALIDATION, None, "of FID", choices=("inception", "encoder"))
+    features: str | None = option(VALIDATION, None, "default: inception if available",
+                                  choices=("inception", "encoder"))
     inception: str | None = option(VALIDATION, None, "pytorch-fid's weights (default: torch.hub's cache)")
     run: str | None = option(RUN, None, "its folder (default: under runs/)")
     device: str = option(RUN, "auto", "cuda, mps or cpu")
@@ -117,6 +118,7 @@ def read_settings(folder):
     values = read_json(path).get("args")
     if not isinstance(values, dict):
         return None
+    values.pop("init", None)                # which older versions had
     add_options(parser, Settings)           # as arguments they are checked as those are
     arguments = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
                  for name, value in values.items() if value != getattr(Settings, name, None)
@@ -175,8 +177,7 @@ def unfinished(folder):
         return f"epoch {epoch} of {total}" if epoch < total and step != settings.max_steps else ""
 
 def newest_run():
-    """The folder under runs/ whose adapter was written last, of the finished ones if there are any, or None.
-    Says which newer ones are not finished."""
+    """The folder under runs/ whose adapter was written last, preferably a finished one, or None."""
     found = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: -path.stat().st_mtime)
     for path in found:
         if not (left := unfinished(path.parent)):
@@ -249,7 +250,7 @@ def model_card(folder):
     text = template.format(**asdict(settings) | log[-1] | dict(
         name=folder.name, base=public_name(settings.sd15), encoder=header["encoder"],
         terms=f"license: other\nlicense_name: {terms}" if terms else "license: mit",
-        best=_describe_best(folder, settings, log), **_describe_data(settings, split),
+        best=_describe_best(folder, settings, split, log), **_describe_data(settings, split),
         command=shlex.join(["python", *map(public_name, config["command"])]), licence=header["licence"],
         environment=", ".join(f"{k} {v}" for k, v in config["environment"].items() if v),
         sha256=", ".join(f"{k} {v[:16]}" for k, v in config["sha256"].items())))
@@ -264,15 +265,16 @@ def best_epoch(log):
     column = distances[0] if distances else "val_loss"
     return column, min((row for row in log if row[column]), key=lambda row: float(row[column]))
 
-def _describe_best(folder, settings, log):
+def _describe_best(folder, settings, split, log):
     path, (column, _) = folder / "adapter-best.safetensors", best_epoch(log)
     if not path.exists():
         return "not yet; it follows the first samples."
-    step = TensorFile(path).header["step"]
+    step, sampled = TensorFile(path).header["step"], settings.val_samples if column != "val_loss" else None
     row = next(row for row in log if row["step"] == step)
+    n = min(n for n in (len(split["val"]), settings.limit, sampled) if n is not None)
     what = {"val_loss": "noise prediction loss", "fid": "FID (Inception, resize pytorch-fid)",
             "fid_encoder": "Fréchet distance of the encoder's features (no FID, not comparable)"}
-    return (f"the same after epoch {row['epoch']} of {settings.epochs}; {what[column]} on\n  the validation "
+    return (f"the same after epoch {row['epoch']} of {settings.epochs}; {what[column]} on\n  {n} validation "
             f"patches, guidance {settings.val_cfg:g}: **{float(row[column]):.4g}**.")
 
 def _describe_data(settings, split):

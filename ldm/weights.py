@@ -113,7 +113,7 @@ def _unpickle(path, archive):
     except pickle.UnpicklingError:              # torch's message has many lines and unsafe advice
         raise ValueError("damaged, or a pickle with code: save its state dict alone") from None
     state = {"tensor": state} if isinstance(state, torch.Tensor) else state
-    for key in 2 * ("model", "state_dict", "model_state_dict"):
+    for key in 3 * ("state_dict", "model_state_dict", "model"):
         state = state[key] if isinstance(state.get(key), dict) else state
     state = {name: t for name, t in state.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}
     if not state:
@@ -162,13 +162,14 @@ def open_sd15(source, vae=None):
     """A Diffusers folder, CompVis file, Hugging Face repository or "toy" -> TensorFiles (U-Net, VAE).
     vae: another source for the VAE. Fails where a file or config declares another model than SD1.5."""
     unet = vae_file = TensorFile(find_file("--sd15", source, _names("unet/")))
+    _check_model(unet, {"unet": "config.json", "scheduler": f"../{SCHEDULER}"})
     if vae is not None:
         vae_file = TensorFile(find_file("--vae", vae, [*_names("vae/"), *_names("")]))
     elif unet.path != Path(os.path.expanduser(source)):
         vae_file = TensorFile(find_file("--sd15", source, _names("vae/")))
     elif not any(name.startswith("first_stage_model.") for name in unet.names):
         raise Fail(f"{source} contains no VAE; pass --vae, such as --vae stabilityai/sd-vae-ft-mse")
-    _check_model(unet, vae_file)
+    _check_model(vae_file, {"vae": "config.json"})
     return _part(unet, "model.diffusion_model."), _part(vae_file, "first_stage_model.")
 
 def _names(folder):
@@ -212,23 +213,21 @@ def check_declared(path, found, computed):
             raise Fail(f"{path} declares {key} {found[key]!r}, and this program computes with {values[0]!r}; "
                        "pass another model")
 
-def _check_model(unet, vae):
-    """Fail where a file, or a config or .yaml beside it, declares another model than is computed here."""
-    yaml = unet.path.with_suffix(".yaml")
+def _check_model(file, configs):
+    """Fail where a file, its .yaml or a Diffusers config {part: path} declares another model than SD1.5."""
+    yaml = file.path.with_suffix(".yaml")
     text = yaml.read_text(errors="replace") if yaml.is_file() else ""
     check_declared(yaml, dict(re.findall(r"(parameterization)\W+(\w+)", text)), FACTS["file"])
-    check_declared(unet.path, unet.header | dict.fromkeys(unet.names, True), FACTS["file"])
-    configs = dict(unet=(unet, "config.json"), scheduler=(unet, f"../{SCHEDULER}"), vae=(vae, "config.json"))
-    for part, (file, name) in configs.items():
-        if file.path.name.startswith("diffusion_pytorch_model"):
-            config = Path(os.path.normpath(file.path.parent / name))
-            if found := read_json(config):
-                check_declared(config, FACTS["defaults"].get(part, {}) | found, FACTS[part])
-    if "alphas_cumprod" in unet.names:
-        theirs = unet.get("alphas_cumprod")
+    check_declared(file.path, file.header | dict.fromkeys(file.names, True), FACTS["file"])
+    for part, name in configs.items():
+        config = Path(os.path.normpath(file.path.parent / name))
+        if file.path.name.startswith("diffusion_pytorch_model") and config.is_file():
+            check_declared(config, FACTS["defaults"].get(part, {}) | read_json(config), FACTS[part])
+    if "alphas_cumprod" in file.names:
+        theirs = file.get("alphas_cumprod")
         rounding = {1: 0.3, 2: 0.01}.get(theirs.itemsize, 1e-4)
         if theirs.shape != (T,) or not torch.allclose(theirs.double(), alpha_bar(), rounding, atol=0):
-            raise Fail(f"{unet.path}: alphas_cumprod is not the noise schedule of Stable Diffusion 1.5; pass "
+            raise Fail(f"{file.path}: alphas_cumprod is not the noise schedule of Stable Diffusion 1.5; pass "
                        f"a base with that one, such as {SD15}")
 
 def _part(file, prefix):

@@ -65,7 +65,7 @@ def test_a_setting_that_an_older_run_lacks_has_its_default(trained, tmp_path, mo
     config = json.loads((trained / "config.json").read_text())
     for name in ("token_norm", "val_every", "cfg_drop"):
         del config["args"][name]
-    config["args"] |= dict(quiet=True, parameters=False)            # what older versions saved
+    config["args"] |= dict(quiet=True, parameters=False, init="a.pt")              # what older versions saved
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_settings(tmp_path) == replace(read_settings(trained), quiet=True)
     (tmp_path / "adapter.safetensors").touch()
@@ -95,6 +95,7 @@ def test_all_of_a_sampling_is_in_the_png_and_only_the_guidance_in_its_name(train
     other = program("sample.py", *arguments, "--steps", 3, cwd=tmp_path, check=False)
     assert other.returncode == 2 and "another steps" in other.stderr
     guard = json.loads((tmp_path / "out/samples.json").read_text())
+    assert guard.keys() > asdict(Sampling()).keys() - {"cfg"}
     # as if the option were newer than the folder
     del guard["steps"]
     (tmp_path / "out/samples.json").write_text(json.dumps(guard))

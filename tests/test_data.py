@@ -268,6 +268,12 @@ def test_a_folder_in_a_listed_name_is_a_case_and_masks_need_no_match(tmp_path):
     touch(tmp_path, "train/images/z.png")           # a container is none
     (tmp_path / "train.json").write_text('[{"name": "train/images/z.png", "label": 0}]')
     assert [p.case for p in read_dataset(tmp_path)] == ["train/images/z.png"]
+    touch(tmp_path, *(f"tiles/slide{k}/{n}.png" for k in "AB" for n in "xy"))        # nor is it the class
+    os.symlink("train", tmp_path / "link")
+    names = [*(f"tiles/slide{k}/{n}.png" for k in "AB" for n in "xy"), "train/p1/x.png", "link/p1/y.png"]
+    (tmp_path / "train.json").write_text(json.dumps([{"name": name, "label": 0} for name in names]))
+    cases = {p.name: p.case for p in read_dataset(tmp_path)}
+    assert [cases[name] for name in names] == ["slideA", "slideA", "slideB", "slideB", "p1", "p1"]
     touch(tmp_path / "b", "k/p7.png", "k/masks/3.png")
     assert [p.case for p in read_dataset(tmp_path / "b", r"p(\d)")] == ["7"]
 

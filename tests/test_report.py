@@ -71,8 +71,7 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     result = program("ldm.report", trained, "--limit", 8, cwd=trained)
     out = trained / "report"
     table = {path.stem: list(csv.DictReader(open(path))) for path in out.glob("*.csv")}
-    assert set(table) == {"table4", "table5", "table7", "table8", "fidelity", "memorisation", "usefulness",
-                          "colour"}
+    assert set(table) == {"table4", "table5", "table7", "table8", "fidelity", "memorisation", "usefulness"}
     assert [row["guidance"] for row in table["table5"]] == ["1.0", "1.3"]
     for row in table["table7"]:
         assert float(row["fid_low"]) <= float(row["fid"]) <= float(row["fid_high"]) and int(row["n"]) > 1
@@ -122,6 +121,8 @@ def test_several_runs_are_compared_by_what_differs_and_only_the_finished_ones(tr
     report.save_csv(runs[1] / "log.csv", [row | {"fid_encoder": 1e-6} for row in log])
     (runs[2] / "config.json").unlink()
     first, second = report.table6(runs)
-    assert (first["run"], first["rank"], first["lr"], first["fid_encoder"]) == ("b", 2, 1e-4, 1e-6)
-    assert (second["run"], second["rank"], second["lr"]) == ("a", 4, 5e-5) and len(second) == 6
-    assert list(report.table6(runs[2:3])) == []
+    assert (first["run"], first["rank"], first["lr"], first["lowest"]) == ("b", 2, 1e-4, 1e-6)
+    assert (second["run"], second["rank"], second["lr"]) == ("a", 4, 5e-5)
+    assert {first["score"], second["score"]} == {"fid_encoder"}
+    with pytest.raises(report.Fail, match="finished run"):
+        list(report.table6(runs[2:3]))

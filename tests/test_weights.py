@@ -69,7 +69,8 @@ def save_old_pickle(tensors, path):
 
 @pytest.mark.parametrize("name, save", [
     ("a.ckpt", save_file), ("b.SFT", save_file), ("c", save_file), ("d.safetensors", save_pickle),
-    ("e", save_pickle), ("f.ckpt", lightning), ("g.pt", save_old_pickle)])
+    ("e", save_pickle), ("f.ckpt", lightning), ("g.pt", save_old_pickle),
+    ("h.pt", lambda tensors, path: save_pickle({"model": {"n": 8}, "state_dict": {"model": tensors}}, path))])
 def test_the_first_bytes_decide_the_format_and_a_checkpoint_is_unwrapped(name, save, one, expected, tmp_path):
     save(one, tmp_path / "blob")
     (tmp_path / "snapshot").mkdir()
