@@ -358,7 +358,8 @@ class Validation:
         fake = [job.path for job in self.jobs]
         if RANK0:
             grid = [list(map(load_rgb, pair)) for pair in subsample(list(zip(self.real, fake)), 8)]
-            save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", contact_sheet(grid))
+            sheet = contact_sheet(grid, texts=["reference", "sample"] * len(grid))
+            save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", sheet)
         if self.features is not None:
             return frechet_distance(self.features, self.extract(fake))
 

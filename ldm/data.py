@@ -300,6 +300,8 @@ def _table_rows(path):
         lines = data.decode(json.detect_encoding(data)).splitlines()
         table = csv.DictReader(lines, delimiter=max(",;\t", key=lines[0].count))
         table.fieldnames = [name.strip().lower() for name in table.fieldnames]
+        if not {"file", "label"} <= {*table.fieldnames}:
+            raise Fail(f"{path}: its first line needs the columns file and label, and has {lines[0][:80]}")
         for row in table:
             file, label, case, part = ((row.get(k) or "").strip() for k in ("file", "label", "case", "part"))
             if not file or not label or "/" in label or part.lower() not in {"", *PARTS}:

@@ -101,7 +101,7 @@ class Evaluation:
 def table4(ev):
     """Table 4: validation loss (val_loss_0: at t < 100, and so on) and FID at the end of every epoch"""
     for row in read_csv(ev.folder / "log.csv"):
-        yield {k: row[k] for k in row if k.startswith(("epoch", "train_loss", "val_loss", "fid"))}
+        yield {k: x and float(x) for k, x in row.items() if k.startswith(("epoch", "train_", "val_", "fid"))}
 
 def table5(ev):
     """Table 5: validation FID at guidance 1.0 to 2.0 of the best adapter"""

@@ -154,8 +154,8 @@ def check_or_create(folder, settings, sha256):
     for name, was, now in pairs:
         if was != now:
             what = f"images of {saved.data}" if name == "images" else name.replace("_", "-")
-            end = ", where its learning rate has fallen to 0" * (name in ("epochs", "max_steps"))
-            raise Fail(f"{folder} is a run with {what} {was}{end}, not {now}; pass another --run")
+            end = ", where its learning rate ends at 0" * (name in ("epochs", "max_steps"))
+            raise Fail(f"{folder} is a run with {what} {was}{end}, and not {now}; pass another --run")
 
 def split_of_run(folder, patches, how, started):
     """The split of a run: its split.json, with which a run that is not started must agree; or a new one."""

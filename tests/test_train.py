@@ -449,7 +449,7 @@ def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(
 
 def test_a_finished_run_is_not_extended(trained):
     refused = program("train.py", "--resume", trained, "--epochs", 20, cwd=trained.parent, check=False)
-    assert refused.returncode == 2 and "has fallen to 0, not 20; pass another --run" in refused.stderr
+    assert refused.returncode == 2 and "ends at 0, and not 20; pass another --run" in refused.stderr
 
 def test_other_data_under_the_name_of_a_run_is_called_so(trained, small, dataset, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "runs/x")
