@@ -41,7 +41,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 EXPECTED = (
     "ignore:The `disp` argument is deprecated:DeprecationWarning:pytorch_fid",  # it calls SciPy the old way
     "ignore::UserWarning:PIL.TiffImagePlugin",          # of mutated and of hand-made TIFFs
-    "ignore:Detected pickle protocol:UserWarning:torch._weights_only_unpickler",    # of what is no state dict
+    "ignore:Detected pickle protocol:UserWarning",    # of what is no state dict
     # an adapter is read into a network without memory: its checks are the test
     "ignore:for .* copying from a non-meta parameter:UserWarning:torch.nn.modules.module")
 

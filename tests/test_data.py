@@ -395,7 +395,7 @@ def test_a_table_of_patches_gives_class_case_and_part(delimiter, encoding, tmp_p
         Patch("a/2.png", "low grade", "a/2.png", "test"), Patch("b/3.tif", "Gr\u00fcn", "p1", None)]
 
 @pytest.mark.parametrize("text, words", [
-    ("", "no table"), ("name,label\nx.png,a", "first line needs the columns file and label, and has name,label"),
+    ("", "no table"), ("name,label\nx.png,a", "needs the columns file and label, and has name,label"),
     ("file,label\nx.png,", "line 2 needs"), ("file,label,part\nx.png,a,fold1", "part is train, val or test"),
     ("file,label\n../x.png,a", "x.png. is not there"), ("file,label\nno.png,a", "not there"),
     ("file,label\nx.png,a/b", "a label without /"), ("file,label\nx.png,a\nx.png,b", "listed twice"),

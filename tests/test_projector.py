@@ -195,7 +195,7 @@ def test_a_config_that_contradicts_the_recipe_is_refused(key, value, uni2h, tmp_
         open_encoder(tmp_path)
 
 def test_names_of_encoders_and_files_that_are_none(tmp_path):
-    with pytest.raises(Fail, match="no such file, nor folder"):
+    with pytest.raises(Fail, match="virchow3 is none of uni2-h"):
         open_encoder(name="virchow3")
     with pytest.raises(Fail, match="does not fit paige-ai/Virchow2"):
         open_encoder("toy", "virchow2")

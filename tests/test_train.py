@@ -438,7 +438,7 @@ def test_a_run_that_saved_nothing_yet_gives_way_and_a_strangers_folder_does_not(
     assert read_settings(tmp_path).rank == 8
     (tmp_path / "adapter-best.safetensors").touch()
     settings = replace(settings, rank=16)
-    with pytest.raises(train.Fail, match="rank 8, not 16"):
+    with pytest.raises(train.Fail, match="rank 8, and not 16"):
         check_or_create(tmp_path, settings, {"vae": "1"})
     (tmp_path / "config.json").write_text('{"architecture": "vit"}')
     with pytest.raises(train.Fail, match="no run of train.py"):
