@@ -105,7 +105,8 @@ def load_projector(file):
         with torch.device("meta"):          # sizes in a header take no memory, unless the tensors have them
             projector = Projector.from_header(file.header)
         prefix = "lora_projector."
-        state = {n.removeprefix(prefix): file.get(n).float() for n in file.names if n.startswith(prefix)}
+        names = [name for name in file.names if name.startswith(prefix)]
+        state = {name.removeprefix(prefix): tensor.float() for name, tensor in file.read(names)}
         projector.load_state_dict(state, assign=True)
     return projector.requires_grad_(False)
 
@@ -128,9 +129,9 @@ def read_lora(file):
     """The LoRA of an open adapter -> (rank, α, {name: A (r, d_in) or B (d_out, r)}), as `lora_parameters`."""
     with foreign_file(file.path, "has a damaged LoRA", REMEDY):
         rank, alpha, tensors = int(file.header["rank"]), float(file.header["alpha"]), {}
-        for name in file.names:
+        for name, tensor in file.read(file.names):
             if m := re.fullmatch(r"unet\.(.+\.)lora_([AB])\.weight", name):
-                tensors[m[1] + m[2]] = file.get(name).float()
+                tensors[m[1] + m[2]] = tensor.float()
             elif not name.startswith("lora_projector."):
                 raise ValueError(f"{name} is neither LoRA of the attention nor the projector")
         if not tensors or not math.isfinite(alpha):
@@ -146,7 +147,7 @@ def export(path, form):
     rank, alpha, lora = read_lora(file)
     out = path.with_name(f"{path.stem}-{form}.safetensors")
     header = {"licence": file.header.get("licence", "")}
-    tensors = {name: file.get(name) for name in file.names if name.startswith("unet.")}
+    tensors = dict(file.read(name for name in file.names if name.startswith("unet.")))
     if form == "diffusers":
         header["lora_adapter_metadata"] = json.dumps(peft_config(rank, alpha, "unet."))
     elif form == "peft":            # a folder, with its configuration in a file
