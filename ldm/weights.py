@@ -66,10 +66,10 @@ class TensorFile:
         return next(self.read([name]))[1]
 
     def read(self, names):
-        """(name, tensor) of each in turn, mapped; reopens the file every 128 MB, to unmap earlier ones."""
+        """(name, tensor) of each in turn, mapped; reopens the file every 64 MB, to unmap earlier ones."""
         size = math.inf
         for name in names:
-            if size > 2 ** 27:
+            if size > 2 ** 26:
                 get, size = self._open(), 0
             tensor = get(self.names[name]).detach()
             size += tensor.nbytes
@@ -143,6 +143,7 @@ def load(build, file, device="cpu", dtype=torch.float32, hint=""):
     if small and device != "meta":
         announce(f"note: {file.path} is stored as {small}, 2 or 3 bits of precision")
     network.load_state_dict(state, strict=True, assign=True)
+    state.clear()                           # which would keep each tensor beside its copy in another layout
     return network.to(memory_format=layout(device, dtype)).eval().requires_grad_(False)
 
 def find_file(argument, source, names):
