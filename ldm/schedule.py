@@ -30,23 +30,17 @@ def _roots(device, dtype):
 def timesteps(steps=30):
     """Timesteps from noise to image: k · (1000 // steps) + 1, k = steps-1 .. 0; for 30: 958, 925, ..., 34, 1.
     This is Diffusers' `leading` spacing with `steps_offset` 1, which SD1.5's scheduler config asks for."""
-    if not 1 <= steps < T:
-        raise ValueError(f"steps must be between 1 and {T - 1}, not {steps}")
     return [k * (T // steps) + 1 for k in reversed(range(steps))]
 
-def ddpm_coefficients(t, previous):
-    """(c_0, c_t, σ) of z_previous = c_0 ẑ_0 + c_t z_t + σ · noise, the step t -> previous (None at the end).
-    Ho et al. 2020, eqs. (6)-(7), for steps of any length; σ² is the posterior variance (`fixed_small`)."""
+def ddpm_step(z, eps, noise, t, previous):
+    """One reverse step t -> previous (None at the end): z_t and the predicted ε -> z_previous, all
+    (B, 4, h, w) in float32. Ho et al. 2020, eqs. (6)-(7), for steps of any length; the variance is that of
+    the posterior (`fixed_small`)."""
     ab = alpha_bar()
     ab_t, ab_p = ab[t].item(), 1.0 if previous is None else ab[previous].item()
     a = ab_t / ab_p
+    z0 = (z - (1 - ab_t) ** 0.5 * eps) / ab_t ** 0.5       # eq. (1), solved for z_0
     c_0 = ab_p ** 0.5 * (1 - a) / (1 - ab_t)
     c_t = a ** 0.5 * (1 - ab_p) / (1 - ab_t)
-    return c_0, c_t, ((1 - a) * (1 - ab_p) / (1 - ab_t)) ** 0.5
-
-def ddpm_step(z, eps, noise, t, previous):
-    """One reverse step: z_t and the predicted ε -> z_previous; all (B, 4, h, w) in float32."""
-    ab_t = alpha_bar()[t].item()
-    z0 = (z - (1 - ab_t) ** 0.5 * eps) / ab_t ** 0.5       # eq. (1), solved for z_0
-    c_0, c_t, sigma = ddpm_coefficients(t, previous)
+    sigma = ((1 - a) * (1 - ab_p) / (1 - ab_t)) ** 0.5
     return c_0 * z0 + c_t * z + sigma * noise
