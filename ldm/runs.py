@@ -62,11 +62,6 @@ class Settings:
     no_compile: bool = option(RUN, False, "do not torch.compile (done on CUDA only)")
     quiet: bool = option(RUN, False, "print failures only")
 
-    def differing(self, other):
-        """Names of the settings that differ and must not, in comparable runs or a run and its resumption."""
-        return [name for name, value in vars(self).items()
-                if name not in MAY_DIFFER | THIS_CALL and value != getattr(other, name)]
-
 def parse_settings(description):
     """The command line of train.py -> (Settings, whether --resume was given).
     Paths become absolute; α and the run's folder, which depend on other settings, are filled in."""
@@ -149,7 +144,8 @@ def check_or_create(folder, settings, sha256):
     config, kinds = read_json(path), dict(sha256=dict, command=list, environment=dict)
     if not all(isinstance(config.get(key), kind) for key, kind in kinds.items()):
         raise Fail(f"{path} is damaged; restore it, or pass another --run")
-    pairs = [(name, getattr(saved, name), getattr(settings, name)) for name in settings.differing(saved)]
+    pairs = [(name, was, getattr(settings, name)) for name, was in vars(saved).items()
+             if name not in MAY_DIFFER | THIS_CALL]
     pairs += [(name, config["sha256"].get(name), value) for name, value in sha256.items()]
     for name, was, now in pairs:
         if was != now:
