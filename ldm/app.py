@@ -13,17 +13,14 @@ import re
 import shlex
 import signal
 import sys
-import uuid
 from contextlib import contextmanager
 from dataclasses import field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 RANK, WORLD = (int(os.environ.get(name) or default) if dist.is_torchelastic_launched() else default
@@ -134,7 +131,7 @@ def foreign_file(path, problem="is damaged", advice="restore or remove it"):
     except (Fail, MemoryError, torch.OutOfMemoryError, PermissionError):
         raise                           # not the file's fault
     except FileNotFoundError:
-        raise Fail(f"{path} does not exist") from None
+        raise Fail(f"{path} does not exist; {advice}") from None
     except Exception as cause:          # decoders of images, archives, pickles and JSON raise dozens of kinds
         raise Fail(f"{path} {problem} ({first_line(cause)}); {advice}") from None
 
@@ -172,7 +169,7 @@ def add_options(parser, record):
     for title, members in itertools.groupby(fields(record), key=lambda f: f.metadata["group"]):
         group = parser.add_argument_group(title)
         for f in members:
-            kind, help = (*get_args(f.type), f.type)[0], f.metadata["help"]         # str of str | None
+            kind, help = getattr(f.type, "__args__", [f.type])[0], f.metadata["help"]   # str of str | None
             how = dict(action="store_true") if kind is bool else dict(type=kind)
             if kind in (int, float):
                 how = dict(type=number(kind, *f.metadata["range"]), metavar="N" if kind is int else "X")
@@ -212,7 +209,7 @@ def atomic_write(path, sync=True):
     where the power fails, if the file system can (some of networks and of user space cannot)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:40]}-{os.urandom(4).hex()}{path.suffix}")
     try:
         yield temporary
         if sync:
@@ -282,13 +279,11 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
-    if name.partition(":")[0] not in ("cuda", "mps", "cpu") or (name == "mps" and WORLD > 1):
-        raise Fail(f"--device {name}: pass cuda, cpu or, for one process, mps")
     torch.backends.cudnn.benchmark = True       # the fastest kernel for each shape, of which there are few
-    try:
+    with foreign_file(f"--device {name}", "cannot be used here", "pass cuda, cpu or, for one process, mps"):
+        if name.partition(":")[0] not in ("cuda", "mps", "cpu") or (name == "mps" and WORLD > 1):
+            raise ValueError("not supported")
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as problem:
-        raise Fail(f"--device {name} cannot be used here: {first_line(problem)}") from None
 
 def frozen_dtype(device, name="auto", width=320):
     """The dtype of the frozen U-Net: `name`, or the device's fastest. width: of its first level.
@@ -318,14 +313,12 @@ def join_processes(device):
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    try:
+    with foreign_file(f"process {RANK} of {WORLD}", "does not find the others of torchrun",
+                      "where it did not start this one, unset TORCHELASTIC_RUN_ID"):
         store, *_ = SIGNALS.wait(next, dist.rendezvous("env://", timeout=timedelta(minutes=2)))
-    except (dist.DistError, ValueError) as problem:
-        raise Fail("the processes of torchrun do not find each other; where it did not start this one, unset "
-                   f"TORCHELASTIC_RUN_ID ({first_line(problem)})") from None
+    # timeout: the others wait while rank 0 prepares
     SIGNALS.wait(dist.init_process_group, "nccl" if cuda else "gloo", store=dist.PrefixStore("morph", store),
-                 rank=RANK, world_size=WORLD, device_id=device if cuda else None,
-                 timeout=timedelta(hours=2))            # the others wait while rank 0 prepares
+                 rank=RANK, world_size=WORLD, device_id=device if cuda else None, timeout=timedelta(hours=2))
 
 def barrier():
     """Wait until every process arrives here."""
@@ -369,6 +362,6 @@ def all_gather(rows):
 def all_reduce(tensors):
     """Sum each tensor over the processes, in place, in one message."""
     if WORLD > 1:
-        flat = parameters_to_vector(tensors)
+        flat = torch.nn.utils.parameters_to_vector(tensors)
         SIGNALS.wait(dist.all_reduce, flat)
-        vector_to_parameters(flat, tensors)
+        torch.nn.utils.vector_to_parameters(flat, tensors)

@@ -375,8 +375,6 @@ def make_split(patches, how):
 
 def read_split(path, patches):
     """Read and check a split file against the dataset."""
-    if not Path(path).exists():
-        raise Fail(f"{path}: no such split file; restore it, or pass another --split or --run")
     with foreign_file(path, "is no split of these patches", "pass their --data, or another --run or --split"):
         split = json.loads(Path(path).read_bytes())
         split = {part: [*split[part]] for part in PROPORTIONS}

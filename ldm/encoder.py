@@ -1,6 +1,5 @@
 """Frozen networks that turn images into features: the pathology encoder, and FID's Inception."""
 import hashlib
-import re
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .app import Fail, all_gather, foreign_file, progress, read_json, shard
 from .data import load_rgb, prefetch, resize_crop
@@ -163,11 +161,10 @@ def from_timm(file, config, source):
     if ([how["input_size"], how.get("crop_mode", "center"), len(mean), len(std)]
             != [[3, size, size], "center", 3, 3] or not ranges):
         raise ValueError(f"not usable: among input_size, crop_mode, crop_pct, mean and std of {how}")
-    recipe = Recipe(
-        name="timm", repository=source, terms=f"{Path(source).name} (look up its terms)", licence="other",
-        model=config["architecture"], arguments=arguments | dict(num_classes=0), head_width=0, size=size,
-        interpolation=Image.Resampling[how["interpolation"].upper()].name, mean=tuple(mean), std=tuple(std),
-        resize=int(size / crop))
+    terms, filter = f"{Path(source).name} (look up its terms)", Image.Resampling[how["interpolation"].upper()]
+    recipe = Recipe("timm", source, terms, licence="other", model=config["architecture"],
+                    arguments=arguments | dict(num_classes=0), head_width=0, size=size,
+                    interpolation=filter.name, mean=tuple(mean), std=tuple(std), resize=int(size / crop))
     heads = how.get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     return file.renamed({name: name for name in file.names if not name.startswith(prefixes)}), recipe
@@ -184,7 +181,7 @@ class Inception(FeatureSpace):
 
     def __init__(self, path=None, resize="pytorch-fid"):
         file, self.resize = TensorFile(path or _download_inception()), resize
-        used = [name for name in file.names if not re.match(r"fc\.|.*num_batches_tracked", name)]
+        used = [name for name in file.names if not name.startswith("fc.") and "num_batches" not in name]
         self.file = file.renamed(dict(zip(used, used)))
         load(build_inception, self.file, "meta", hint=self.hint)      # names and shapes are checked at once
 
@@ -197,7 +194,7 @@ class Inception(FeatureSpace):
         network = load(build_inception, self.file, device, hint=self.hint)
         for layer in network.modules():
             if hasattr(layer, "bn"):
-                layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), layer.bn.act
+                layer.conv, layer.bn = nn.utils.fuse_conv_bn_eval(layer.conv, layer.bn), layer.bn.act
         return network.to(memory_format=torch.channels_last)
 
 def build_inception():

@@ -5,7 +5,6 @@ import math
 import os
 import pickle
 import re
-import sys
 import tomllib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -258,7 +257,7 @@ def hub_file(repository, candidates):
         weights = [name for name in candidates if name in files][:1]
         for name in sorted(configs & files.keys()) + weights:
             what = f"{name} of {repository} ({files[name] / 1e9:.2f} GB)"
-            print(f"downloading {what} to {hub.constants.HF_HUB_CACHE}", file=sys.stderr)
+            announce(f"downloading {what} to {hub.constants.HF_HUB_CACHE}")
             path = Path(hub.hf_hub_download(repository, name))      # which resumes a broken one
     except Exception as problem:            # of the hub's client and the libraries beneath it
         remedy = ("the connection, HTTPS_PROXY and HF_HUB_OFFLINE, and that HF_HOME has space and may be "
