@@ -13,7 +13,6 @@ OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.
 """
 import hashlib
 import itertools
-import os
 import re
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -75,14 +74,7 @@ def sample(e, projector, unet, sampling, seeds, z_shape):
             eps_null, eps_c = unet(z.repeat(2, 1, 1, 1), t_batch.repeat(2), both).chunk(2)
             eps = guide(eps_null, eps_c, sampling.cfg)                          # 5
         z = ddpm_step(z, eps, noise_t.to(device, non_blocking=True), t, previous)       # 6
-    return z                                                                    # 7: see `decode`
-
-@torch.no_grad()
-def decode(vae, z0):
-    """z_0 (B, 4, h, w) -> x (B, 3, H, W); four at a time, of 512 px two, to limit memory."""
-    device, pixels = next(vae.parameters()).device, vae.factor ** 2 * z0[0, 0].numel()
-    parts = z0.split(min(4, max(1, vae.PIXELS // pixels)))
-    return torch.cat([vae.decode(part.to(device)) for part in parts])
+    return z                                                                    # 7: by VAE.decode
 
 def latent_shape(unet, vae, size):
     """(4, h, w) of images with this side in pixels."""
@@ -115,7 +107,7 @@ def make_images(model, jobs, e):
             batch = (part * model.batch)[:model.batch] if model.full_batches else part
             z0 = sample(torch.stack([e[job.reference] for job in batch]), model.projector, model.unet,
                         part[0].sampling, [job.seed for job in batch], model.z_shape)
-            x = decode(model.vae, z0[:len(part)])
+            x = model.vae.decode(z0[:len(part)])
             list(written)               # raises what went wrong
             if not x.isfinite().all():
                 raise Fail(f"{part[0].path} or one of its batch is not finite; check adapter and weights")
@@ -124,11 +116,13 @@ def make_images(model, jobs, e):
         list(written)
     barrier()
 
-def write_real(files, sources, size, rewrite=False):
-    """Write the references that are missing, {name: file} from {name: source}, at the model's size."""
-    for name, path in files.items():
+def write_real(folder, sources, size, rewrite=False):
+    """Write {name: source}, the references that are missing, at the model's size -> {name: file}."""
+    files = {name: folder / f"{name}.png" for name in sources}
+    for name, path in files.items() if RANK0 else ():
         if rewrite or not path.exists():
             save_image(path, resize_crop(load_rgb(sources[name]), size), reference=name)
+    return files
 
 # ---- the program -------------------------------------------------------------------------------------
 def parse_args(arguments=None):
@@ -203,8 +197,7 @@ def main(arguments=None):
         SIGNALS.kept = f"; the finished images are in {out}; repeat the command for the rest"
         make_images(model, todo, dict(zip(needed, e)))
     if RANK0:
-        real = {name: out / "real" / f"{name}.png" for name in references if encoder}
-        write_real(real, references, size)
+        real = write_real(out / "real", references if encoder else {}, size)
         labels = {safe_name(label): label for _, label, _ in found if label}
         write_labels(out, labels, guard["adapter_sha256"])
         for s in samplings:
@@ -218,8 +211,8 @@ def find_adapter(run, path):
     """--run and --adapter -> the open adapter: the one named, or the best (else the last) of the run."""
     if not (path or (run := run or newest_run())):
         raise Fail("there is no run under runs/; train one with `python train.py`, or pass --adapter")
-    paths = [path] if path else [Path(run, f"adapter{kind}.safetensors") for kind in ("-best", "")]
-    return open_adapter(next(filter(os.path.isfile, paths), paths[-1]))
+    paths = [Path(path)] if path else [Path(run, f"adapter{kind}.safetensors") for kind in ("-best", "")]
+    return open_adapter(next(filter(Path.is_file, paths), paths[-1]))
 
 def find_references(args, settings, adapter):
     """--ref, --split or --embedding -> [(name, label, source)]: a file or an embedding (d_e,)."""
@@ -250,8 +243,8 @@ def read_embeddings(path, width):
             arrays = dict(found) if hasattr(found, "keys") else {"array": found}
         else:
             file = TensorFile(path)
-            tensors = {name: file.get(name) for name in file.names}
-            arrays = {name: t.float().numpy() for name, t in tensors.items() if t.is_floating_point()}
+            found = file.read(file.names)
+            arrays = {name: t.float().numpy() for name, t in found if t.is_floating_point()}
         fit = [a for a in arrays.values() if a.dtype.kind == "f" and a.shape[-1:] == (width,) and a.ndim < 3]
         if len(fit) != 1 or not fit[0].size:
             shapes = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in arrays.items())
@@ -283,7 +276,7 @@ def read_samples(out, guard, folders):
     saved = read_json(out / "samples.json")
     before = asdict(Sampling()) | saved                     # an option that it lacks had its default
     problems = [f"is inside {folder}, where its images would be taken for patches" for folder in folders
-                if folder and os.path.isdir(folder) and out.resolve().is_relative_to(Path(folder).resolve())]
+                if folder and Path(folder).is_dir() and out.resolve().is_relative_to(Path(folder).resolve())]
     problems += [f"holds samples with another {key.removesuffix('_sha256')}"
                  for key in guard if saved and before.get(key) != guard[key]]
     problems += ["holds other files and no samples.json"] * (not saved and any(out.glob("[!.]*")))

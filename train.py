@@ -329,12 +329,11 @@ class Validation:
         pairs = subsample(pairs, settings.val_samples)
         self.sampled = [digest for _, digest in pairs]
         sources, _ = name_references([(title[name], inputs.data / name) for name, _ in pairs], {})
-        real = {name: self.folder / "real" / f"{name}.png" for name in sources}
+        real = write_real(self.folder / "real", sources, settings.size, rewrite=not inputs.started)
         how, self.real = Sampling(cfg=settings.val_cfg, steps=settings.val_steps), list(real.values())
         self.jobs = [Job(self.made / f"{name}.png", name, i, how) for i, name in enumerate(sources)]
         if RANK0:
             shutil.rmtree(self.made, ignore_errors=True)        # of a run that was killed
-            write_real(real, sources, settings.size, rewrite=not inputs.started)
             if self.real:
                 save_image(self.folder / "patch.png", load_rgb(self.real[0]))
         barrier()
@@ -443,10 +442,11 @@ def describe(patches, split):
 
 def build(inputs, device):
     """Cache the encoders' outputs; build or restore the rest -> Trainer, Validation, adapter header."""
-    settings, folder, sha256 = inputs.settings, inputs.folder, dict(inputs.sha256)
+    settings, folder, encoder, sha256 = inputs.settings, inputs.folder, inputs.encoder, dict(inputs.sha256)
     SIGNALS.kept = "; the cache keeps what it has; repeat the command to resume"
     cache = Cache(folder.parent / "cache", sha256["vae"], sha256["encoder"], settings.size)
-    encoders = partial(load_encoders, inputs.vae_file, inputs.encoder, device)
+    def encoders():         # which the cache frees before the U-Net is loaded
+        return load_vae(inputs.vae_file, device).encode, partial(encoder.embed, encoder.load(device))
     paths = {part: [inputs.data / name for name in names] for part, names in inputs.names.items()}
     hashes = {part: cache.fill(paths[part], encoders) for part in ("train", "val")}
     if device.type == "cuda":           # of the encoders
@@ -462,29 +462,20 @@ def build(inputs, device):
     inject(unet, settings.rank, settings.alpha, torch.Generator().manual_seed(settings.seed))
     torch.manual_seed(generator(settings.seed, INITIAL).initial_seed())         # for the projector
     shape = settings.hidden, settings.tokens, unet.context, settings.depth, settings.token_norm
-    projector = Projector(inputs.encoder.width, *shape).to(device)
+    projector = Projector(encoder.width, *shape).to(device)
     print(parameter_table(unet, projector))
     images = list(zip(inputs.names["train"], hashes["train"]))
     trainer = Trainer(settings, unet, projector, cache, images, inputs.z_shape, device)
     if inputs.started:
         trainer.restore(folder / "state.safetensors")
         print(f"{folder}: found, resumes after step {trainer.step} of {trainer.total}")
-    names = dict(base=settings.sd15, vae=settings.vae, encoder=inputs.encoder.source)
-    recipe, header = inputs.encoder.recipe, {key: public_name(name or "") for key, name in names.items()}
+    names = dict(base=settings.sd15, vae=settings.vae, encoder=encoder.source)
+    recipe, header = encoder.recipe, {key: public_name(name or "") for key, name in names.items()}
     header |= dict(base_sha256=sha256["base"], vae_sha256=sha256["vae"], encoder_sha256=sha256["encoder"],
                    resolution=str(settings.size), seed=str(settings.seed), dtype=str(dtype).partition(".")[2],
                    encoder_recipe=recipe.name, encoder_licence=recipe.licence,
                    licence=licence(settings.sd15, recipe.terms))
     return trainer, Validation(inputs, hashes["val"], device), header
-
-def load_encoders(vae_file, encoder, device):
-    """-> (encode, embed) for Cache.fill, which frees them, and so the two networks, before training."""
-    vae, network = load_vae(vae_file, device), encoder.load(device)
-    @torch.no_grad()
-    def encode(x):
-        parts = [vae.encode(part.to(device)) for part in x.split(max(1, vae.PIXELS // x[0, 0].numel()))]
-        return [torch.cat(part).cpu() for part in zip(*parts)]
-    return encode, partial(encoder.embed, network)
 
 if __name__ == "__main__":
     run_program(main)

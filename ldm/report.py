@@ -22,8 +22,7 @@ from fid import frechet_distance as distance
 from .data import contact_sheet, load_rgb, resize_crop, save_image, subsample, to_images, to_tensor
 from .app import Fail, Parser, file_sha256, number, pick_device, read_csv, run_program, save_csv, save_text
 from .encoder import Inception, cached_inception, open_encoder
-from .runs import (THIS_CALL, best_epoch, model_card, name_references, patches_of, read_settings,
-                   unfinished)
+from .runs import THIS_CALL, best_epoch, model_card, name_references, patches_of, read_settings, unfinished
 from .weights import load_vae, open_sd15
 
 SWEEP = [f"{1 + k / 10:.1f}" for k in range(11)]        # Table 5
@@ -58,9 +57,7 @@ class Evaluation:
     def real(self, part, n=None):
         """The files of a part's images at the model's size."""
         sources = {name: source for _, name, source, _ in subsample(self.patches[part], n)}
-        paths = {name: self.out / "real" / part / f"{name}.png" for name in sources}
-        sample.write_real(paths, sources, self.settings.size)
-        return list(paths.values())
+        return list(sample.write_real(self.out / "real" / part, sources, self.settings.size).values())
 
     def fake(self, part, n=None, cfg=None, each=1):
         """Files of samples, `each` of every image of a part, in the order of `real`; sample.py makes them.

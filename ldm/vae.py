@@ -12,7 +12,7 @@ EPS = 1e-6          # of every GroupNorm here; the U-Net's residual blocks have 
 class VAE(nn.Module):
     """KL autoencoder, 8 x 8 pixels to one latent pixel; as in SD1.5, 83,653,863 parameters in 248 tensors.
     channels: width of each level. layers: blocks per level of the encoder, one more in the decoder."""
-    PIXELS = 2 ** 19        # at a time, two images of 512 px: 1.5 GiB, counted by `tests/bench.py memory`
+    PIXELS = 2 ** 19        # in one pass, two images of 512 px: 1.5 GiB, counted by `tests/bench.py memory`
 
     def __init__(self, channels=(128, 256, 512, 512), layers=2, latent=4):
         super().__init__()
@@ -23,13 +23,17 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> the posterior's mean and log-variance, (B, 4, H/8, W/8), unscaled."""
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        """x (B, 3, H, W) in [-1, 1], also on the CPU -> the posterior's mean and log-variance, unscaled,
+        (B, 4, H/8, W/8)."""
+        device, parts = self.quant_conv.weight.device, x.split(max(1, self.PIXELS // x[0, 0].numel()))
+        moments = torch.cat([self.quant_conv(self.encoder(part.to(device))) for part in parts])
+        mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z0):
-        """z_0 (B, 4, h, w), scaled -> x (B, 3, 8h, 8w), about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z0 / SCALE))
+        """z_0 (B, 4, h, w), scaled -> x (B, 3, 8h, 8w), about [-1, 1]; four images at a time at most."""
+        parts = z0.split(min(4, max(1, self.PIXELS // (self.factor ** 2 * z0[0, 0].numel()))))
+        return torch.cat([self.decoder(self.post_quant_conv(part / SCALE)) for part in parts])
 
     def reconstruct(self, x):
         """x (B, 3, H, W) -> D(E(x)), by the posterior's mean."""

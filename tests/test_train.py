@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from ldm.encoder import open_encoder
 from ldm.runs import (Settings, check_or_create, find, model_card, name_references, newest_run,
                       parse_settings, read_settings)
 from ldm.schedule import alpha_bar
-from ldm.weights import SHA256, hub_file, load_unet, open_sd15
+from ldm.weights import SHA256, hub_file, load_unet, load_vae, open_sd15
 from lora import inject, lora_parameters
 from projector import Projector
 from sample import Sampling, find_adapter, sample
@@ -137,7 +138,7 @@ def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, m
     names = [p.name for p in read_dataset(root)][::200][:8]
     cache = Cache(tmp_path, "vae", "encoder", 64)
     hashes = cache.fill([root / n for n in names],
-                        lambda: train.load_encoders(vae_file, encoder_file, torch.device("cpu")))
+                        lambda: (load_vae(vae_file).encode, partial(encoder_file.embed, encoder_file.load())))
     torch.manual_seed(0)
     unet = inject(load_unet(unet_file), 16)
     frozen = {n: p.clone() for n, p in unet.state_dict().items() if not n.endswith((".A", ".B"))}
@@ -484,7 +485,7 @@ def test_a_run_without_its_split_or_with_a_damaged_state_is_refused(trained, sma
     assert (copy / "adapter.safetensors").read_bytes() == before
     shutil.copy(trained / "state.safetensors", copy)
     (copy / "split.json").unlink()
-    assert "no such split" in program("train.py", *arguments, cwd=tmp_path, check=False).stderr
+    assert "split.json does not exist" in program("train.py", *arguments, cwd=tmp_path, check=False).stderr
 
 @pytest.mark.parametrize("change", [
     lambda c: c["args"].update(epochs=None), lambda c: c["args"].update(data=5),
