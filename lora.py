@@ -19,7 +19,7 @@ from torch import nn
 
 from ldm.app import Fail, Parser, foreign_file, run_program, save_json, save_tensors
 from ldm.weights import TensorFile
-from projector import Projector
+from projector import SHAPE, Projector
 
 class LoRALinear(nn.Module):
     """A frozen linear layer W (d_out, d_in) with trainable A (r, d_in) and B (d_out, r) in float32.
@@ -102,8 +102,11 @@ def open_adapter(path):
 def load_projector(file):
     """The Projector of an open adapter, in float32, frozen."""
     with foreign_file(file.path, "has a damaged projector", REMEDY):
+        shape = [int(file.header[key]) for key in SHAPE]
+        if min(shape[:4]) < 1 or shape[4] not in (2, 3):
+            raise ValueError(f"none has the sizes {shape}")
         with torch.device("meta"):          # sizes in a header take no memory, unless the tensors have them
-            projector = Projector.from_header(file.header)
+            projector = Projector(*shape)
         prefix = "lora_projector."
         names = [name for name in file.names if name.startswith(prefix)]
         state = {name.removeprefix(prefix): tensor.float() for name, tensor in file.read(names)}

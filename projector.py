@@ -25,14 +25,6 @@ class Projector(nn.Module):
         self.token_norm = nn.LayerNorm(d_c) if token_norm else nn.Identity()
         self.null = nn.Parameter(0.01 * torch.randn(1, d_e))
 
-    @classmethod
-    def from_header(cls, header):
-        """Rebuild from the strings of an adapter's header. Raises KeyError or ValueError."""
-        shape = [int(header[key]) for key in SHAPE]
-        if min(shape[:4]) < 1 or shape[4] not in (2, 3):
-            raise ValueError(f"no projector has the sizes {shape}")
-        return cls(*shape)
-
     def forward(self, e, keep=None):
         """e (B, d_e) -> c (B, n_c, d_c).
         keep (B, depth-1, d_h): dropout as factors, 0 or 1/(1-p); None outside training."""

@@ -16,7 +16,8 @@ from .data import load_rgb, prefetch, resize_crop
 from .weights import TensorFile, check_declared, find_file, load
 
 class FeatureSpace:
-    """A network with its preprocessing. Subclasses define kind, resize, `file`, `preprocess` and `load`."""
+    """A network with its preprocessing. Subclasses define kind, resize, `file`, `preprocess` and
+    `load(device="cpu")` -> the frozen network in float32: (B, 3, size, size) -> (B, d)."""
     def fingerprint(self):
         """sha256 of all that features depend on."""
         return self.file.fingerprint()
@@ -78,7 +79,7 @@ class Encoder(FeatureSpace):
         with foreign_file(file.path, "is no vision transformer with patch_embed and blocks", self.hint):
             blocks = {name.split(".")[1] for name in file.shapes if name.startswith("blocks.")}
             shape = (file.shapes["patch_embed.proj.weight"][0], len(blocks)) if recipe.head_width else ()
-        self._build = partial(build_encoder, *shape, recipe=recipe)
+        self.load = partial(load, partial(build_encoder, *shape, recipe=recipe), file, hint=self.hint)
         with torch.device("meta"):
             e = self.load("meta")(torch.empty(1, 3, recipe.size, recipe.size))
         if e.ndim != 2:
@@ -96,10 +97,6 @@ class Encoder(FeatureSpace):
         digest = hashlib.sha256(repr(how).encode()).hexdigest()[:8]
         both = hashlib.sha256(f"{weights} {digest}".encode()).hexdigest()
         return weights if digest == UNI2H_DIGEST else both
-
-    def load(self, device="cpu"):
-        """The frozen network in float32: (B, 3, size, size) -> (B, d_e)."""
-        return load(self._build, self.file, device, hint=self.hint)
 
     def embed(self, network, images):
         """PIL RGB images -> embeddings e (B, d_e), float32, on the CPU. network: from `load`."""
