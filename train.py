@@ -26,12 +26,12 @@ import torch._functorch.config as functorch_config
 from fid import frechet_distance
 from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast, check_same, command_line,
                      foreign_file, frozen_dtype, join_processes, pick_device, progress,
-                     rank0_first, run_program, save_csv, save_tensors, save_text, shard, silence, to_device)
-from ldm.data import (Cache, contact_sheet, describe_split, hash_files, load_rgb, note_equal_images,
-                      read_dataset, save_image, subsample, write_toy_tissue)
+                     rank0_first, run_program, save_csv, save_tensors, save_text, shard, to_device)
+from ldm.data import (Cache, contact_sheet, describe_split, hash_files, load_rgb, make_split,
+                      note_equal_images, read_dataset, read_split, save_image, subsample, write_toy_tissue)
 from ldm.encoder import Inception, cached_inception, open_encoder
 from ldm.runs import (FEW, TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
-                      parse_settings, public_name, read_settings, split_of_run)
+                      parse_settings, public_name, read_settings)
 from ldm.schedule import T, add_noise
 from ldm.vae import draw_latent
 from ldm.weights import TensorFile, licence, load_unet, load_vae, open_sd15
@@ -137,7 +137,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
         self.step, self.history, self.losses, self.best = 0, [], [], math.inf
         self.stop, self.following = 0, None     # a signal to any process; `load_step` of the next step
-        self.began = self.saved_at = time.perf_counter()    # began: earlier by minutes of earlier calls
+        self.began = self.saved_at = time.perf_counter()    # began: earlier by the minutes of earlier calls
 
     def images_per_pass(self):
         """--micro-batch; or this process's share of the batch, in as few equal parts as fit the memory."""
@@ -217,10 +217,6 @@ class Trainer:
         at_end = self.step % self.steps_per_epoch == 0 or self.step == self.total
         return at_end and self.step > (self.history[-1]["step"] if self.history else 0)
 
-    def minutes_spent(self):
-        """Minutes of training, including those before an interruption."""
-        return (time.perf_counter() - self.began) / 60
-
     def save(self, folder, header, best=False):
         """Write adapter (if best, twice), state and log. Fails if a parameter is not finite."""
         if not all(p.isfinite().all() for p in self.parameters):
@@ -233,7 +229,7 @@ class Trainer:
         moments = {f"{name}/{key}": self.optimizer.state[p][key] for name, p in self.named.items()
                    if p in self.optimizer.state for key in MOMENTS}
         state = dict(step=self.step, best=self.best, losses=self.losses, history=self.history,
-                     minutes=self.minutes_spent(), scale=self.scale)
+                     minutes=(self.saved_at - self.began) / 60, scale=self.scale)
         state = {key: json.dumps(value) for key, value in state.items()}
         save_tensors(folder / "state.safetensors", {**self.named, **moments}, state)
         if self.history:
@@ -312,7 +308,7 @@ def end_epoch(trainer, validation, seconds):
     if best:
         trainer.best = row[validation.score]
     validation.finish(best)
-    row["minutes"] = round(trainer.minutes_spent(), 2)
+    row["minutes"] = round((time.perf_counter() - trainer.began) / 60, 2)
     trainer.history, trainer.losses = trainer.history + [row], []
     return row, best
 
@@ -373,8 +369,6 @@ class Validation:
 # ---- the program: open, build, train -----------------------------------------------------------------
 def main():
     settings, resumed = parse_settings(__doc__)
-    if settings.quiet:
-        silence()
     device = pick_device(settings.device)
     join_processes(device)
     inputs = Inputs(settings, resumed)
@@ -419,7 +413,12 @@ class Inputs:
             self.lock = Lock(folder) if RANK0 and folder.is_dir() else None
             if not self.started and (folder / "log.csv").exists():      # it is written after a state
                 raise Fail(f"{folder}/state.safetensors is missing; restore it, or pass another --run")
-            split = split_of_run(folder, self.patches, settings.split, self.started)
+            path, how = folder / "split.json", settings.split
+            saved = read_split(path, self.patches) if self.started or path.exists() else None
+            split = saved if self.started else make_split(self.patches, how)
+            if saved not in (None, split):
+                raise Fail(f"{path} exists and is not the split that --split {how} asks for; to use it, pass "
+                           f"--split {path}, else remove it")
             self.names = {part: subsample(found, settings.limit) for part, found in split.items()}
             self.space = Inception(settings.inception) if settings.features == "inception" else self.encoder
             files = dict(vae=self.vae_file, encoder=self.encoder, base=self.unet_file)
@@ -428,7 +427,7 @@ class Inputs:
             check_or_create(folder, settings, self.sha256)
             self.lock = self.lock or (Lock(folder) if RANK0 else None)
             if RANK0:
-                save_text(folder / "split.json", describe_split(split, self.patches))
+                save_text(path, describe_split(split, self.patches))
         check_same("weights", self.sha256)
         describe(self.patches, split)
 

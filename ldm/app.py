@@ -39,7 +39,7 @@ def run_program(main):
     """Call main() as a program. Exit codes: 2 with one line for what the user can fix, 130, 143, or main's.
     Rank 0 alone prints more than failures."""
     if not RANK0:
-        silence()
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")        # which `progress` recognises
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):        # a console without α prints another character for it
             stream.reconfigure(errors="replace")
@@ -60,10 +60,6 @@ def run_program(main):
         code = 2
     if code:
         sys.exit(code)
-
-def silence():
-    """Print only failures and announcements from now on."""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 def announce(line):
     """Print a line on stderr, once for all processes."""

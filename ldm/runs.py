@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .app import (DTYPES, MAX_SEED, RANK0, WORLD, Fail, Parser, add_options, announce, file_sha256,
                   foreign_file, option, read_csv, read_json, safe_name, save_json)
-from .data import make_split, read_dataset, read_split, subsample
+from .data import read_dataset, read_split, subsample
 from .weights import BUILT_IN, SD15, TensorFile
 
 TOY_DATA = "toy-tissue"     # the --data that is drawn, in a folder of this name beside the run
@@ -20,7 +20,7 @@ TOY = dict(data=TOY_DATA, sd15="toy", uni2h="toy", size=64, hidden=256, lr=5e-3,
 FEW = 10                    # among fewer validation images chance chooses: the best adapter is the last
 # Settings that may differ on resume (of files the hashes must agree), and those not taken over from the run
 MAY_DIFFER = {"data", "sd15", "vae", "encoder", "uni2h", "micro_batch", "inception", "run", "dtype"}
-THIS_CALL = {"device", "no_compile", "quiet"}
+THIS_CALL = {"device", "no_compile"}
 DATA, MODEL, TRAINING, VALIDATION, RUN = "data and weights", "model", "training", "validation", "run"
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Settings:
     device: str = option(RUN, "auto", "cuda, mps or cpu")
     dtype: str = option(RUN, "auto", "of the U-Net; auto: the device's fastest", choices=DTYPES)
     no_compile: bool = option(RUN, False, "do not torch.compile (done on CUDA only)")
-    quiet: bool = option(RUN, False, "print failures only")
 
 def parse_settings(description):
     """The command line of train.py -> (Settings, whether --resume was given).
@@ -113,7 +112,7 @@ def read_settings(folder):
     values = read_json(path).get("args")
     if not isinstance(values, dict):
         return None
-    values.pop("init", None)                # which older versions had
+    values = {name: x for name, x in values.items() if name not in ("init", "quiet")}     # of older versions
     add_options(parser, Settings)           # as arguments they are checked as those are
     arguments = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
                  for name, value in values.items() if value != getattr(Settings, name, None)
@@ -152,16 +151,6 @@ def check_or_create(folder, settings, sha256):
             what = f"images of {saved.data}" if name == "images" else name.replace("_", "-")
             end = ", where its learning rate ends at 0" * (name in ("epochs", "max_steps"))
             raise Fail(f"{folder} is a run with {what} {was}{end}, and not {now}; pass another --run")
-
-def split_of_run(folder, patches, how, started):
-    """The split of a run: its split.json, with which a run that is not started must agree; or a new one."""
-    path = folder / "split.json"
-    saved = read_split(path, patches) if started or path.exists() else None
-    split = saved if started else make_split(patches, how)
-    if saved not in (None, split):
-        raise Fail(f"{path} exists and is not the split that --split {how} asks for; to use it, pass --split "
-                   f"{path}, else remove it")
-    return split
 
 # ---- finding runs, patches and samples ---------------------------------------------------------------
 def unfinished(folder):
