@@ -7,14 +7,13 @@
 
 The number depends on --resize: pytorch-fid, clean (clean-fid) or tf1 (torch-fidelity, torchmetrics).
 """
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
 from scipy.spatial.distance import cdist
 
-from ldm.data import is_generated, list_files
+from ldm.data import is_generated, list_images
 from ldm.encoder import RESIZERS, Inception, cached_inception, open_encoder
 from ldm.app import (RANK0, Fail, Parser, atomic_write, check_same, foreign_file, join_processes, number,
                      pick_device, rank0_first, run_program, save_json)
@@ -124,11 +123,8 @@ def with_moments(mu, sigma):
     return mu + np.sqrt(len(mu)) * scipy.linalg.helmert(len(mu) + 1).T @ root        # orthonormal, of mean 0
 
 def images_of(folder):
-    """The files of a folder of two images or more. Prints what is not counted."""
-    kinds = list_files(folder) if folder.is_dir() else {}
-    files = [folder / name for name, kind in kinds.items() if kind == "images"]
-    if left := ", ".join(f"{n} {kind}" for kind, n in Counter(kinds.values()).items() if kind != "images"):
-        print(f"note: not counted in {folder}: {left}")
+    """The files of a folder of two images or more."""
+    files = list_images(folder) if folder.is_dir() else []
     if len(files) < 2:
         raise Fail(f"{folder}: no such folder (or .npz file of statistics), or fewer than two images in it")
     return files
@@ -164,8 +160,7 @@ def compare(real, fake, subset=1000):
     """Two ImageSets -> {"fid", "n_real", "n_fake"}, and the columns of `kid` where the features are known."""
     (d, a), (other, b) = ((x.features.shape[1], ", ".join(x.space or ())) for x in (real, fake))
     if d != other or (a and b and a != b):
-        raise Fail(f"REAL has {d} features of {a or '?'}, FAKE {other} of {b or '?'}: make one again, "
-                   "with one network, --resize and --inception for both")
+        raise Fail(f"REAL has {d} features of {a or '?'}, FAKE {other} of {b or '?'}: make one again")
     others = kid(real.features, fake.features, subset) if real.n and fake.n else {}
     return dict(fid=frechet_distance(real.features, fake.features), n_real=real.n, n_fake=fake.n) | others
 

@@ -121,8 +121,7 @@ def load_adapter(file, unet):
     wanted, found = ({(name, *t.shape) for name, t in named.items()} for named in (adapted, tensors))
     if wanted != found:
         name, *_ = min(wanted ^ found)
-        raise Fail(f"{file.path} does not fit this base: {name} is missing or of another shape; with --sd15 "
-                   f"pass the one it was trained on ({file.header['base']})")
+        raise Fail(f"{file.path} does not fit this base ({name}); pass its own, --sd15 {file.header['base']}")
     if not all(tensor.isfinite().all() for tensor in (*tensors.values(), *projector.parameters())):
         raise Fail(f"{file.path}: a number in it is not finite; {REMEDY}")
     unet.load_state_dict(tensors, strict=False)         # which has other parameters too

@@ -30,7 +30,7 @@ from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast
 from ldm.data import (Cache, contact_sheet, describe_split, hash_files, load_rgb, make_split,
                       note_equal_images, read_dataset, read_split, save_image, subsample, write_toy_tissue)
 from ldm.encoder import Inception, cached_inception, open_encoder
-from ldm.runs import (FEW, TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
+from ldm.runs import (TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
                       parse_settings, public_name, read_settings)
 from ldm.schedule import T, add_noise
 from ldm.vae import draw_latent
@@ -42,6 +42,7 @@ from sample import Job, Model, Sampling, latent_shape, make_images, write_real
 DROPOUT = 0.05                          # of the projector's hidden units
 MAX_GRAD_NORM = 1.0                     # the paper names none; the default of Diffusers' scripts
 SAVE_SECONDS = 300
+FEW = 10                                # among fewer validation images chance chooses: the best is the last
 # Share of a compiled step's activations kept for the backward pass, the rest being recomputed. SD1.5 at batch
 # 16, 512 px: 5.3 GiB instead of 10.5, for 8.7 % more FLOPs (tests/test_speed.py).
 MEMORY_BUDGET = 0.5
@@ -339,8 +340,7 @@ class Validation:
         self.few = len(self.sampled if several else hashes) < FEW       # or is the last: no chance
         self.features = self.extract(self.real) if several else None
         if self.few:
-            print(f"note: a {self.score} of fewer than {FEW} validation images chooses by chance: "
-                  "adapter-best.safetensors and fake/ are those of the last epoch")
+            print(f"note: with under {FEW} validation images adapter-best and fake/ are of the last epoch")
 
     def distance(self, trainer, epoch):
         """Sample with the weights as they are -> the distance; None for fewer than two images."""
@@ -417,8 +417,7 @@ class Inputs:
             saved = read_split(path, self.patches) if self.started or path.exists() else None
             split = saved if self.started else make_split(self.patches, how)
             if saved not in (None, split):
-                raise Fail(f"{path} exists and is not the split that --split {how} asks for; to use it, pass "
-                           f"--split {path}, else remove it")
+                raise Fail(f"{path} is not the split of --split {how}; pass --split {path}, or remove it")
             self.names = {part: subsample(found, settings.limit) for part, found in split.items()}
             self.space = Inception(settings.inception) if settings.features == "inception" else self.encoder
             files = dict(vae=self.vae_file, encoder=self.encoder, base=self.unet_file)

@@ -153,8 +153,11 @@ def list_files(folder):
     return dict(sorted(kinds.items()))
 
 def list_images(folder):
-    """The image files under a folder, sorted by name; without hidden files, masks and previews."""
-    return [Path(folder, name) for name, kind in list_files(folder).items() if kind == "images"]
+    """The image files under a folder, sorted by name. Prints what is left out, as masks and previews."""
+    kinds = list_files(folder)
+    if left := ", ".join(f"{n} {kind}" for kind, n in Counter(kinds.values()).items() if kind != "images"):
+        print(f"note: not counted in {folder}: {left}")
+    return [Path(folder, name) for name, kind in kinds.items() if kind == "images"]
 
 def is_generated(path):
     """Whether an image file is marked as made by a model: by our text chunks, or by any program's XMP."""
@@ -334,8 +337,7 @@ def split_patches(patches, parts=PROPORTIONS):
     for p in patches:
         cases.setdefault(p.case, []).append(p)
     if len(cases) < len(parts):
-        raise Fail(f"{len(patches)} patches of {len(cases)} cases cannot be split into {', '.join(parts)} by "
-                   "case; add cases, or pass a split file with --split")
+        raise Fail(f"{len(cases)} cases cannot be split into {len(parts)}; add cases, or pass --split FILE")
     total, whole = Counter(p.label for p in patches), sum(parts.values())
     target = {(part, label): n * size / whole for part, size in parts.items() for label, n in total.items()}
     count, chosen = Counter(), {part: [] for part in parts}

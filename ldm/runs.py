@@ -17,7 +17,6 @@ TOY_DATA = "toy-tissue"     # the --data that is drawn, in a folder of this name
 # The defaults of a run on the toy base. Of its few validation images a FID every epoch is noise.
 TOY = dict(data=TOY_DATA, sd15="toy", uni2h="toy", size=64, hidden=256, lr=5e-3, lr_ratio=1.0, epochs=12,
            val_every=6)
-FEW = 10                    # among fewer validation images chance chooses: the best adapter is the last
 # Settings that may differ on resume (of files the hashes must agree), and those not taken over from the run
 MAY_DIFFER = {"data", "sd15", "vae", "encoder", "uni2h", "micro_batch", "inception", "run", "dtype"}
 THIS_CALL = {"device", "no_compile"}

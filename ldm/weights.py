@@ -227,8 +227,7 @@ def _check_model(file, configs):
         theirs = file.get("alphas_cumprod")
         rounding = {1: 0.3, 2: 0.01}.get(theirs.itemsize, 1e-4)
         if theirs.shape != (T,) or not torch.allclose(theirs.double(), alpha_bar(), rounding, atol=0):
-            raise Fail(f"{file.path}: alphas_cumprod is not the noise schedule of Stable Diffusion 1.5; pass "
-                       f"a base with that one, such as {SD15}")
+            raise Fail(f"{file.path}: alphas_cumprod is not Stable Diffusion 1.5's; pass one such as {SD15}")
 
 def _part(file, prefix):
     """The tensors under a prefix, or all where there is none, under Diffusers' names."""
