@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import HEADER, SETTINGS, Memory, trainer
+from conftest import HEADER, SETTINGS, Memory, texture, trainer
+from peers import random_inception
 
+from fid import frechet_distance
+from ldm.encoder import Inception
 from ldm.unet import UNet
 from lora import inject
 from projector import Projector
@@ -30,16 +33,16 @@ def on_gpu(dtype=torch.float32, size=16, **changes):
         p.data = p.data if p.requires_grad else p.data.to(dtype)
     unet, projector = unet.to(DEVICE, memory_format=torch.channels_last), projector.to(DEVICE)
     images = [(f"{i}.png", f"h{i}") for i in range(8)]
-    settings = replace(SETTINGS, **{"no_compile": False} | changes)
-    return Trainer(settings, unet, projector, Memory(8, 12), images, (4, size, size), DEVICE)
+    return Trainer(replace(SETTINGS, **changes), unet, projector, Memory(8, 12), images, (4, size, size),
+                   DEVICE)
 
 def gradient(t):
     t.train_step()
     return torch.cat([p.grad.flatten() for p in t.parameters]).cpu()
 
-@pytest.mark.parametrize("dtype, tolerance",
-                         [(torch.float32, 1e-2), (torch.bfloat16, 0.06), (torch.float16, 0.02)])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype, tolerance, compiled", [
+    (torch.float32, 1e-2, False), (torch.bfloat16, 0.06, False), (torch.float16, 0.02, False),
+    (torch.bfloat16, 0.06, True)])
 def test_a_step_is_that_of_the_cpu(dtype, tolerance, compiled):
     """To the precision of the dtype; float32 has TF32's convolutions."""
     a, b = gradient(on_cpu()), gradient(on_gpu(dtype, no_compile=not compiled))
@@ -64,7 +67,9 @@ def test_python_waits_for_the_gpu_once_in_a_step():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_full_size_step_at_batch_16_fits_12_gb(compiled):
     """Stable Diffusion 1.5's widths at 512 px, and the fixed noise of a validation."""
-    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    def graphs():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    total, before = torch.cuda.get_device_properties(DEVICE).total_memory, graphs()
     torch.cuda.set_per_process_memory_fraction(min(1.0, 12e9 / total), DEVICE)
     try:
         with torch.device("meta"):
@@ -82,6 +87,10 @@ def test_a_full_size_step_at_batch_16_fits_12_gb(compiled):
         assert t.micro_batch == 16 or total < 14e9
         t.train_step()
         t.validation_loss(list(rows.rows)[:3])
+        first = graphs()
+        t.train_step()
+        t.validation_loss(list(rows.rows)[:2])
+        assert graphs() == first and (not compiled or first - before == 2)
         print(f"peak {torch.cuda.max_memory_allocated(DEVICE) / 1e9:.2f} GB")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
@@ -96,3 +105,10 @@ def test_a_resumed_run_is_near_the_one_that_was_not_stopped(tmp_path):
         whole.train_step()
     for a, b in zip(whole.parameters, again.parameters):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+def test_the_distance_is_that_of_the_cpu(tmp_path):
+    weights = random_inception(tmp_path / "inception.safetensors")
+    images = [texture(i, 96 + 8 * (i % 3)) for i in range(24)]
+    cpu, gpu = (frechet_distance(x[:12], x[12:]) for x in (
+        Inception(weights).extract(images, device) for device in ("cpu", DEVICE)))
+    assert gpu == pytest.approx(cpu, rel=1e-3)

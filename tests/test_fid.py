@@ -11,30 +11,16 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from conftest import program, texture
+from peers import as_released, random_inception
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import fid
-from ldm.encoder import RESIZERS, Inception, build_inception
+from ldm.encoder import RESIZERS, Inception
 from ldm.app import Fail
 from ldm.data import save_image
 
 CPU = torch.device("cpu")
-
-def random_weights(path):
-    """Inception's tensors, drawn so that the activations keep their size through the network."""
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in build_inception().state_dict().items()}
-    g, tensors = torch.Generator().manual_seed(0), {}
-    for name, shape in shapes.items():
-        noise = torch.randn(shape, generator=g)
-        if name.endswith("conv.weight"):
-            tensors[name] = noise * (2 / shape[1:].numel()) ** 0.5
-        elif name.endswith(("bn.weight", "running_var")):
-            tensors[name] = (0.1 * noise).exp()
-        else:
-            tensors[name] = 0.1 * noise
-    save_file(tensors, path)
 
 @pytest.fixture(scope="module", params=["random", pytest.param("real", marks=pytest.mark.slow)])
 def kind(request):
@@ -45,19 +31,13 @@ def kind(request):
 def weights(kind, tmp_path_factory, request):
     if kind == "real":
         return request.getfixturevalue("shared")("weights/inception-2015-12-05.safetensors")
-    path = tmp_path_factory.mktemp("weights") / "inception.safetensors"
-    random_weights(path)
-    return path
+    return random_inception(tmp_path_factory.mktemp("weights") / "inception.safetensors")
 
 @pytest.fixture(scope="module")
 def pth(weights, tmp_path_factory):
-    """The same weights as pytorch-fid's release file has them: with a classifier and counters."""
-    state = load_file(weights)
-    state |= {n.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for n in state
-              if n.endswith("running_mean")}
-    state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    """The same weights as pytorch-fid's release file has them."""
     path = tmp_path_factory.mktemp("pth") / "pt_inception-2015-12-05-6726825d.pth"
-    torch.save(state, path)
+    torch.save(as_released(load_file(weights)), path)
     return path
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def test_no_public_name_is_defined_twice():
                     if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_"))
     assert {name for name, n in names.items() if n > 1} <= {"main", "parse_args"}
 
-@pytest.mark.parametrize("kind", ["test", "bench"])
+@pytest.mark.parametrize("kind", ["test", "bench", "peers", "memory"])
 def test_the_tests_keep_the_bars_of_their_own(kind):
     paths = sorted((ROOT / "tests").glob(f"{kind}*.py"))
     for path in paths:
