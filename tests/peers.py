@@ -24,11 +24,11 @@ from ldm.data import Cache, load_rgb, prefetch
 from ldm.encoder import Inception, build_encoder, build_inception, open_encoder
 from ldm.runs import Settings
 from ldm.unet import UNet
-from ldm.weights import open_sd15
+from ldm.weights import load_vae, open_sd15
 from lora import fold, inject, save_adapter
 from projector import Projector
 from sample import Sampling, sample
-from train import Trainer, load_encoders
+from train import Trainer
 
 # One work: name, images, FLOPs of an image, and {who: (build, settings)}, ours first. settings: {name: its
 # values, the one to begin with first}; build(name=value) -> step(), which may return its own Figures. warm: a
@@ -306,7 +306,7 @@ def caching(args):
     pixels = Compose([Resize(args.size), ToTensor(), Normalize(0.5, 0.5)])
 
     def ours():
-        encoders = load_encoders(vae_file, encoder, args.device)
+        encoders = load_vae(vae_file, args.device).encode, partial(encoder.embed, encoder.load(args.device))
         return lambda: Cache(args.folder / f"cache{next(count)}", "vae", "encoder",
                              args.size).fill(files, lambda: encoders)
 

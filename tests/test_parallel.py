@@ -1,4 +1,5 @@
 """Several processes under torchrun do what one does: losses and adapter to rounding, images, distance."""
+import json
 import os
 import shutil
 import signal
@@ -32,13 +33,16 @@ def finish(started, code=0):
 
 @pytest.fixture(scope="module")
 def runs(small, tmp_path_factory):
-    """The same training by one process and by two -> their working folders."""
+    """The same training by one process and by two -> their working folders. The two have uneven shares: 3 and
+    2 images of a batch, 3 and none of validation's loss and samples."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    arguments = [*small, "--epochs", 2, "--val-samples", 3, "--run", "runs/x"]
+    arguments = [*small, "--batch", 5, "--epochs", 2, "--val-samples", 3, "--run", "runs/x"]
     both = torchrun(2, "train.py", *arguments, cwd=two)
     program("train.py", *arguments, cwd=one)
     out, _ = finish(both)
     assert out.count("Total trainable") == 1            # only the first process speaks
+    assert len(list((two / "runs/x/fake").rglob("*.png"))) == len(json.loads(
+        (two / "runs/x/split.json").read_text())["val"]) == 3
     return one, two
 
 def test_two_processes_train_the_adapter_of_one(runs):
