@@ -8,8 +8,7 @@ fid distance load cache kept memory`.
 Networks have random weights, the same for all. Each side's settings are tried one after the other and what is
 faster is kept; then the fastest of ours and the fastest of the peer's take turns. Times are medians; a ratio
 above 1 says that ours is faster. FLOPs are counted on the meta device, recomputation left out; their share is
-of the rate of a large matrix multiplication. The last line is one JSON object.
-"""
+of the rate of a large matrix multiplication. The last line is one JSON object."""
 import argparse
 import contextlib
 import gc
@@ -47,8 +46,7 @@ def once(step, device):
 def attempt(build, args, cap, warm=True):
     """Build a candidate and time it -> (Figures, step), or (why there are none, None).
 
-    It has `cap` bytes of a GPU for itself: what another holds meanwhile is added to them.
-    """
+    It has `cap` bytes of a GPU for itself: what another holds meanwhile is added to them."""
     if time.perf_counter() > args.deadline:
         return "left out: no time", None
     device, cuda = args.device, args.cuda

@@ -1,8 +1,7 @@
 """Fixtures: narrow networks of SD1.5's and UNI2-h's depth and names, a small dataset, all made from seeds.
 
 What is too large for the project is read from ../shared, or MORPH_SHARED; a test that needs it is skipped
-with the reason where it is absent.
-"""
+with the reason where it is absent."""
 import contextlib
 import importlib
 import io
@@ -95,8 +94,7 @@ def base(tmp_path_factory):
     """A Diffusers folder for the programs: SD1.5's four levels, but narrow, and one block in each: fast.
 
     At 64 px the last two levels are one position. Less than 4 of its channels in a group of a norm would be
-    nearly constant: a gradient of rounding errors, which AdamW makes as large as any other.
-    """
+    nearly constant: a gradient of rounding errors, which AdamW makes as large as any other."""
     folder = tmp_path_factory.mktemp("base")
     for network, part in zip(diffusers_twins((32, 64, 128, 128), (32,) * 4, layers=1), ("unet", "vae")):
         network.save_pretrained(folder / part)
@@ -185,8 +183,7 @@ def trainer(n=8, widths=(32, 64), layers=1, **changes):
 def program(name, *args, cwd, check=True):
     """Call a program in this process, as `python NAME ARGS` would -> returncode, stdout, stderr.
 
-    A new process for each would import torch each time; `process` is for what needs one.
-    """
+    A new process for each would import torch each time; `process` is for what needs one."""
     module, code = importlib.import_module(name.removesuffix(".py")), 0
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv, Path.cwd(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}

@@ -2,8 +2,7 @@
 narrow.
 
 Names are written from the published formats, in the direction opposite to ldm/weights.py's; Diffusers' own
-converter checks both.
-"""
+converter checks both."""
 import re
 import zlib
 
@@ -87,8 +86,7 @@ def make_sd15(path, layout="diffusers", width=320):
     """Write a checkpoint: "diffusers", "diffusers-old" (the VAE's attention as `query`) or "compvis" (one
     file).
 
-    The three layouts of one width hold the same network.
-    """
+    The three layouts of one width hold the same network."""
     nets = networks(width)
     tensors = {part: {name: random_tensor(f"{part}.{name}", t.shape) for name, t in net.state_dict().items()}
                for part, net in nets.items()}

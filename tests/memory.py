@@ -67,8 +67,7 @@ def uncompiled_step(batch=16, size=512, width=None, dtype=torch.bfloat16, checkp
 def compiled_step(batch=16, size=512, width=None, dtype=torch.bfloat16, budget=MEMORY_BUDGET):
     """The same of a compiled step whose share of kept activations is `budget` -> kept, peak, FLOPs.
 
-    The peak is that of the graphs without fusion, an upper bound.
-    """
+    The peak is that of the graphs without fusion, an upper bound."""
     from functorch.compile import min_cut_rematerialization_partition
     found = dict(flops=0)
 
@@ -128,8 +127,7 @@ def inference(build, *shapes, dtype=torch.float32, method="forward", mode=None):
 def table():
     """Print the README's table: GB at 512 px and rank 4, and the cards that have as much.
 
-    Steps are counted for four images and taken in proportion.
-    """
+    Steps are counted for four images and taken in proportion."""
     weights, _ = inference(UNet, (1, 4, 8, 8), (1,), (1, 4, 768), dtype=torch.bfloat16)
     trained = 16 * (797_184 + 4_726_272)            # float32: value, gradient, two moments
     steps = {"training, not compiled": uncompiled_step(4)[1], "training, compiled": compiled_step(4)[1]}

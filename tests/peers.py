@@ -1,6 +1,5 @@
 """What tests/bench.py measures: each work by this program and by its peer, in every setting of the peer, with
-equal random weights.
-"""
+equal random weights."""
 import itertools
 import os
 import subprocess

@@ -1,8 +1,7 @@
 """Procedural pictures for the maker of the embedded base: shapes, cores, beads, spots in stain-like colours.
 
 Everything is drawn for a batch at once, on any device. n pictures of SIZE x SIZE pixels; a world is what
-several pictures share. None of it is toy tissue (tests/tissue.py), which shares no code with this file.
-"""
+several pictures share. None of it is toy tissue (tests/tissue.py), which shares no code with this file."""
 import math
 
 import torch
@@ -121,8 +120,7 @@ def draw_masks(layer, angle, sway, r):
     """Where a layer's shapes, their cores and the beads on their rims are -> three (n, SIZE, SIZE) in 0..1.
 
     Every pixel looks at the nine lattice cells around it (Worley 1996), so the cost does not depend on how
-    many shapes there are; what is random of a cell is a hash of its place.
-    """
+    many shapes there are; what is random of a cell is a hash of its place."""
     p = {name: v[:, None, None, None] for name, v in layer.items() if v.ndim == 1}
     n, (x, y) = len(angle), pixels(r.device)
     turn = (angle + layer["turn"])[:, None, None]

@@ -1,7 +1,6 @@
 """What only a GPU can show: `python -m pytest tests/test_cuda.py`, alone, since other tests hide the GPUs.
 
-Skipped where there is none. No GPU has run these tests yet.
-"""
+Skipped where there is none. No GPU has run these tests yet."""
 from dataclasses import replace
 
 import pytest

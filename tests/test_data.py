@@ -474,8 +474,7 @@ def test_a_split_file_can_be_read_again_and_refuses_strangers_and_repeats(datase
 
 class Encoders:
     """Known answers: the mean is x itself at a quarter of the size, the embedding three corner pixels; counts
-    the images.
-    """
+    the images."""
 
     def __init__(self, fail_after=None):
         self.images, self.fail_after = 0, fail_after

@@ -1,6 +1,5 @@
 """A local server plays the hub and the release page: whole files, wrong hashes, cut connections, 401, 404, no
-answer.
-"""
+answer."""
 import hashlib
 import json
 import os

@@ -1,6 +1,5 @@
 """FID and KID equal the tools whose numbers they claim, with random weights everywhere and with the real ones
-here.
-"""
+here."""
 import json
 import shutil
 from types import SimpleNamespace
@@ -62,8 +61,7 @@ def ours(folders, weights, resize):
 
 def exact(x, y):
     """The Fréchet distance by eigenvalues of the Gram matrix: tr (Σ₁Σ₂)^½ = Σ √λ(X₁X₂ᵀ X₂X₁ᵀ), another way
-    than fid.py's.
-    """
+    than fid.py's."""
     a, b = (x - x.mean(0)) / np.sqrt(len(x) - 1), (y - y.mean(0)) / np.sqrt(len(y) - 1)
     cross = a @ b.T
     root = np.sqrt(np.linalg.eigvalsh(cross @ cross.T).clip(0)).sum()

@@ -1,6 +1,5 @@
 """The networks at their full size, from checkpoints of random weights: 10 GB of disk and some minutes. Run
-with -m slow.
-"""
+with -m slow."""
 import gc
 import shutil
 import subprocess

@@ -1,8 +1,7 @@
 """Files from strangers, mutated: each is read or refused in one clear line, whatever was done to it.
 
 Hypothesis changes bytes, cuts files, and edits safetensors headers and JSON. MORPH_EXAMPLES sets how many it
-tries of each kind; with -s the counts are printed.
-"""
+tries of each kind; with -s the counts are printed."""
 import io
 import json
 import os
@@ -101,8 +100,7 @@ def edit_header(data, edit):
 @given(st.data())
 def test_an_adapter_with_an_edited_header(adapter, tmp_path_factory, data):
     """Absurd sizes, overlapping or backward offsets, other dtypes and shapes, and any JSON in the place of a
-    value of ours.
-    """
+    value of ours."""
     path = tmp_path_factory.getbasetemp() / "edited.safetensors"
     path.write_bytes(edit_header(adapter.read_bytes(), lambda header: edit_anything(header, data)))
     attempt("adapter, header", lambda: read_as_adapter(path))

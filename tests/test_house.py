@@ -1,6 +1,5 @@
 """The size and shape of the program, measured by parsing its files: what the README claims of them cannot
-rot.
-"""
+rot."""
 import ast
 import re
 from collections import Counter

@@ -204,8 +204,7 @@ def test_an_adapter_that_lacks_tensors_is_refused(dropped, words, adapter, tmp_p
 def test_an_exported_lora_is_the_same_in_the_program_it_is_for(form, adapter, unet, inputs,
                                                                diffusers_networks, tmp_path):
     """Diffusers reads its own names and, through its converter, kohya's, which are also ComfyUI's and
-    A1111's; PEFT reads its folder.
-    """
+    A1111's; PEFT reads its folder."""
     out = tmp_path / ("adapter-peft/adapter_model" if form == "peft" else f"adapter-{form}")
     out = out.with_suffix(".safetensors")
     result = program("lora.py", adapter[0], "--export", form, cwd=tmp_path)

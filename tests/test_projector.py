@@ -51,8 +51,7 @@ def test_parameters_count_as_table_2_says(options, expected):
                                                       (4, "797,184", "5,523,456", "0.64%")])
 def test_the_printed_table_has_the_numbers_of_table_2(rank, lora, total, share):
     """At rank 8 the paper's Table 2, whose total counts the null embedding twice; at rank 4 the 0.64 % of its
-    abstract.
-    """
+    abstract."""
     with torch.device("meta"):
         table = parameter_table(inject(UNet().requires_grad_(False), rank), Projector())
     for row in (["LoRA", "adapters", lora], ["Projector", "MLP", "4,724,736"], ["Null", "embedding", "1,536"],
@@ -113,8 +112,7 @@ def test_a_folder_a_pickle_and_a_safetensors_file_hold_the_same_encoder(uni2h, t
     dict(arguments=UNI2H.arguments | {"global_pool": ""}, joined=True)])
 def test_the_same_weights_under_another_recipe_are_another_encoder(change, uni2h, monkeypatch):
     """Cache and adapter are keyed by the fingerprint. UNI2-h's is that of the weights alone, as in adapters
-    of earlier versions: not if the recipe itself is edited.
-    """
+    of earlier versions: not if the recipe itself is edited."""
     file, edited = open_encoder(uni2h).file, replace(UNI2H, **change)
     changed = Encoder(file, edited).fingerprint()
     assert open_encoder(uni2h).fingerprint() == Encoder(file, TOY).fingerprint() == file.fingerprint()

@@ -1,6 +1,5 @@
 """The metrics beside the distances, each on a case whose answer is known; and the report on
-tiny runs.
-"""
+tiny runs."""
 import csv
 import json
 import shutil
@@ -28,8 +27,7 @@ def test_the_nearest_centroid_is_the_class_of_the_nearest_direction():
 
 def test_the_interval_holds_the_estimate_and_narrows_with_n():
     """For the distance of means of one number each, the bootstrap's spread is the standard error of their
-    difference.
-    """
+    difference."""
     def distance(a, b):
         return float(a.mean() - b.mean())
     for n in (100, 1600):

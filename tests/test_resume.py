@@ -1,7 +1,6 @@
 """A run that is killed twenty times, wherever it is, ends with the bits of one that was not.
 
-    python -m pytest -m slow tests/test_resume.py -s
-"""
+    python -m pytest -m slow tests/test_resume.py -s"""
 import os
 import random
 import subprocess

@@ -1,6 +1,5 @@
 """What speed costs and saves, counted: bytes kept for the backward pass, and the same gradients with and
-without.
-"""
+without."""
 import math
 from types import SimpleNamespace
 

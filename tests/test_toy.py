@@ -7,8 +7,7 @@ import torch
 from conftest import program
 from PIL import Image
 
-from ldm.data import (CLASSES, load_rgb, read_dataset, split_patches, to_images, to_tensor,
-                      write_toy_tissue)
+from ldm.data import (CLASSES, load_rgb, read_dataset, split_patches, to_images, to_tensor, write_toy_tissue)
 from ldm.encoder import open_encoder
 from ldm.schedule import alpha_bar
 from ldm.vae import SCALE

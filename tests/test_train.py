@@ -372,8 +372,7 @@ def test_the_best_adapter_has_the_lowest_fid_or_loss_unless_few_images_choose_an
         return {"val_loss": value} if owner is Trainer else value
     monkeypatch.setattr(owner, name, measured)
     monkeypatch.setattr(train, "FEW", few)
-    program("train.py", *small, "--epochs", 3, "--val-samples", samples, "--run", "runs/x",
-            cwd=tmp_path)
+    program("train.py", *small, "--epochs", 3, "--val-samples", samples, "--run", "runs/x", cwd=tmp_path)
     steps = [train.TensorFile(tmp_path / f"runs/x/{name}.safetensors").header["step"]
              for name in ("adapter", "adapter-best")]
     assert int(steps[0]) / 3 == int(steps[1]) / best

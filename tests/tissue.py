@@ -171,8 +171,7 @@ def noise(rng, x, y, wavelength):
 def write_dataset(folder, slides, patches, size=64, seed=0):
     """folder/CLASS/SLIDE/patch.png: `slides` of each class with `patches` of each slide. Slides that are whole are kept.
 
-    Returns the folder.
-    """
+    Returns the folder."""
     folder = Path(folder)
     for label, name in enumerate(CLASSES):
         for s in range(slides):

@@ -4,8 +4,7 @@
 
 Samples are scored by Inception's features, which the conditioning never saw: the class by a ridge classifier trained on other
 toy tissue (also with every image brought to the same mean and spread of each channel, so that tone alone cannot win), the
-distance against tissue of other slides. Finished parts are kept in OUT, so that it can be interrupted.
-"""
+distance against tissue of other slides. Finished parts are kept in OUT, so that it can be interrupted."""
 import argparse
 import json
 import subprocess
