@@ -100,19 +100,27 @@ def base(tmp_path_factory):
         network.save_pretrained(folder / part)
     return folder
 
+def uni2h_of_timm(width=1536, depth=24):
+    """The call on MahmoodLab/UNI2-h's page, also for narrower networks."""
+    import timm
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_giant_patch14_224", img_size=224, patch_size=14, depth=depth, num_heads=width // 64,
+        init_values=1e-5, embed_dim=width, mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True,
+        mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU, reg_tokens=8,
+        dynamic_img_size=True).eval()
+
+def mahmoodlab_transform():
+    """What `create_transform(**resolve_data_config(model.pretrained_cfg))` gives for the model of the hub."""
+    from timm.data import create_transform
+    return create_transform((3, 224, 224), is_training=False, interpolation="bilinear", crop_pct=1.0,
+                            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_mode="center")
+
 @pytest.fixture(scope="session")
 def uni2h(tmp_path_factory):
     """A narrow UNI2-h (192 wide, 2 blocks) as the pickle that MahmoodLab's repository has."""
-    import timm
-    torch.manual_seed(0)
-    encoder = timm.create_model(
-        "vit_giant_patch14_224", img_size=224, patch_size=14, depth=2, num_heads=3, init_values=1e-5,
-        embed_dim=192,
-        mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True, mlp_layer=timm.layers.SwiGLUPacked,
-        act_layer=torch.nn.SiLU,
-        reg_tokens=8, dynamic_img_size=True)
     folder = tmp_path_factory.mktemp("uni2h")
-    torch.save(encoder.state_dict(), folder / "pytorch_model.bin")
+    torch.save(uni2h_of_timm(192, 2).state_dict(), folder / "pytorch_model.bin")
     return folder
 
 def timm_folder(folder, architecture, config, **arguments):
@@ -202,13 +210,20 @@ def program(name, *args, cwd, check=True):
     assert not check or code == 0, err.getvalue()
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
+def start(*command, cwd=ROOT, **environment):
+    """Python with these arguments in a process of its own -> Popen."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+
 def process(name, *args, cwd, check=True, **environment):
-    """The same in a process of its own."""
-    result = subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, capture_output=True,
-                            text=True,
-                            env=os.environ | environment, timeout=600)
-    assert not check or result.returncode == 0, result.stderr
-    return result
+    """The same as `program` in a process of its own."""
+    started = start(ROOT / name, *args, cwd=cwd, **environment)
+    try:
+        out, err = started.communicate(timeout=600)
+    finally:
+        started.kill()
+    assert not check or started.returncode == 0, err
+    return SimpleNamespace(returncode=started.returncode, stdout=out, stderr=err)
 
 @pytest.fixture(scope="session")
 def small(base, uni2h, dataset):

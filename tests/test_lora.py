@@ -168,36 +168,23 @@ def test_the_file_holds_every_trainable_tensor_and_no_other(adapter, unet):
 
 # ---- damaged files, and other programs' --------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [
-    "lora_projector.out.bias", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight"])
-def test_an_adapter_with_a_number_that_is_none_is_refused(name, adapter, tmp_path):
-    """Its images would be black."""
-    file = open_adapter(adapter[0])
-    tensors = {n: file.get(n).clone() for n in file.names}
-    tensors[name].view(-1)[0] = float("nan")
-    save_file(tensors, tmp_path / "x.safetensors", file.header)
-    with pytest.raises(Fail, match="not finite"):
-        load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
+MIDDLE = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
 
-@pytest.mark.parametrize("change", [{"hidden": "1" + 19 * "0"}, {"tokens": "1" + 20 * "0"},
-                                    {"step": "9" * 5000}, {"alpha": "inf"},
-                                    {"rank": "0"}, {"rank": "5"}, {"rank": "1" + 400 * "0"}])
-def test_a_header_with_a_number_beyond_measure_is_refused(change, adapter, tmp_path):
+@pytest.mark.parametrize("words, tensors, header", [
+    ("not finite", lambda t: t | {"lora_projector.out.bias": t["lora_projector.out.bias"] * torch.nan}, {}),
+    ("not finite", lambda t: t | {f"{MIDDLE}B.weight": t[f"{MIDDLE}B.weight"] / 0}, {}),
+    ("does not fit this base", lambda t: {n: x for n, x in t.items() if n != f"{MIDDLE}B.weight"}, {}),
+    ("does not fit this base", lambda t: {n: x for n, x in t.items() if MIDDLE not in n}, {}),
+    ("text_encoder", lambda t: t | {"text_encoder.layers.0.lora_A.weight": torch.zeros(2, 8)}, {}),
+    *(("", dict, {key: value}) for key, value in (
+        ("hidden", "1" + 19 * "0"), ("tokens", "1" + 20 * "0"), ("step", "9" * 5000), ("alpha", "inf"),
+        ("rank", "0"), ("rank", "5"), ("rank", "1" + 400 * "0")))])
+def test_a_damaged_adapter_or_one_of_another_kind_is_refused(words, tensors, header, adapter, tmp_path):
+    """With a number that is none its images would be black; without a tensor the LoRA would be another."""
     file = open_adapter(adapter[0])
-    save_file({n: file.get(n) for n in file.names}, tmp_path / "x.safetensors", file.header | change)
-    with pytest.raises(Fail):
-        load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
-
-@pytest.mark.parametrize("dropped, words", [("lora_B.weight", "does not fit this base"),
-                                            ("to_q.lora_", "does not fit this base")])
-def test_an_adapter_that_lacks_tensors_is_refused(dropped, words, adapter, tmp_path):
-    file = open_adapter(adapter[0])
-    tensors = {n: file.get(n) for n in file.names
-               if f"mid_block.attentions.0.transformer_blocks.0.attn1.{dropped}" not in n}
-    if dropped == "lora_B.weight":
-        tensors.pop("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight")
-    save_file(tensors, tmp_path / "x.safetensors", file.header)
-    with pytest.raises(Fail, match=words):
+    load_adapter(file, UNet(CHANNELS))
+    save_file(tensors({n: file.get(n) for n in file.names}), tmp_path / "x.safetensors", file.header | header)
+    with pytest.raises(Fail, match=words or None):
         load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
@@ -262,15 +249,3 @@ def test_an_adapters_terms_are_those_of_its_parents():
     toy = licence("toy", TOY.terms)
     assert "MIT" in toy and "RAIL" not in toy and "NC" not in toy
     assert "NC-ND" in licence("toy", UNI2H.terms) and "RAIL" in licence("other", TOY.terms)
-
-def test_an_adapter_with_a_tensor_of_another_kind_is_refused(tmp_path):
-    """Without that tensor the LoRA would be another one."""
-    unet = inject(UNet((32, 64), 1, context=16), 2)
-    save_adapter(tmp_path / "a.safetensors", unet, Projector(8, 8, 1, 16), HEADER)
-    file = open_adapter(tmp_path / "a.safetensors")
-    tensors = {name: file.get(name).clone() for name in file.names}
-    stray = {"text_encoder.layers.0.lora_A.weight": torch.zeros(2, 8)}
-    save_file(tensors | stray, tmp_path / "b.safetensors", file.header)
-    load_adapter(open_adapter(tmp_path / "a.safetensors"), UNet((32, 64), 1, context=16))
-    with pytest.raises(Fail, match="text_encoder"):
-        load_adapter(open_adapter(tmp_path / "b.safetensors"), UNet((32, 64), 1, context=16))

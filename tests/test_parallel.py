@@ -4,23 +4,20 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, process, program
+from conftest import ROOT, process, program, start
 from safetensors.torch import load_file
 
 import train
 from ldm.app import read_csv
 
-def torchrun(n, name, *args, cwd, **options):
+def torchrun(n, name, *args, cwd):
     """The program in n processes -> Popen."""
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                             "--nproc-per-node", str(n), "--", str(ROOT / name), *map(str, args)],
-                            cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+    return start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, "--", ROOT / name,
+                 *args, cwd=cwd, OMP_NUM_THREADS="1")
 
 def finish(started, code=0):
     try:
@@ -110,12 +107,9 @@ def test_a_node_with_other_weights_than_the_first_one_says_so(small, base, tmp_p
     jobs = []
     for rank, sd15 in enumerate((base, tmp_path / "other")):
         arguments = [*small[:2], "--sd15", sd15, *small[4:], "--run", "runs/x", "--max-steps", 2]
-        environment = dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29431",
-                           TORCHELASTIC_RUN_ID="x",
-                           OMP_NUM_THREADS="1")
-        jobs.append(subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
-                                     cwd=tmp_path, stdout=subprocess.PIPE,
-                                     stderr=subprocess.PIPE, text=True, env=os.environ | environment))
+        jobs.append(start(
+            ROOT / "train.py", *arguments, cwd=tmp_path, OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT="29431", TORCHELASTIC_RUN_ID="x"))
     (_, first), (_, second) = (finish(job, code=2) for job in jobs)
     assert "process 1 of 2 reads other weights than rank 0" in second and "another process has ended" in first
     assert not list(tmp_path.rglob("adapter*"))

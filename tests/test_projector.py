@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import program, timm_folder
+from conftest import mahmoodlab_transform, program, timm_folder, uni2h_of_timm
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform
@@ -19,10 +19,6 @@ from ldm.runs import parameter_table
 from ldm.unet import UNet
 from lora import inject, open_adapter
 from projector import Projector
-
-TIMM_CALL = dict(           # from MahmoodLab/UNI2-h's page
-    img_size=224, patch_size=14, init_values=1e-5, mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True,
-    act_layer=torch.nn.SiLU, reg_tokens=8, dynamic_img_size=True)
 
 def test_tokens_are_eqs_3_and_4_written_out():
     torch.manual_seed(0)
@@ -77,11 +73,6 @@ def test_the_token_norm_normalises_each_token():
     c = Projector(d_e=6, d_h=8, n_c=2, d_c=64, token_norm=True)(torch.randn(3, 6))
     assert c.mean(-1).abs().max() < 1e-6 and (c.var(-1, unbiased=False) - 1).abs().max() < 1e-2
 
-def mahmoodlab_transform():
-    """What `create_transform(**resolve_data_config(model.pretrained_cfg))` gives for the model of the hub."""
-    return create_transform((3, 224, 224), is_training=False, interpolation="bilinear", crop_pct=1.0,
-                            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_mode="center")
-
 @pytest.mark.parametrize("size", [(512, 512), (220, 220), (224, 224), (97, 97), (331, 250), (250, 331),
                                   (1000, 300)])
 def test_preprocessing_equals_timms_pipeline(size):
@@ -89,14 +80,13 @@ def test_preprocessing_equals_timms_pipeline(size):
     assert (preprocess([image])[0] - mahmoodlab_transform()(image)).abs().max() < 1e-6
 
 def test_embeddings_equal_timms_own(uni2h, dataset):
-    theirs = timm.create_model("vit_giant_patch14_224", depth=2, num_heads=3, embed_dim=192,
-                               mlp_layer=SwiGLUPacked, **TIMM_CALL)
+    theirs = uni2h_of_timm(192, 2)
     theirs.load_state_dict(torch.load(uni2h / "pytorch_model.bin", weights_only=True), strict=True)
     images = [load_rgb(path) for path in sorted((dataset / "train").iterdir())[:3]]
     encoder = open_encoder(uni2h)
     ours = encoder.embed(encoder.load(), images)
     with torch.no_grad():
-        expected = theirs.eval()(torch.stack([mahmoodlab_transform()(image) for image in images]))
+        expected = theirs(torch.stack([mahmoodlab_transform()(image) for image in images]))
     assert ours.shape == (3, 192) and ours.dtype == torch.float32
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 

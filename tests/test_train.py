@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SETTINGS, process, program, trainer
+from conftest import ROOT, SETTINGS, process, program, start, trainer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -105,7 +104,7 @@ def test_the_optimizer_has_the_papers_two_groups():
 def test_a_step_is_adamw_on_the_gradient_clipped_to_norm_1():
     """After the first step the moments are m = (1-β₁) g and v = (1-β₂) g²: the update is that of sign(g)."""
     t = trainer(cfg_drop=0.5)
-    before = {n: p.detach().clone() for n, p in t.named.items()}
+    before, _ = values(t)
     scale = torch.full((), 1e3)
     t.network = lambda z, s, c: scale * t.unet(z, s, c)         # a gradient far above 1
     _, norm = t.train_step()
@@ -117,10 +116,14 @@ def test_a_step_is_adamw_on_the_gradient_clipped_to_norm_1():
         assert torch.allclose(p, before[name] * (1 - rate * decay) - rate * p.grad / (p.grad.abs() + 1e-8),
                               atol=1e-7), name
 
+def values(t):
+    """Copies of what a Trainer trains, {name: tensor}, and of all else in its U-Net."""
+    frozen = {n: p.clone() for n, p in t.unet.state_dict().items() if not n.endswith((".A", ".B"))}
+    return {n: p.detach().clone() for n, p in t.named.items()}, frozen
+
 def test_training_moves_lora_projector_and_null_embedding_and_nothing_else():
     t = trainer(cfg_drop=0.5)
-    frozen = {n: p.clone() for n, p in t.unet.state_dict().items() if not n.endswith((".A", ".B"))}
-    before = {n: p.detach().clone() for n, p in t.named.items()}
+    before, frozen = values(t)
     for _ in range(3):
         t.train_step()
     unmoved = [n for n, p in t.named.items() if torch.equal(p, before[n])]
@@ -141,11 +144,10 @@ def test_eight_real_patches_are_learnt_by_heart(shared, base, uni2h, tmp_path, m
                         lambda: (load_vae(vae_file).encode, partial(encoder_file.embed, encoder_file.load())))
     torch.manual_seed(0)
     unet = inject(load_unet(unet_file), 16)
-    frozen = {n: p.clone() for n, p in unet.state_dict().items() if not n.endswith((".A", ".B"))}
     settings = replace(SETTINGS, lr=5e-3, lr_ratio=1.0, batch=8, cfg_drop=0.5, epochs=200)
     projector = Projector(encoder_file.width, 256, 4)
     t = Trainer(settings, unet, projector, cache, list(zip(names, hashes)), (4, 8, 8), torch.device("cpu"))
-    before = {n: p.detach().clone() for n, p in t.named.items()}
+    before, frozen = values(t)
     monkeypatch.setattr(train, "generator", lambda *key: generator(0, 0, 0))
     for _ in range(200):
         t.train_step()
@@ -170,11 +172,10 @@ def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_anything_moves(rate):
     t = trainer()
     t.train_step()
-    before = {n: p.detach().clone() for n, p in t.named.items()}
     t.cache.rows["h3"][0].fill_(rate)
     with pytest.raises(train.Fail, match=r"step \d+.*timesteps.*3\.png"):
         for _ in range(4):
-            before = {n: p.detach().clone() for n, p in t.named.items()}
+            before, _ = values(t)
             t.train_step()
     assert all(torch.equal(p, before[n]) for n, p in t.named.items())
 
@@ -276,11 +277,9 @@ def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_ha
     arguments = [*small, "--epochs", 6, "--val-samples", 0]
     process("train.py", *arguments, "--run", "runs/whole", cwd=tmp_path)
     expected = load_file(tmp_path / "runs/whole/adapter.safetensors")
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--run", "runs/broken"]
     codes = []
     for kind in (signal.SIGTERM, signal.SIGKILL):
-        running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
+        running = start(ROOT / "train.py", *arguments, "--run", "runs/broken", cwd=tmp_path)
         state, then = tmp_path / "runs/broken/state.safetensors", None
         for _ in range(2000):           # until a commit of its own is there
             now = state.stat().st_mtime_ns if state.exists() else None
@@ -299,18 +298,15 @@ def test_a_run_that_is_killed_and_one_that_is_asked_to_stop_end_as_if_nothing_ha
 @pytest.mark.slow
 def test_two_processes_share_a_cache_and_not_a_run(small, tmp_path):
     """The first is stopped in its tracks while two others come: one for the same run, one for another."""
-    def start(run):
-        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, small), "--epochs", "1",
-                                 "--val-samples", "0", "--run", run],
-                                cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                # more threads than cores would wait for each other
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
-    first = start("runs/a")
+    def begin(run):         # more threads than cores would wait for each other
+        return start(ROOT / "train.py", *small, "--epochs", 1, "--val-samples", 0, "--run", run, cwd=tmp_path,
+                     OMP_NUM_THREADS="1")
+    first = begin("runs/a")
     while not (tmp_path / "runs/a/config.json").exists() and first.poll() is None:
         time.sleep(0.01)
     time.sleep(0.05)
     first.send_signal(signal.SIGSTOP)
-    same, other = start("runs/a"), start("runs/b")
+    same, other = begin("runs/a"), begin("runs/b")
     assert same.wait() == 2 and "another process is using runs/a" in same.stderr.read()
     first.send_signal(signal.SIGCONT)
     assert first.wait() == other.wait() == 0
@@ -319,16 +315,16 @@ def test_two_processes_share_a_cache_and_not_a_run(small, tmp_path):
 
 @pytest.mark.slow
 def test_a_sampler_that_is_asked_to_stop_leaves_whole_images_and_goes_on(trained, tmp_path):
-    command = [sys.executable, str(ROOT / "sample.py"), "--run", str(trained), "--split", "train", "--limit",
-               "8", "--batch", "1", "--steps", "9", "--out", "out"]
-    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["sample.py", "--run", trained, "--split", "train", "--limit", 8, "--batch", 1, "--steps", 9,
+               "--out", "out"]
+    running = start(ROOT / command[0], *command[1:], cwd=tmp_path)
     while not list(tmp_path.glob("out/cfg1.3/*/*.png")) and running.poll() is None:
         time.sleep(0.02)
     running.send_signal(signal.SIGTERM)
     assert running.wait() == 143 and not list(tmp_path.glob("out/**/.*"))
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/cfg1.3/*/*.png")}
     assert made and all(Image.open(path).load() for path in made)
-    assert "images exist already" in process(*command[1:], cwd=tmp_path).stdout
+    assert "images exist already" in process(*command, cwd=tmp_path).stdout
     assert all(path.stat().st_mtime_ns == then for path, then in made.items())
     assert len(list(tmp_path.glob("out/cfg1.3/*/*.png"))) > len(made)
 
