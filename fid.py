@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """FID and KID between folders of images, or saved statistics of them; and every other metric of the report.
 
     python fid.py real/ fake/                       # prints FID as pytorch-fid does, and KID
@@ -178,11 +177,9 @@ def parse_args():
     parser.add_argument("fake", metavar="FAKE", nargs="*", help="folders or .npz files to compare with it")
     parser.add_argument("--per-class", action="store_true", help="KID x 1000 for every common subfolder")
     parser.add_argument("--resize", choices=RESIZERS, help="whose number to reproduce (default: pytorch-fid)")
-    parser.add_argument("--kid-subset", type=number(int, 2), default=1000,
-                        help="images per subset of KID (default: 1000)")
+    parser.add_argument("--kid-subset", type=number(int, 2), default=1000, help="of images (default: 1000)")
     parser.add_argument("--inception", metavar="FILE", help="its weights (default: torch.hub's cache)")
-    parser.add_argument("--features", choices=("inception", "encoder"),
-                        help="default: inception; for a toy run without its weights, the run's encoder")
+    parser.add_argument("--features", choices=("inception", "encoder"), help="default: as available")
     parser.add_argument("--save", metavar="FILE", help="write the statistics of REAL to this .npz file")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     parser.add_argument("--batch", type=number(int, 1), default=32, help="images at a time (default: 32)")

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Low-rank adaptation of the U-Net's attention, and the adapter file.
 
     W' = W + (α/r) B A                                                                                 (eq. 6)
@@ -170,8 +169,7 @@ def export(path, form):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("file", type=Path, metavar="ADAPTER", help="an adapter of train.py")
-    parser.add_argument("--export", required=True, choices=("kohya", "diffusers", "peft"),
-                        help="whose names to write, into ADAPTER-kohya.safetensors and so on; peft: a folder")
+    parser.add_argument("--export", required=True, choices=("kohya", "diffusers", "peft"), help="whose names")
     args = parser.parse_args()
     out = export(args.file, args.export)
     print(f"{out}: the LoRA alone; the projector's tokens take the place of the prompt (README)")

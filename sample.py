@@ -1,11 +1,8 @@
-#!/usr/bin/env python3
 """New patches with the morphology of a reference (Algorithm 2).
 
     python sample.py --ref patch.png --cfg 1.3
     python sample.py --split val --cfg 1.0 1.3 1.5       # one sample per validation patch, three guidances
     python sample.py --split train --label adenoma --n 8  # eight per training patch of a rare class
-    python sample.py --split train --balance              # each class filled up to the size of the largest
-    python sample.py --embedding features.npy             # from stored embeddings: no encoder, no image
 
 Writes OUT/real/*.png (the references at the model's size), OUT/cfg1.3/*.png (the samples, named by reference,
 seed and guidance, and marked as generated in their XMP), OUT/labels.csv (a row for each sample) and
@@ -26,7 +23,7 @@ from ldm.app import (DTYPES, MAX_SEED, RANK0, SIGNALS, Fail, Parser, add_options
                      command_line, file_sha256, foreign_file, frozen_dtype, join_processes, layout, number,
                      option, pick_device, progress, rank0_first, read_json, run_program, safe_name, save_csv,
                      save_json, shard)
-from ldm.data import contact_sheet, list_images, load_rgb, resize_crop, save_image, subsample, to_images
+from ldm.data import list_images, load_rgb, resize_crop, save_image, save_sheet, subsample, to_images
 from ldm.encoder import open_encoder
 from ldm.runs import find, name_references, newest_run, patches_of, read_settings
 from ldm.schedule import ddpm_step, timesteps
@@ -330,8 +327,7 @@ def write_sheet(path, real, jobs):
     shown = [name for names in classes.values() for name in subsample(names, max(1, 32 // len(classes)))]
     n = min(8, *(len(rows[name]) for name in shown))
     groups = [[*([real[name]] if name in real else []), *rows[name][:n]] for name in shown]
-    texts = [p.stem[-40:] for group in groups for p in group]
-    save_image(path, contact_sheet([[load_rgb(p) for p in group] for group in groups], texts=texts))
+    save_sheet(path, groups, [p.stem[-40:] for group in groups for p in group])
 
 if __name__ == "__main__":
     run_program(main)

@@ -1,12 +1,9 @@
-#!/usr/bin/env python3
 """Adapt Stable Diffusion 1.5 to patches seen through UNI2-h (Algorithm 1); by default the paper's baseline.
 
     python train.py --data chaoyang/ --rank 4 --tokens 4        # the paper's best configuration
     python train.py --resume runs/chaoyang-512px-r4-t4          # resume; repeating the command does the same
 
 Without --data, or with --sd15 toy, a small base of ours has its own defaults: TOY in ldm/runs.py.
-
-Writes runs/NAME, whose files the README lists; cache/ beside it holds the outputs of the frozen encoders.
 """
 import hashlib
 import json
@@ -27,8 +24,8 @@ from fid import frechet_distance
 from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast, check_same, command_line,
                      foreign_file, frozen_dtype, join_processes, pick_device, progress,
                      rank0_first, run_program, save_csv, save_tensors, save_text, shard, to_device)
-from ldm.data import (Cache, contact_sheet, describe_split, hash_files, load_rgb, make_split,
-                      note_equal_images, read_dataset, read_split, save_image, subsample, write_toy_tissue)
+from ldm.data import (Cache, describe_split, hash_files, load_rgb, make_split, note_equal_images,
+                      read_dataset, read_split, save_image, save_sheet, subsample, write_toy_tissue)
 from ldm.encoder import Inception, cached_inception, open_encoder
 from ldm.runs import (TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
                       parse_settings, public_name, read_settings)
@@ -352,9 +349,8 @@ class Validation:
         make_images(model, self.jobs, {job.reference: row for job, row in zip(self.jobs, e)})
         fake = [job.path for job in self.jobs]
         if RANK0:
-            grid = [list(map(load_rgb, pair)) for pair in subsample(list(zip(self.real, fake)), 8)]
-            sheet = contact_sheet(grid, texts=["reference", "sample"] * len(grid))
-            save_image(self.folder / "grids" / f"epoch{epoch:02d}.png", sheet)
+            grid = subsample(list(zip(self.real, fake)), 8)
+            save_sheet(self.folder / f"grids/epoch{epoch:02d}.png", grid, ["reference", "sample"] * len(grid))
         if self.features is not None:
             return frechet_distance(self.features, self.extract(fake))
 

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import chain, pairwise, product, zip_longest
+from itertools import chain, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -111,16 +111,16 @@ def to_images(x):
     x = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(image) for image in x.permute(0, 2, 3, 1).cpu().numpy()]
 
-def contact_sheet(groups, columns=8, texts=()):
-    """Groups, equally many PIL images each -> one image; no group is broken over rows. texts: above each."""
-    images = list(chain(*groups))
-    columns = min(len(images), len(groups[0]) * max(1, columns // len(groups[0])))
-    sheet = Image.new("RGB", (columns * 260, math.ceil(len(images) / columns) * 276), "white")
-    for i, (image, text) in enumerate(zip_longest(images, texts, fillvalue="")):
+def save_sheet(path, groups, texts, columns=8):
+    """Write groups of equally many image files as one; a row breaks no group. texts: above each image."""
+    files = list(chain(*groups))
+    columns = min(len(files), len(groups[0]) * max(1, columns // len(groups[0])))
+    sheet = Image.new("RGB", (columns * 260, math.ceil(len(files) / columns) * 276), "white")
+    for i, (file, text) in enumerate(zip(files, texts)):
         x, y = i % columns * 260, i // columns * 276
         ImageDraw.Draw(sheet).text((x, y + 2), text, fill="black")
-        sheet.paste(image.resize((256, 256), Image.Resampling.LANCZOS), (x, y + 16))
-    return sheet
+        sheet.paste(load_rgb(file).resize((256, 256), Image.Resampling.LANCZOS), (x, y + 16))
+    save_image(path, sheet)
 
 def save_image(path, image, **text):
     """Write a PNG atomically, with text chunks {key: value}; one of an `adapter` is marked as generated."""

@@ -8,7 +8,6 @@ Inception's features, where its weights are available (--inception, or torch.hub
 --judge: these did not condition the samples. The encoder's, which did, stand beside them as "encoder".
 """
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ import fid
 import sample
 from fid import frechet_distance as distance
 
-from .data import contact_sheet, load_rgb, resize_crop, save_image, subsample, to_images, to_tensor
+from .data import load_rgb, save_sheet, subsample, to_images, to_tensor
 from .app import Fail, Parser, file_sha256, number, pick_device, read_csv, run_program, save_csv, save_text
 from .encoder import Inception, cached_inception, open_encoder
 from .runs import THIS_CALL, best_epoch, model_card, name_references, patches_of, read_settings, unfinished
@@ -139,7 +138,7 @@ def figure5(ev):
     labels, real, fake = ev.labels("test"), ev.real("test"), ev.fake("test")
     names, first = np.unique(labels, return_index=True)
     texts = [f"{name}: {kind}" for name in names for kind in ("real", f"synthetic, w = {ev.cfg}")]
-    save_sheet(ev.out / "figure5.png", [(real[i], fake[i]) for i in first], texts)
+    save_sheet(ev.out / "figure5.png", [(real[i], fake[i]) for i in first], texts, 4)
     return ()
 
 # ---- beyond the paper --------------------------------------------------------------------------------------
@@ -157,21 +156,20 @@ def fidelity_table(ev):
         yield row
 
 def memorisation_table(ev):
-    """Memorisation: distance from a sample to the nearest training image, in embedding and in pixels; real
-    validation images are the yardstick: `closer` is the share of samples nearer than 99 % of these"""
+    """Memorisation: distance from a sample's embedding to that of the nearest training image; real validation
+    images are the yardstick: `closer` is the share of samples nearer than 99 % of these"""
     sets = {"real val": ("real", "val"), "samples of val": ("fake", "val"),
             "samples of train": ("fake", "train", ev.limit)}
-    for space in (PIXELS, ev.spaces[-1]):
-        train, limit = ev.features(space, "real", "train"), None
-        for name, images in sets.items():
-            distances = cdist(ev.features(space, *images), train)
-            index, d = distances.argmin(1), distances.min(1)
-            limit = np.quantile(d, 0.01) if limit is None else limit
-            yield dict(space=space.kind, images=name, n=len(d), median=np.median(d), lowest=d.min(),
-                       closer=(d < limit).mean())
+    train, limit = ev.features(ev.spaces[-1], "real", "train"), None
+    for name, images in sets.items():
+        distances = cdist(ev.features(ev.spaces[-1], *images), train)
+        index, d = distances.argmin(1), distances.min(1)
+        limit = np.quantile(d, 0.01) if limit is None else limit
+        closer = (d < limit).mean()
+        yield dict(images=name, n=len(d), median=np.median(d), lowest=d.min(), closer=closer)
     fake, real, order = ev.fake("train", ev.limit), ev.real("train"), d.argsort()[:10]
     texts = [text for i in order for text in ("sample", f"training image, {d[i]:.3g} from it")]
-    save_sheet(ev.out / "memorisation.png", [(fake[i], real[index[i]]) for i in order], texts)
+    save_sheet(ev.out / "memorisation.png", [(fake[i], real[index[i]]) for i in order], texts, 4)
 
 def usefulness_table(ev):
     """Usefulness: a linear classifier of a few real training images of each class, and of these with k times
@@ -193,10 +191,6 @@ def usefulness_table(ev):
         yield dict(train=f"real + {k} x {kind}" if k else "real", features=space.kind, n=len(x),
                    balanced_accuracy=np.mean(scores), accuracy_std=np.std(scores))
 
-# The feature space of the pixels themselves, at 32 x 32
-PIXELS = SimpleNamespace(kind="pixels", extract=lambda files, device: np.stack(
-    [np.asarray(resize_crop(load_rgb(file), 32), np.float64).ravel() / 255 for file in files]))
-
 def table6(runs):
     """Table 6: the finished ones of several runs by FID, with the settings in which they differ"""
     found = [(run, read_settings(run), read_csv(run / "log.csv")) for run in runs if not unfinished(run)]
@@ -211,11 +205,6 @@ def table6(runs):
         yield {"run": run.name} | values | score | {"minutes": log[-1]["minutes"]}
 
 # ---- pictures and the program ------------------------------------------------------------------------------
-def save_sheet(path, pairs, texts):
-    """A contact sheet of pairs of image files, two pairs in a row, a text above each image."""
-    images = [[load_rgb(file) for file in pair] for pair in pairs]
-    save_image(path, contact_sheet(images, 4, texts))
-
 def as_markdown(rows):
     def cell(x):
         return f"{x:.4g}" if isinstance(x, float) else "-" if x in (None, "") else str(x)
@@ -233,8 +222,7 @@ def main():
     parser.add_argument("--cfg", type=number(float, 0), default=1.3, help="guidance (default: 1.3)")
     parser.add_argument("--limit", type=number(int, 8), default=400, metavar="N",
                         help="samples of training images, and as many for usefulness (default: 400)")
-    parser.add_argument("--judge", nargs="+", default=[], metavar="NAME",
-                        help="other encoders to measure with, as --encoder of train.py names them")
+    parser.add_argument("--judge", nargs="+", default=[], metavar="NAME", help="encoders to measure with too")
     parser.add_argument("--inception", metavar="FILE", help="its weights (default: torch.hub's cache)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     args = parser.parse_args()

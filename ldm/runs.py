@@ -52,8 +52,7 @@ class Settings:
     val_every: int = option(VALIDATION, 1, "sample every Nth epoch, and the last", low=1)
     val_cfg: float = option(VALIDATION, 1.5, "their guidance")
     val_steps: int = option(VALIDATION, 30, "their denoising steps", low=1, high=999)
-    features: str | None = option(VALIDATION, None, "default: inception if available",
-                                  choices=("inception", "encoder"))
+    features: str | None = option(VALIDATION, None, "default: as available", choices=("inception", "encoder"))
     inception: str | None = option(VALIDATION, None, "pytorch-fid's weights (default: torch.hub's cache)")
     run: str | None = option(RUN, None, "its folder (default: under runs/)")
     device: str = option(RUN, "auto", "cuda, mps or cpu")
@@ -267,8 +266,5 @@ def _describe_data(settings, split):
     unknown = all(cases == patches for _, cases, patches, _ in rows)
     shared = ("which patches share a case is unknown" if unknown else
               f"cases in more than one part: {split.get('cases_in_several_parts', 'not counted')}")
-    how = {"paper": "pooled, then split by case",
-           "official": "the dataset's own test part, the validation part taken from the rest by case"}
-    return dict(data=Path(settings.data).name, shared=shared,
-                how=how.get(settings.split, f"split as in `{Path(settings.split).name}`"),
+    return dict(data=Path(settings.data).name, shared=shared, how=Path(settings.split).name,
                 counts="\n".join("| {} | {} | {} | {} |".format(*row) for row in rows))

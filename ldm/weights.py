@@ -154,8 +154,7 @@ def find_file(argument, source, names):
     if re.fullmatch(HUB_NAME, str(source)) and not path.exists():
         # float16 is half the download, and finer than the bfloat16 that it is used in
         return hub_file(str(source), sorted(names, key=lambda name: ".fp16.safetensors" not in name))
-    raise Fail(f"{argument} {source}: no such file, nor folder with {names[0]}; pass the file or folder of "
-               f"the weights, or a Hugging Face repository such as {SD15}")
+    raise Fail(f"{argument} {source}: no such file, folder with {names[0]}, or Hugging Face repository")
 
 # ---- Stable Diffusion 1.5 ----------------------------------------------------------------------------------
 def open_sd15(source, vae=None):
@@ -262,8 +261,7 @@ def hub_file(repository, candidates):
         remedy = ("the connection, HTTPS_PROXY and HF_HUB_OFFLINE, and that HF_HOME has space and may be "
                   "written to; or try again later")
         if getattr(getattr(problem, "response", None), "status_code", None) in (401, 403):
-            remedy = (f"request access on https://huggingface.co/{repository} with an institutional address, "
-                      "then run `hf auth login`")
+            remedy = f"request access on https://huggingface.co/{repository}, then run `hf auth login`"
         raise Fail(f"cannot get {candidates[0]} of {repository} ({first_line(problem)}). Check the name, "
                    f"{remedy}; or download it elsewhere and pass the local path") from None
     if not weights:

@@ -75,7 +75,7 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
         assert float(row["fid_low"]) <= float(row["fid"]) <= float(row["fid_high"]) and int(row["n"]) > 1
     assert [row["part"] for row in table["table7"]] == ["train", "val", "test"]
     first = table["memorisation"][0]
-    assert float(first["closer"]) <= 0.5 and first["images"] == "real val" and first["space"] == "pixels"
+    assert float(first["closer"]) <= 0.5 and first["images"] == "real val"
     assert [row["train"] for row in table["usefulness"]] == ["real"] + [
         f"real + {k} x {kind}" for kind in ("synthetic", "flips") for k in (1, 2, 5)]
     train, *parts = table["table7"]

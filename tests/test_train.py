@@ -239,7 +239,7 @@ def test_a_run_leaves_what_the_readme_says(trained, tmp_path):
     assert "Open RAIL-M" in card
     assert "the same after epoch 2 of 2" in card and f"**{distances[-1]:.4g}**" in card
     assert f"python {' '.join(['train.py', '--data'])}" in card
-    assert "pooled, then split by case; cases in more than one part: 0." in card
+    assert "split: paper (" in card and "; cases in more than one part: 0." in card
     assert config["environment"]["torch"] in card
     assert not list(trained.rglob(".*"))                                           # no temporary files
 
@@ -259,7 +259,7 @@ def test_a_model_card_says_no_more_than_is_known(trained, tmp_path):
         (copy / "config.json").write_text(json.dumps(config))
         (copy / "split.json").write_text(described)
         card = model_card(copy)
-        assert how in card and "the dataset's own test part" in card and "/gone" not in card
+        assert how in card and "split: official" in card and "/gone" not in card
         assert "adapter-best.safetensors`: not yet" in card
 
 def test_the_cache_is_used_again_and_repeating_the_command_goes_on(trained, small):
