@@ -4,9 +4,8 @@
     python sample.py --split val --cfg 1.0 1.3 1.5       # one sample per validation patch, three guidances
     python sample.py --split train --label adenoma --n 8  # eight per training patch of a rare class
 
-Writes OUT/real/*.png (the references at the model's size), OUT/cfg1.3/*.png (the samples, named by reference,
-seed and guidance, and marked as generated in their XMP), OUT/labels.csv (a row for each sample) and
-OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.
+Writes OUT/real/*.png (the references at the model's size), OUT/cfg1.3/*.png (the samples), OUT/labels.csv (a
+row for each) and OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.
 """
 import hashlib
 import itertools
@@ -19,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm.app import (DTYPES, MAX_SEED, RANK0, SIGNALS, Fail, Parser, add_options, barrier, check_same,
-                     command_line, file_sha256, foreign_file, frozen_dtype, join_processes, layout, number,
-                     option, pick_device, progress, rank0_first, read_json, run_program, safe_name, save_csv,
+from ldm.app import (DTYPES, MAX_SEED, RANK0, Fail, Parser, add_options, barrier, check_same, command_line,
+                     file_sha256, foreign_file, frozen_dtype, join_processes, layout, number, option,
+                     pick_device, progress, rank0_first, read_json, run_program, safe_name, save_csv,
                      save_json, shard)
 from ldm.data import list_images, load_rgb, resize_crop, save_image, save_sheet, subsample, to_images
 from ldm.encoder import open_encoder
@@ -77,8 +76,7 @@ def latent_shape(unet, vae, size):
     """(4, h, w) of images with this side in pixels."""
     multiple = vae.factor * 2 ** (len(unet.down_blocks) - 1)
     if size % multiple:
-        near = max(1, round(size / multiple)) * multiple
-        raise Fail(f"a size of {size} px must be a multiple of {multiple} for this base; nearest is {near}")
+        raise Fail(f"a size of {size} px must be a multiple of {multiple} for this base; pass another")
     return unet.latent, size // vae.factor, size // vae.factor
 
 # ---- images ------------------------------------------------------------------------------------------
@@ -191,7 +189,6 @@ def main(arguments=None):
         model = load_model(unet_file, vae_file, adapter, device, args.batch, compiled, args.dtype)
         if RANK0:
             save_json(out / "samples.json", guard | {"references": known})
-        SIGNALS.kept = f"; the finished images are in {out}; repeat the command for the rest"
         make_images(model, todo, dict(zip(needed, e)))
     if RANK0:
         real = write_real(out / "real", references if encoder else {}, size)
@@ -319,14 +316,13 @@ def write_labels(out, labels, adapter_sha256):
 
 def write_sheet(path, real, jobs):
     """A contact sheet of 32 references, equally many of each class, and up to eight samples of each."""
-    rows, classes = defaultdict(list), defaultdict(list)
+    classes = defaultdict(dict)         # {class: {reference: its samples}}
     for job in jobs:
-        rows[job.reference].append(job.path)
-    for name in rows:
-        classes[name.rpartition("/")[0]].append(name)
-    shown = [name for names in classes.values() for name in subsample(names, max(1, 32 // len(classes)))]
-    n = min(8, *(len(rows[name]) for name in shown))
-    groups = [[*([real[name]] if name in real else []), *rows[name][:n]] for name in shown]
+        classes[job.reference.rpartition("/")[0]].setdefault(job.reference, []).append(job.path)
+    n = max(1, 32 // len(classes))
+    shown = [row for rows in classes.values() for row in subsample(list(rows.items()), n)]
+    n = min(8, *(len(paths) for _, paths in shown))
+    groups = [[*([real[name]] if name in real else []), *paths[:n]] for name, paths in shown]
     save_sheet(path, groups, [p.stem[-40:] for group in groups for p in group])
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import math
 import shutil
 import signal
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -289,7 +288,6 @@ def train(trainer, validation, folder, header):
 
 def end_epoch(trainer, validation, seconds):
     """Validate -> the row of the log, not saved yet; whether these weights are the best, as fake/ then is."""
-    SIGNALS.kept = f"; saved at step {trainer.step} of {trainer.total}; repeat the command to resume"
     SIGNALS.deferred = False                # all is saved: a stop during validation or sampling loses nothing
     SIGNALS.leave()
     epoch, settings = math.ceil(trainer.step / trainer.steps_per_epoch), trainer.settings
@@ -427,17 +425,17 @@ class Inputs:
         describe(self.patches, split)
 
 def describe(patches, split):
-    """Print the dataset and its split, with an example of each class and its case."""
+    """Print the dataset and its split, of each class too, with an example and its case."""
     parts = ", ".join(f"{part} {len(names)}" for part, names in split.items())
     print(f"{len(patches)} patches of {len({p.case for p in patches})} cases: {parts}")
-    for label, n in sorted(Counter(p.label for p in patches).items()):
-        example = next(p for p in patches if p.label == label)
-        print(f"    {label}: {n}, such as {example.name} of case {example.case}")
+    for label in sorted({p.label for p in patches}):
+        own = {p.name: p for p in patches if p.label == label}
+        counts, example = (len(own.keys() & names) for names in split.values()), next(iter(own.values()))
+        print(f"    {label}: {' | '.join(map(str, counts))}, such as {example.name} of case {example.case}")
 
 def build(inputs, device):
     """Cache the encoders' outputs; build or restore the rest -> Trainer, Validation, adapter header."""
     settings, folder, encoder, sha256 = inputs.settings, inputs.folder, inputs.encoder, dict(inputs.sha256)
-    SIGNALS.kept = "; the cache keeps what it has; repeat the command to resume"
     cache = Cache(folder.parent / "cache", sha256["vae"], sha256["encoder"], settings.size)
     def encoders():         # which the cache frees before the U-Net is loaded
         return load_vae(inputs.vae_file, device).encode, partial(encoder.embed, encoder.load(device))

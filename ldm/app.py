@@ -68,8 +68,8 @@ def announce(line):
 
 class Signals:
     """SIGINT and SIGTERM end the program (130, 143), by an exception, so that temporary files are removed: at
-    once or, while `deferred`, at `leave`. The message says what is `kept`."""
-    received, deferred, kept = 0, False, ""
+    once or, while `deferred`, at `leave`."""
+    received, deferred = 0, False
     KINDS = signal.SIGINT, signal.SIGTERM
 
     def start(self):
@@ -87,7 +87,7 @@ class Signals:
     def leave(self):
         """End the program if a signal was received."""
         if self.received:
-            announce(f"{Path(sys.argv[0]).name}: stopped{self.kept}")
+            announce(f"{Path(sys.argv[0]).name}: stopped; what is done is kept, repeat the command to resume")
             sys.exit(128 + self.received)
 
     def wait(self, function, *args, **kwargs):

@@ -355,14 +355,9 @@ def split_patches(patches, parts=PROPORTIONS):
 def make_split(patches, how):
     """-> {"train": [names], "val": [...], "test": [...]}.
     how: "paper" (pooled, the paper's proportions), "official" (validation taken from train.json where there
-    is no val.json) or the path of a split file. Prints which class a part lacks."""
+    is no val.json) or the path of a split file."""
     if how == "paper":
-        split = split_patches(patches)
-        for label in sorted({p.label for p in patches}):
-            own = {p.name: p.case for p in patches if p.label == label}
-            if lacks := ", ".join(part for part, names in split.items() if not own.keys() & names):
-                print(f"note: class {label} has no patch in {lacks}; it has {len({*own.values()})} cases")
-        return split
+        return split_patches(patches)
     if how != "official":
         return read_split(how, patches)
     own = {part: [p for p in patches if p.part == part] for part in PROPORTIONS}

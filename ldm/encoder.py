@@ -226,8 +226,6 @@ def _download_inception():
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), path.stem[-8:], sys.stderr.isatty())
     return path
 
-# Resizers: PIL RGB -> (3, 299, 299) in [-1, 1]. The choice moves the FID, so results name it.
-
 def resize_pytorch_fid(image):
     """Bilinear without antialiasing, as pytorch-fid does inside its network."""
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
@@ -247,4 +245,5 @@ def resize_tf1(image):
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
     return (weights(image.height) @ x @ weights(image.width).T - 128) / 128
 
+# PIL RGB -> (3, 299, 299) in [-1, 1]. The choice moves the FID, so results name it.
 RESIZERS = {"pytorch-fid": resize_pytorch_fid, "clean": resize_clean, "tf1": resize_tf1}

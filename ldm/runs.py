@@ -120,8 +120,7 @@ def read_settings(folder):
         if any(getattr(settings, name, value) != value for name, value in values.items()):
             raise Fail("a setting is of another type")
     except Fail as problem:
-        text = f"{path} is damaged or of another version ({problem}); restore it, or pass another --run"
-        raise Fail(text) from None
+        raise Fail(f"{path} is damaged or of another version ({problem}); pass another --run") from None
     return settings
 
 def check_or_create(folder, settings, sha256):
@@ -229,11 +228,17 @@ def model_card(folder):
     header = TensorFile(folder / "adapter.safetensors").header
     terms = dict(sd15="openrail-m", uni2h=header.get("encoder_licence", "cc-by-nc-nd-4.0"))
     terms = "-and-".join(name for key, name in terms.items() if getattr(settings, key) not in BUILT_IN)
+    rows = [(part, split["cases"][part], sum(of.values()), ", ".join(f"{k} {n}" for k, n in of.items()))
+            for part, of in split["patches"].items()]
+    shared = f"cases in more than one part: {split.get('cases_in_several_parts', 'not counted')}"
+    if all(cases == patches for _, cases, patches, _ in rows):
+        shared = "which patches share a case is unknown"
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     text = template.format(**asdict(settings) | log[-1] | dict(
         name=folder.name, base=public_name(settings.sd15), encoder=header["encoder"],
         terms=f"license: other\nlicense_name: {terms}" if terms else "license: mit",
-        best=_describe_best(folder, settings, split, log), **_describe_data(settings, split),
+        best=_describe_best(folder, settings, split, log), data=Path(settings.data).name, shared=shared,
+        how=Path(settings.split).name, counts="\n".join("| {} | {} | {} | {} |".format(*row) for row in rows),
         command=shlex.join(["python", *map(public_name, config["command"])]), licence=header["licence"],
         environment=", ".join(f"{k} {v}" for k, v in config["environment"].items() if v),
         sha256=", ".join(f"{k} {v[:16]}" for k, v in config["sha256"].items())))
@@ -259,12 +264,3 @@ def _describe_best(folder, settings, split, log):
             "fid_encoder": "Fréchet distance of the encoder's features (no FID, not comparable)"}
     return (f"the same after epoch {row['epoch']} of {settings.epochs}; {what[column]} on\n  {n} validation "
             f"patches, guidance {settings.val_cfg:g}: **{float(row[column]):.4g}**.")
-
-def _describe_data(settings, split):
-    rows = [(part, split["cases"][part], sum(of.values()), ", ".join(f"{k} {n}" for k, n in of.items()))
-            for part, of in split["patches"].items()]
-    unknown = all(cases == patches for _, cases, patches, _ in rows)
-    shared = ("which patches share a case is unknown" if unknown else
-              f"cases in more than one part: {split.get('cases_in_several_parts', 'not counted')}")
-    return dict(data=Path(settings.data).name, shared=shared, how=Path(settings.split).name,
-                counts="\n".join("| {} | {} | {} | {} |".format(*row) for row in rows))

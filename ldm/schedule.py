@@ -33,9 +33,8 @@ def timesteps(steps=30):
     return [k * (T // steps) + 1 for k in reversed(range(steps))]
 
 def ddpm_step(z, eps, noise, t, previous):
-    """One reverse step t -> previous (None at the end): z_t and the predicted ε -> z_previous, all
-    (B, 4, h, w) in float32. Ho et al. 2020, eqs. (6)-(7), for steps of any length; the variance is that of
-    the posterior (`fixed_small`)."""
+    """One step t -> previous (None at the end): z_t, predicted ε -> z_previous, (B, 4, h, w), float32.
+    Ho et al. 2020, eqs. (6)-(7), for steps of any length; σ² is the posterior variance (`fixed_small`)."""
     ab = alpha_bar()
     ab_t, ab_p = ab[t].item(), 1.0 if previous is None else ab[previous].item()
     a = ab_t / ab_p

@@ -23,8 +23,7 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1], also on the CPU -> the posterior's mean and log-variance, unscaled,
-        (B, 4, H/8, W/8)."""
+        """x (B, 3, H, W) in [-1, 1] -> the posterior's mean and log-variance, (B, 4, H/8, W/8), unscaled."""
         device, parts = self.quant_conv.weight.device, x.split(max(1, self.PIXELS // x[0, 0].numel()))
         moments = torch.cat([self.quant_conv(self.encoder(part.to(device))) for part in parts])
         mean, logvar = moments.chunk(2, dim=1)

@@ -24,8 +24,7 @@ SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 FACTS = tomllib.loads(Path(__file__).with_name("sd15.toml").read_text(encoding="utf-8"))
 SHA256 = {f"{SD15}/{name}": sha256 for name, sha256 in FACTS["sha256"].items()}
 SCHEDULER = "scheduler/scheduler_config.json"
-HINT = ("It does not fit Stable Diffusion 1.5, as Stable Diffusion 2, SDXL, inpainting models and parts of a "
-        f"model do not; pass one such as {SD15}")
+HINT = f"Stable Diffusion 2, SDXL, inpainting models and parts of one do not fit; pass one such as {SD15}"
 
 # ---- files of tensors --------------------------------------------------------------------------------------
 BLOCK = 2 ** 18         # numbers; so many zeros in a row are a gap in a file, not a weight matrix

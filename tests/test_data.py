@@ -16,6 +16,7 @@ from ldm.app import Fail, safe_name
 from ldm.data import (PROPORTIONS, Cache, Patch, describe_split, list_images, load_rgb,
                       make_split, note_equal_images, read_dataset, read_split, resize_crop, save_image,
                       split_patches, to_images, to_tensor)
+from train import describe
 
 GREY = np.add.outer(np.arange(20), np.arange(30)).astype(np.uint16)
 
@@ -426,9 +427,8 @@ def test_the_official_test_part_can_be_kept(dataset):
 def test_what_a_split_lacks_and_what_is_in_it_twice_is_said(capsys):
     patches = [Patch(f"{label}/{i}.png", label, f"{label}{i}") for label, n in (("a", 9), ("b", 2))
                for i in range(n)]
-    make_split(patches, "paper")
-    out = capsys.readouterr().out
-    assert "note: class b has no patch in" in out and "class a" not in out
+    describe(patches, make_split(patches, "paper"))
+    assert "    b: 2 | 0 | 0, such as b/0.png of case b0" in capsys.readouterr().out
     names = {"train": ["a/0.png", "a/1.png"], "val": ["a/2.png"], "test": ["b/0.png"]}
     note_equal_images(names, {"train": "xy", "val": "z", "test": "z"}, patches)
     out = capsys.readouterr().out

@@ -133,11 +133,10 @@ def test_what_is_printed_before_a_wait_is_not_lost_when_a_signal_ends_it():
 def test_a_program_that_is_stopped_says_what_is_kept(capsys, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda kind, handler: None)
     def main():
-        app.SIGNALS.kept = "; saved at step 3; repeat the command to resume"
         app.SIGNALS._handle(signal.SIGINT, None)
     with pytest.raises(SystemExit) as stop:
         run_program(main)
-    assert stop.value.code == 130 and "stopped; saved at step 3" in capsys.readouterr().err
+    assert stop.value.code == 130 and "stopped; what is done is kept" in capsys.readouterr().err
 
 def test_several_processes_do_without_apples_gpu(monkeypatch):
     """Its tensors cannot be exchanged between processes."""
