@@ -3,8 +3,6 @@
     python fid.py real/ fake/                       # prints FID as pytorch-fid does, and KID
     python fid.py real/ fake1/ fake2/ --per-class   # and KID for every common subfolder (the paper's Table 8)
     python fid.py real/ --save real.npz             # statistics for later; pytorch-fid reads them too
-
-The number depends on --resize: pytorch-fid, clean (clean-fid) or tf1 (torch-fidelity, torchmetrics).
 """
 from dataclasses import dataclass
 
@@ -91,6 +89,13 @@ def balanced_accuracy(labels, guesses):
     """The mean over classes of the share of their images, labels (n,), that guesses (n,) find."""
     return float(np.mean([(guesses[labels == name] == name).mean() for name in np.unique(labels)]))
 
+def cohen_kappa(x, y):
+    """(p - q) / (1 - q) of two readers' answers {item: answer} to the items of both; p: share of equal ones,
+    q: that expected by chance. None where it is 0 / 0."""
+    x, y = (np.array([answers[item] for item in sorted(x.keys() & y.keys())]) for answers in (x, y))
+    q = sum(np.mean(x == name) * np.mean(y == name) for name in {*x, *y})
+    return float((np.mean(x == y) - q) / (1 - q)) if len(x) and q < 1 else None
+
 # ---- sets of images ----------------------------------------------------------------------------------------
 @dataclass
 class ImageSet:
@@ -176,7 +181,7 @@ def parse_args():
     parser.add_argument("real", metavar="REAL", help="folder of images, or .npz of statistics")
     parser.add_argument("fake", metavar="FAKE", nargs="*", help="folders or .npz files to compare with it")
     parser.add_argument("--per-class", action="store_true", help="KID x 1000 for every common subfolder")
-    parser.add_argument("--resize", choices=RESIZERS, help="whose number to reproduce (default: pytorch-fid)")
+    parser.add_argument("--resize", choices=RESIZERS, help="pytorch-fid's, clean-fid's, torch-fidelity's")
     parser.add_argument("--kid-subset", type=number(int, 2), default=1000, help="of images (default: 1000)")
     parser.add_argument("--inception", metavar="FILE", help="its weights (default: torch.hub's cache)")
     parser.add_argument("--features", choices=("inception", "encoder"), help="default: as available")
@@ -207,7 +212,8 @@ def choose_space(args):
             return open_encoder(settings.uni2h, settings.encoder)
         return Inception(args.inception, args.resize or "pytorch-fid")
 
-SPACES = {"inception": "resize {resize}, Inception {weights}", None: "resizer and network unknown",
+SPACES = {"inception": "resize {resize}, Inception {weights}",
+          None: "resizer and network of {unknown} unknown: others move the FID",
           "encoder": "features of the encoder {weights}, not Inception's: comparable with nothing else"}
 
 def result_lines(result):
@@ -215,8 +221,6 @@ def result_lines(result):
     space = SPACES[result["features"]].format(**result)
     yield (f"FID {result['fid']:.4f}   {result['real']} | {result['fake']}   "
            f"n {result['n_real'] or '?'} | {result['n_fake'] or '?'}, {space}")
-    if result["unknown"]:
-        yield f"note: resizer and network of {', '.join(result['unknown'])} are unknown; others move the FID"
     yield describe_kid(result)
     classes = result.get("classes", {})
     if "classes" in result and not classes:
@@ -253,8 +257,8 @@ def main():
     for path, fake in zip(args.fake, sets):
         if not RANK0:              # its part of the features is done
             continue
-        kind, resize, weights = real.space or fake.space or (None, None, None)
-        unknown = [str(p) for p, images in ((args.real, real), (path, fake)) if not images.space]
+        unknown = ", ".join(str(p) for p, images in ((args.real, real), (path, fake)) if not images.space)
+        kind, resize, weights = (None, None, None) if unknown else real.space
         result = dict(real=str(args.real), fake=str(path), features=kind, resize=resize, weights=weights,
                       unknown=unknown, **compare(real, fake, args.kid_subset))
         if args.per_class:

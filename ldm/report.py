@@ -2,24 +2,33 @@
 
     python -m ldm.report runs/x                                 # everything; --only sweep: Table 5
     python -m ldm.report runs/x runs/y runs/z                   # Table 6: several runs, beside each other
+    python -m ldm.report runs/x --score a.csv b.csv             # answers that two readers gave to reader.html
 
 Samples are made by sample.py and kept: an interrupted report resumes. Numbers are in
 Inception's features, where its weights are available (--inception, or torch.hub's cache), and in those of
 --judge: these did not condition the samples. The encoder's, which did, stand beside them as "encoder".
 """
+import base64
+import html
+import io
+import json
+from collections import defaultdict
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy.spatial.distance import cdist
+from scipy.stats import binomtest
 
 import fid
 import sample
 from fid import frechet_distance as distance
 
 from .data import load_rgb, save_sheet, subsample, to_images, to_tensor
-from .app import Fail, Parser, file_sha256, number, pick_device, read_csv, run_program, save_csv, save_text
+from .app import (Fail, Parser, file_sha256, foreign_file, number, pick_device, read_csv, run_program,
+                  save_csv, save_text)
 from .encoder import Inception, cached_inception, open_encoder
 from .runs import THIS_CALL, best_epoch, model_card, name_references, patches_of, read_settings, unfinished
 from .weights import load_vae, open_sd15
@@ -139,7 +148,6 @@ def figure5(ev):
     names, first = np.unique(labels, return_index=True)
     texts = [f"{name}: {kind}" for name in names for kind in ("real", f"synthetic, w = {ev.cfg}")]
     save_sheet(ev.out / "figure5.png", [(real[i], fake[i]) for i in first], texts, 4)
-    return ()
 
 # ---- beyond the paper --------------------------------------------------------------------------------------
 def fidelity_table(ev):
@@ -204,7 +212,63 @@ def table6(runs):
         score = {"best_epoch": best["epoch"], "score": column, "lowest": float(best[column])}
         yield {"run": run.name} | values | score | {"minutes": log[-1]["minutes"]}
 
+# ---- the reader study --------------------------------------------------------------------------------------
+READ = 100              # patches that a reader sees
+KINDS = "real", "synthetic"
+BUTTON = '<button name="{0}" value="{1}" accesskey="{2}" onclick="choose(this)">{1} [{2}]</button>\n'
+
+def reader(ev):
+    """Reader study: reader.html shows validation patches in random order, half of them real and half sampled,
+    and asks which is which; reader-key.csv has the solution, by which --score judges a reader's answers"""
+    labels, files = ev.labels("val", READ), list(zip(ev.real("val", READ), ev.fake("val", READ)))
+    study, order = f"{ev.samples.name}-w{ev.cfg}", np.random.default_rng(0).permutation(len(files))
+    key = [dict(item=f"{study}-{n}", file=files[i][i % 2], truth=KINDS[i % 2], label=labels[i],
+                reference=files[i][0]) for n, i in enumerate(order, 1)]
+    classes, questions = map(html.escape, np.unique(labels)), ""
+    for column, keys, answers in (("answer", "rs", KINDS), ("class", "abcdefghijklmnopqtuvwxyz", classes),
+                                  ("confidence", "12345", "12345")):
+        buttons = (BUTTON.format(column, answer, keys[i:i + 1]) for i, answer in enumerate(answers))
+        questions += f"<p>{column} {''.join(buttons)}</p>"
+    images = {row["item"]: data_uri(row["file"]) for row in key}
+    page = Path(__file__).with_name("reader.html").read_text(encoding="utf-8")
+    page = page.replace("STUDY", json.dumps(dict(study=study, images=images)))
+    save_text(ev.out / "reader.html", page.replace("QUESTIONS", questions))
+    save_csv(ev.out / "reader-key.csv", key)
+
+def score_readers(out, files):
+    """Print and write the scores of answers that reader.html saved, a file for each reader: share of right
+    ones, with Wilson's 95 % interval, and of classes named right, of all patches, the real or synthetic ones
+    (specificity, sensitivity) and these by class; and Cohen's kappa of each two readers."""
+    key, rows, given = {row["item"]: row for row in read_csv(out / "reader-key.csv")}, [], {}
+    for file in files:
+        with foreign_file(file, "has no answers to this run's study", "pass what its reader.html saved"):
+            found = [key[row["item"]] | row for row in read_csv(file)]
+            reader, answers = found[0]["reader"], {row["item"]: row["answer"] for row in found}
+            if reader in given or len(answers) < len(found) or not {*answers.values()} <= {*KINDS}:
+                raise ValueError("a reader or patch comes twice, or an answer is neither real nor synthetic")
+        given[reader], groups = answers, defaultdict(list)
+        for row in found:
+            for group in ("all", row["truth"], f"{row['truth']} {row['label']}"):
+                groups[group].append((row["answer"] == row["truth"], row["class"] == row["label"]))
+        for group, right in sorted(groups.items()):
+            (share, named), n = np.mean(right, axis=0), len(right)
+            low, high = binomtest(round(n * share), n).proportion_ci(method="wilson")
+            scores = dict(right=share, low=low, high=high, class_right=named)
+            rows.append(dict(reader=reader, patches=group, n=n) | scores)
+    pairs = [dict(reader=a, other=b, kappa=fid.cohen_kappa(given[a], given[b]))
+             for a, b in combinations(given, 2)]
+    for name, table in ("reader-scores", rows), ("reader-agreement", pairs):
+        if table:
+            save_csv(out / f"{name}.csv", table)
+            print(as_markdown(table), end="\n\n")
+
 # ---- pictures and the program ------------------------------------------------------------------------------
+def data_uri(path):
+    """The pixels of an image file, and nothing else of it, as a PNG in a data: URI."""
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(load_rgb(path))).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
 def as_markdown(rows):
     def cell(x):
         return f"{x:.4g}" if isinstance(x, float) else "-" if x in (None, "") else str(x)
@@ -212,7 +276,7 @@ def as_markdown(rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 # name in --only: a section, whose docstring is its heading, and which may write a picture of that name
-SECTIONS = dict(epochs=table4, sweep=table5, test=table7, classes=table8, figure5=figure5,
+SECTIONS = dict(epochs=table4, sweep=table5, test=table7, classes=table8, figure5=figure5, reader=reader,
                 fidelity=fidelity_table, memorisation=memorisation_table, usefulness=usefulness_table)
 
 def main():
@@ -225,7 +289,10 @@ def main():
     parser.add_argument("--judge", nargs="+", default=[], metavar="NAME", help="encoders to measure with too")
     parser.add_argument("--inception", metavar="FILE", help="its weights (default: torch.hub's cache)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
+    parser.add_argument("--score", nargs="+", metavar="FILE", help="judge answers saved by RUN's reader.html")
     args = parser.parse_args()
+    if args.score:
+        return score_readers(args.runs[0] / "report", args.score)
     if args.runs[1:]:
         return print(as_markdown(list(table6(args.runs))))
     [run], text = args.runs, f"# {args.runs[0].name}\n"
@@ -233,7 +300,7 @@ def main():
     for name in args.only:
         section, picture = SECTIONS[name], evaluation.out / f"{name}.png"
         part = "\n## " + " ".join(section.__doc__.split()) + "\n\n"
-        if rows := list(section(evaluation)):
+        if rows := list(section(evaluation) or ()):
             save_csv(evaluation.out / f"{section.__name__.removesuffix('_table')}.csv", rows)
             part += as_markdown(rows) + "\n"
         print(part, flush=True)

@@ -1,17 +1,25 @@
 """The metrics beside the distances, each on a case whose answer is known; and the report on
 tiny runs."""
+import base64
 import csv
+import html
+import io
 import json
+import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from conftest import ROOT, program, timm_folder
+from conftest import ROOT, program, texture, timm_folder
 from PIL import Image
 
 import fid
 from ldm import report
+from ldm.app import read_csv, save_csv
 
 RNG = np.random.default_rng
 
@@ -69,7 +77,8 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     result = program("ldm.report", trained, "--limit", 8, cwd=trained)
     out = trained / "report"
     table = {path.stem: list(csv.DictReader(open(path))) for path in out.glob("*.csv")}
-    assert set(table) == {"table4", "table5", "table7", "table8", "fidelity", "memorisation", "usefulness"}
+    assert set(table) == {"table4", "table5", "table7", "table8", "fidelity", "memorisation", "usefulness",
+                          "reader-key"}
     assert [row["guidance"] for row in table["table5"]] == ["1.0", "1.3"]
     for row in table["table7"]:
         assert float(row["fid_low"]) <= float(row["fid"]) <= float(row["fid_high"]) and int(row["n"]) > 1
@@ -81,6 +90,7 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     train, *parts = table["table7"]
     assert train["floor_vae"] == "" and all(0 < float(row["floor_vae"]) for row in parts)
     text = (out / "report.md").read_text()
+    assert "## Reader study" in text and (out / "reader.html").read_text().count("data:image/png") > 1
     for picture in ("figure5.png", "memorisation.png"):
         assert Image.open(out / picture).width > 64 and f"({picture})" in text
     assert "Table 5" in result.stdout
@@ -92,6 +102,108 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     assert [row["features"] for row in csv.DictReader(open(out / "fidelity.csv"))] == ["judge", "encoder"]
     # nothing is sampled twice
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
+
+# ---- the reader study --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def study(tmp_path):
+    """reader.html and its key, of 9 patches of the classes `a` and `b & "c"` -> their folder."""
+    files = {}
+    for kind in report.KINDS:
+        files[kind] = [tmp_path / f"{kind}-{i}.png" for i in range(9)]
+        for i, file in enumerate(files[kind]):
+            texture(i + 9 * (kind == "real"), 64).save(file, icc_profile=b"of the scanner")
+    labels = np.array(["a"] * 4 + ['b & "c"'] * 5)
+    real, fake = (lambda *_, kind=kind: files[kind] for kind in report.KINDS)
+    report.reader(SimpleNamespace(out=tmp_path, cfg="1.3", samples=tmp_path / "0f0f", real=real, fake=fake,
+                                  labels=lambda *_: labels))
+    return tmp_path
+
+def test_a_reader_study_has_its_patches_inside_and_not_its_solution(study):
+    page, key = (study / "reader.html").read_text(), read_csv(study / "reader-key.csv")
+    images = json.loads(re.search(r"const { study, images } = (.*?}})", page)[1])["images"]
+    assert list(images) == [row["item"] for row in key] and len(images) == 9
+    assert sorted(row["truth"] for row in key) == ["real"] * 5 + ["synthetic"] * 4
+    assert [row["truth"] for row in key] != sorted(row["truth"] for row in key)
+    for row in key:
+        data = base64.b64decode(images[row["item"]].removeprefix("data:image/png;base64,"))
+        image = Image.open(io.BytesIO(data))
+        assert image.size == (64, 64) and not image.info
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(row["file"])))
+        assert row["truth"] in row["file"] and row["file"] not in page and row["reference"] not in page
+    tags = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.feed(page)
+    assert not [tag for tag, has in tags if {"src", "href"} & has.keys()] and "http" not in page
+    assert [has["value"] for tag, has in tags if has.get("name") == "class"] == ["a", 'b & "c"']
+
+SHOW = "document.body.append(Object.assign(document.createElement('pre'), { textContent: find('csv').href }))"
+PRESS = "for (const key of {}) document.dispatchEvent(new KeyboardEvent('keydown', {{ key }}))"
+
+def test_a_browser_takes_answers_by_key_keeps_them_and_gives_them_as_csv(study):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("there is no Chromium")
+    page, key = (study / "reader.html").read_text(), read_csv(study / "reader-key.csv")
+
+    def answers(script):
+        """The CSV after a script, in one profile: as if the page were closed and opened again."""
+        (study / "page.html").write_text(f"{page}<script>{script}; {SHOW}</script>")
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+                   f"--user-data-dir={study / 'profile'}", f"file://{study / 'page.html'}"]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        uri = html.unescape(re.search("<pre>(.*?)</pre>", dom)[1])
+        return list(csv.DictReader(unquote(uri.partition(",")[2]).splitlines()))
+
+    typed = """find('reader').value = 'Ann, "B"'; find('reader').oninput(); """
+    keys = ["r", "b", "4", "s", "ArrowRight", "s", "a", "1", "ArrowRight", "5", "ArrowLeft"]
+    first, second = answers(typed + PRESS.format(keys))
+    assert first.pop("reader") == second.pop("reader") == 'Ann, "B"'
+    assert 0 <= float(first.pop("seconds")) < 60 and float(second.pop("seconds")) >= 0
+    assert [*first.values()] == [key[0]["item"], "synthetic", 'b & "c"', "4"]
+    assert [*second.values()] == [key[1]["item"], "synthetic", "a", "1"]
+    assert [row["item"] for row in answers("find('progress')")] == [row["item"] for row in key[:2]]
+
+def write_answers(study, name, wrong=(), **more):
+    """The answers of a reader who is right but about the items `wrong`."""
+    rows = [dict(reader=name, item=row["item"], answer=report.KINDS[(row["truth"] == "real") == (i in wrong)],
+                 confidence=3, seconds=1) | {"class": row["label"]} | more
+            for i, row in enumerate(read_csv(study / "reader-key.csv"))]
+    save_csv(study / f"{name}.csv", rows)
+    return study / f"{name}.csv"
+
+def test_readers_are_scored_with_wilsons_interval_and_cohens_kappa(study, capsys):
+    key = read_csv(study / "reader-key.csv")
+    synthetic = [i for i, row in enumerate(key) if row["truth"] == "synthetic"]
+    report.score_readers(study, [write_answers(study, "A"), write_answers(study, "B", synthetic[:2])])
+    scores = {(row["reader"], row["patches"]): row for row in read_csv(study / "reader-scores.csv")}
+    of_a, of_b = scores["A", "all"], scores["B", "synthetic"]
+    # Wilson (1927), z = 1.96; of n: all right, low end n / (n + z²); half right, ½ ± z / 2 / √(n + z²)
+    assert float(of_a["low"]) == pytest.approx(9 / (9 + 1.96 ** 2), abs=1e-4) and of_a["high"] == "1.0"
+    assert (of_b["n"], of_b["right"]) == ("4", "0.5") and scores["B", "real"]["right"] == "1.0"
+    assert float(of_b["high"]) - 0.5 == pytest.approx(0.98 / (4 + 1.96 ** 2) ** 0.5, abs=1e-4)
+    assert sum(int(scores["B", f"synthetic {label}"]["n"]) for label in ("a", 'b & "c"')) == 4
+    # A: 5 real, 4 synthetic; B: 7 and 2; 7 of 9 equal; by chance (5 · 7 + 4 · 2) / 81
+    [pair] = read_csv(study / "reader-agreement.csv")
+    assert float(pair["kappa"]) == pytest.approx((7 / 9 - 43 / 81) / (1 - 43 / 81))
+    assert "| A | B |" in capsys.readouterr().out
+
+def test_cohens_kappa_is_1_of_equal_0_of_independent_and_none_of_constant_answers():
+    x = dict(enumerate("rrss"))
+    assert fid.cohen_kappa(x, x) == 1 and fid.cohen_kappa(x, dict(enumerate("rsrs"))) == 0
+    assert fid.cohen_kappa({0: "r"}, {0: "r", 1: "s"}) is None and fid.cohen_kappa({0: "r"}, {1: "s"}) is None
+
+@pytest.mark.parametrize("changes", [dict(item="x"), dict(answer="perhaps"), dict(reader="B"), None])
+def test_answers_to_another_study_or_given_twice_are_refused_in_one_line(changes, study, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report").symlink_to(study)
+    files = [write_answers(study, "B"), tmp_path / "none.csv"]
+    if changes:
+        files[1] = write_answers(study, "C", **changes)
+    result = program("ldm.report", "run", "--score", *files, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and str(files[1]) in result.stderr and not result.stdout
+    assert len(result.stderr.strip().splitlines()) == 1 and "study" in result.stderr
 
 def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
     rows = report.read_csv(ROOT / "ldm/table6.csv")
