@@ -69,7 +69,7 @@ def attempt(build, args, cap, warm=True):
     finally:
         if cuda:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
-    peak = torch.cuda.max_memory_allocated(device) - before if cuda else max(f.peak for f in found)
+    peak = max(f.peak for f in found) or (torch.cuda.max_memory_allocated(device) - before if cuda else 0)
     return Figures(statistics.median(f.seconds for f in found), peak), step
 
 def describe(side, chosen):
@@ -153,20 +153,20 @@ def card(args):
     return ()
 
 def largest(args):
-    """The largest micro-batch of a step that is not compiled in 8, 12 and 16 GB, in quarters of --batch."""
-    part, n, dtype = max(1, args.batch // 4), 0, peers.dtypes(args)[0]
+    """The largest micro-batch of a step that is not compiled in 8, 12, 16 GB, among shares of --batch."""
+    sizes = sorted({args.batch * k // 8 for k in (4, 6, 8, 12, 16, 24, 32)} - {0})
+    fit, dtype = 0, peers.dtypes(args)[0]
     for cap in (8e9, 12e9, 16e9):
-        while n < 4 * args.batch:
-            build = partial(peers.our_step, args, n + part, dtype, compiled=False)
-            if not attempt(build, args, cap)[1]:
+        for n in (n for n in sizes if n > fit):
+            if not attempt(partial(peers.our_step, args, n, dtype, compiled=False), args, cap)[1]:
                 break
-            n += part
-        args.results[f"{cap / 1e9:.0f} GB"] = n
-        print(f"largest micro-batch in {cap / 1e9:.0f} GB, in steps of {part}: {n}", flush=True)
+            fit = n
+        args.results[f"{cap / 1e9:.0f} GB"] = fit
+        print(f"largest micro-batch in {cap / 1e9:.0f} GB of {sizes}: {fit}", flush=True)
     return ()
 
 # Parts of `gpu` and the seconds that each may take, less than 8 minutes in all; the first matter most.
-PARTS = dict(tests=115, train=135, largest=25, sample=100, first=75, fid=28)
+PARTS = dict(tests=110, train=130, largest=45, sample=95, first=70, fid=28)
 
 def gpu(args):
     """Each of PARTS in a process of its own; after each a line of JSON with all results so far."""
@@ -177,7 +177,7 @@ def gpu(args):
         steps = args.steps if name == "first" else max(1, args.steps // 3)
         command = [__file__, name, *given, f"--steps={steps}", f"--limit={0.8 * limit}", f"--json={file}"]
         if name == "tests":
-            command = ["-m", "pytest", "-v", "--tb=short", TESTS / "test_cuda.py"]
+            command = ["-m", "pytest", "-vs", "--tb=short", TESTS / "test_cuda.py"]
         print(f"\n{name}: at most {limit} s", flush=True)
         code = run_limited(command, limit)
         seconds = round(time.perf_counter() - start, 1)
@@ -243,7 +243,7 @@ def parse_args(arguments):
 def main(arguments=None):
     args = parse_args(arguments)
     torch._dynamo.config.recompile_limit = 64           # all candidates together
-    args.rate = matmul_rate(args)
+    args.rate = None if args.work == ["gpu"] else matmul_rate(args)     # nothing stays on the GPU meanwhile
     print(f"{summary(args)}\n\n| work | who | time | ratio | peak memory | TFLOP/s (share) |\n"
           "|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
