@@ -186,7 +186,7 @@ def main(arguments=None):
         e = list(needed.values())
         e = torch.from_numpy(encoder.extract(e, device, args.batch)).float() if encoder else torch.stack(e)
         compiled = device.type == "cuda" and len(todo) >= COMPILE_FROM and not args.no_compile
-        model = load_model(unet_file, vae_file, adapter, device, args.batch, compiled, args.dtype)
+        model = load_model(args, unet_file, vae_file, adapter, guard["adapter_sha256"], device, compiled)
         if RANK0:
             save_json(out / "samples.json", guard | {"references": known})
         make_images(model, todo, dict(zip(needed, e)))
@@ -229,8 +229,8 @@ def find_references(args, settings, adapter):
 
 def read_embeddings(path, width):
     """The one array (n, width) or (width,) of finite floating-point numbers in a file -> (n, width)."""
-    if not path.is_file():          # a pipe would block
-        raise Fail(f"--embedding {path}: no such file")
+    if not path.is_file() or path.suffix.lower() in (".csv", ".txt"):       # a pipe would block
+        raise Fail(f"--embedding {path}: no such file, or one of text; pass {STORED}")
     with foreign_file(path, "holds no embeddings", f"pass {STORED}"):
         if path.suffix.lower() in (".npy", ".npz"):
             found = np.load(path, mmap_mode="r")        # a false shape takes no memory
@@ -294,15 +294,15 @@ def open_files(args, settings, adapter):
             raise Fail(f"{adapter.path} was trained with another {part} ({source}); pass it: {flag}{other}")
     return unet_file, vae_file, encoder
 
-def load_model(unet_file, vae_file, adapter, device, batch, compiled, dtype="auto"):
+def load_model(args, unet_file, vae_file, adapter, sha256, device, compiled):
     """-> Model. The LoRA is merged in float32, then the U-Net is cast; the projector is float32."""
     unet, vae = load_unet(unet_file, device), load_vae(vae_file, device)
     z_shape = latent_shape(unet, vae, int(adapter.header["resolution"]))
     projector = load_adapter(adapter, unet)
-    dtype = frozen_dtype(device, dtype, unet.conv_in.out_channels)
+    dtype = frozen_dtype(device, args.dtype, unet.conv_in.out_channels)
     unet = fold(unet).to(dtype, memory_format=layout(device, dtype))
     unet = torch.compile(unet, dynamic=False, fullgraph=True) if compiled else unet
-    return Model(unet, projector, vae, z_shape, batch, compiled, file_sha256(adapter.path))
+    return Model(unet, projector, vae, z_shape, args.batch, compiled, sha256)
 
 def write_labels(out, labels, adapter_sha256):
     """labels.csv: a row for each sample in OUT, of any call, by its path. labels: {folder: class}."""

@@ -217,7 +217,7 @@ def parameter_table(unet, projector):
     parts = {"LoRA adapters": lora, "Projector MLP": mlp, "Null embedding": null, "Total trainable": total}
     shares = ((name, n, f"{n / total:.1%}" if n / total >= 0.001 else "<0.1%") for name, n in parts.items())
     rows = [("Component", "Parameters", "Share"), *((name, f"{n:,}", share) for name, n, share in shares),
-            ("Stable Diffusion backbone (frozen)", f"{frozen:,}", ""),
+            ("U-Net backbone (frozen)", f"{frozen:,}", ""),
             ("Trainable/backbone", "", f"{total / frozen:.2%}")]
     return "\n".join(f"{name:<36}{n:>14}{share:>9}" for name, n, share in rows)
 
