@@ -21,6 +21,7 @@ os.environ["TORCH_HOME"] = os.devnull           # whose weights are in torch.hub
 import numpy as np
 import pytest
 import torch
+from make_sd15 import networks
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,13 +70,8 @@ def shared():
 
 def diffusers_twins(unet_widths, vae_widths, layers):
     """(U-Net, VAE) of Diffusers with SD1.5's levels, float32, with every tensor random."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=64, block_out_channels=unet_widths, layers_per_block=layers,
-                                cross_attention_dim=768, attention_head_dim=8)
-    vae = AutoencoderKL(sample_size=512, block_out_channels=vae_widths, layers_per_block=layers,
-                        latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-                        up_block_types=("UpDecoderBlock2D",) * 4)
+    unet, vae = networks(unet_widths, vae_widths, layers).values()
     with torch.no_grad():
         # the norms start as identities, which would hide a norm left out or exchanged
         for network in (unet, vae):

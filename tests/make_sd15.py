@@ -25,18 +25,15 @@ COMPVIS_VAE = {
     "conv_norm_out": "norm_out",
     "conv_shortcut": "nin_shortcut"}
 
-def networks(width):
-    """Diffusers' U-Net and VAE on the meta device; width 320 is the real size."""
+def networks(unet=(320, 640, 1280, 1280), vae=(128, 256, 512, 512), layers=2):
+    """Diffusers' U-Net and VAE of these widths."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    v = max(32, width * 2 // 5 // 32 * 32)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64,
-                                    block_out_channels=(width, 2 * width, 4 * width, 4 * width),
-                                    cross_attention_dim=768, attention_head_dim=8)
-        vae = AutoencoderKL(sample_size=512, block_out_channels=(v, 2 * v, 4 * v, 4 * v), layers_per_block=2,
-                            latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-                            up_block_types=("UpDecoderBlock2D",) * 4)
-    return {"unet": unet, "vae": vae}
+    return {
+        "unet": UNet2DConditionModel(sample_size=64, block_out_channels=unet, layers_per_block=layers,
+                                     cross_attention_dim=768, attention_head_dim=8),
+        "vae": AutoencoderKL(sample_size=512, block_out_channels=vae, layers_per_block=layers,
+                             latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
+                             up_block_types=("UpDecoderBlock2D",) * 4)}
 
 def random_tensor(name, shape):
     """Weights that keep the variance, norms near one, small biases; a function of the name."""
@@ -87,7 +84,9 @@ def make_sd15(path, layout="diffusers", width=320):
     file).
 
     The three layouts of one width hold the same network."""
-    nets = networks(width)
+    v = max(32, width * 2 // 5 // 32 * 32)
+    with torch.device("meta"):
+        nets = networks(*(tuple(w * k for k in (1, 2, 4, 4)) for w in (width, v)))
     tensors = {part: {name: random_tensor(f"{part}.{name}", t.shape) for name, t in net.state_dict().items()}
                for part, net in nets.items()}
     if layout == "compvis":

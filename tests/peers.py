@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch._functorch.config as functorch_config
 import torch.nn.functional as F
-from make_sd15 import make_sd15, random_tensor
+from make_sd15 import make_sd15, networks, random_tensor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,12 +61,7 @@ def load_unet(args, dtype, theirs=False, channels_last=False):
     """Our U-Net with LoRA in our layout, or Diffusers', with the same frozen weights."""
     widths = channels(args.width)
     with torch.device("meta"):
-        if theirs:
-            from diffusers import UNet2DConditionModel
-            unet = UNet2DConditionModel(sample_size=args.size // 8, block_out_channels=widths,
-                                        cross_attention_dim=768, attention_head_dim=8)
-        else:
-            unet = UNet(widths)
+        unet = networks(widths)["unet"] if theirs else UNet(widths)
     state = {name: t.to(args.device, dtype) for name, t in random_state(UNet, widths).items()}
     unet.load_state_dict(state, assign=True)
     last = torch.channels_last if channels_last else torch.preserve_format

@@ -106,9 +106,8 @@ def test_fid_and_kid_equal_torch_fidelitys(folders, weights, pth, monkeypatch):
     monkeypatch.setattr(fid, "MIN_KID", 4)
     theirs = torch_fidelity.calculate_metrics(
         input1=str(folders[0]), input2=str(folders[1]), fid=True, kid=True, kid_subset_size=3, cuda=False,
-        verbose=False,
-        feature_extractor_weights_path=str(pth), batch_size=8, samples_find_ext="jpg,JPG", save_cpu_ram=True,
-        cache=False)
+        verbose=False, feature_extractor_weights_path=str(pth), batch_size=8, samples_find_ext="jpg,JPG",
+        save_cpu_ram=True, cache=False)
     mine = fid.compare(*ours(folders, weights, "tf1"), subset=3)
     print(f"torch-fidelity {theirs['frechet_inception_distance']:.6f}, "
           f"difference {abs(mine['fid'] - theirs['frechet_inception_distance']):.1e}")
@@ -120,8 +119,8 @@ def test_fid_and_kid_equal_torch_fidelitys(folders, weights, pth, monkeypatch):
 def test_kid_equals_torch_fidelitys_on_equal_features_and_subsets(n, m, subset):
     from torch_fidelity.metric_kid import kid_features_to_metric
     g = torch.Generator().manual_seed(0)
-    x, y = torch.rand(n, 64, generator=g,
-                      dtype=torch.float64), 1.1 * torch.rand(m, 64, generator=g, dtype=torch.float64)
+    x, y = (torch.rand(k, 64, generator=g, dtype=torch.float64) for k in (n, m))
+    y = 1.1 * y
     theirs = kid_features_to_metric(x, y, kid_subsets=100, kid_subset_size=subset, rng_seed=2020,
                                     verbose=False)
     mean, std, size = fid.kid(x.numpy(), y.numpy(), subset).values()
@@ -136,8 +135,7 @@ def test_kid_takes_no_larger_subset_than_there_are_images():
     assert fid.kid(x, y)["kid_subset"] == 33
 
 def test_the_distance_of_gaussians_with_diagonal_covariances_is_known():
-    mu1, mu2, s1, s2 = np.array([1.0, 2, 3]), np.array([0.0, 2,
-                                                        5]), np.array([1.0, 4, 9]), np.array([4.0, 4, 1])
+    mu1, mu2, s1, s2 = np.array([[1.0, 2, 3], [0, 2, 5], [1, 4, 9], [4, 4, 1]])
     expected = 1 + 4 + ((np.sqrt(s1) - np.sqrt(s2)) ** 2).sum()
     sets = moments_only(mu1, np.diag(s1)), moments_only(mu2, np.diag(s2))
     assert fid.compare(*sets)["fid"] == pytest.approx(expected, abs=1e-9)

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from make_sd15 import make_sd15
+from make_sd15 import OLD_ATTENTION, make_sd15, networks, replace
 from safetensors.torch import load_file, save_file
 
 from ldm.unet import Conv, UNet
@@ -14,16 +14,9 @@ CHANNELS = dict(unet=(32, 64, 128, 128), vae=(32, 64, 64, 64))
 
 @pytest.mark.parametrize("build, tensors, parameters", [(UNet, 686, 859_520_964), (VAE, 248, 83_653_863)])
 def test_full_size_names_and_shapes_equal_diffusers(build, tensors, parameters):
-    from diffusers import AutoencoderKL, UNet2DConditionModel
     with torch.device("meta"):
-        ours = build().state_dict()
-        theirs = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8,
-                                      block_out_channels=(320, 640, 1280, 1280)) \
-            if build is UNet else AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-                                                latent_channels=4,
-                                                down_block_types=("DownEncoderBlock2D",) * 4,
-                                                up_block_types=("UpDecoderBlock2D",) * 4)
-    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.state_dict().items()}
+        ours, theirs = build().state_dict(), networks()[build.__name__.lower()].state_dict()
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
     assert len(ours) == tensors and sum(t.numel() for t in ours.values()) == parameters
 
 @pytest.mark.parametrize("settings", [dict(padding=1), dict(padding=1, stride=2), dict(stride=2)])
@@ -59,8 +52,8 @@ def test_vae_equals_diffusers_in_float64(diffusers_networks):
     theirs = diffusers_networks[1].double()
     ours = VAE(CHANNELS["vae"]).double()
     ours.load_state_dict(theirs.state_dict())
-    x, noise = torch.rand(2, 3, 64, 96,
-                          dtype=torch.float64) * 2 - 1, torch.randn(2, 4, 8, 12, dtype=torch.float64)
+    x = torch.rand(2, 3, 64, 96, dtype=torch.float64) * 2 - 1
+    noise = torch.randn(2, 4, 8, 12, dtype=torch.float64)
     with torch.no_grad():
         posterior = theirs.encode(x).latent_dist
         mean, logvar = ours.encode(x)
@@ -111,12 +104,8 @@ def test_a_diffusers_folder_loads_with_new_and_old_attention_names(deep, diffuse
     new = check(deep, diffusers_networks)
     (tmp_path / "unet").symlink_to(deep / "unet")
     vae = load_file(deep / "vae/diffusion_pytorch_model.safetensors")
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for name in [n for n in vae if "attentions" in n]:
-        renamed = name
-        for new_part, old_part in old.items():
-            renamed = renamed.replace(new_part, old_part)
-        vae[renamed] = vae.pop(name)
+        vae[replace(name, OLD_ATTENTION)] = vae.pop(name)
     (tmp_path / "vae").mkdir()
     save_file(vae, tmp_path / "vae/diffusion_pytorch_model.safetensors")
     assert sum("proj_attn" in n for n in vae) == 4
