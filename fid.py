@@ -126,13 +126,6 @@ def with_moments(mu, sigma):
     root = np.sqrt(values.clip(0))[:, None] * vectors.T
     return mu + np.sqrt(len(mu)) * scipy.linalg.helmert(len(mu) + 1).T @ root        # orthonormal, of mean 0
 
-def images_of(folder):
-    """The files of a folder of two images or more."""
-    files = list_images(folder) if folder.is_dir() else []
-    if len(files) < 2:
-        raise Fail(f"{folder}: no such folder (or .npz file of statistics), or fewer than two images in it")
-    return files
-
 def read_set(path, files, space, device="cpu", batch=32):
     """An .npz of statistics; or the files of a folder, in a FeatureSpace -> ImageSet."""
     if files is None:
@@ -245,7 +238,9 @@ def main():
     join_processes(device)
     paths, results = [args.real, *args.fake], []
     # folders are read before any weights are needed; two files of statistics need none
-    files = {path: images_of(path) for path in paths if not path.is_file()}
+    files = {p: list_images(p) if p.is_dir() else [] for p in paths if not p.is_file()}
+    if few := [path for path, found in files.items() if len(found) < 2]:
+        raise Fail(f"{few[0]}: no such folder (or .npz file of statistics), or fewer than two images in it")
     if generated := sum(map(is_generated, files.get(args.real, ()))):
         print(f"note: {generated} images of {args.real} are generated, not real")
     space = choose_space(args) if files else None

@@ -1,4 +1,4 @@
-"""The paper's evaluation of a run, and more: tables (CSV), pictures and report.md in RUN/report/.
+"""The paper's evaluation of a run, and more: tables (CSV), pictures, report.md and .html in RUN/report/.
 
     python -m ldm.report runs/x                                 # everything; --only sweep: Table 5
     python -m ldm.report runs/x runs/y runs/z                   # Table 6: several runs, beside each other
@@ -12,6 +12,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
@@ -272,8 +273,10 @@ def data_uri(path):
 def as_markdown(rows):
     def cell(x):
         return f"{x:.4g}" if isinstance(x, float) else "-" if x in (None, "") else str(x)
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(cell, row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    lines = [list(rows[0]), *([*map(cell, row.values())] for row in rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]       # three dashes at least
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 # name in --only: a section, whose docstring is its heading, and which may write a picture of that name
 SECTIONS = dict(epochs=table4, sweep=table5, test=table7, classes=table8, figure5=figure5, reader=reader,
@@ -284,8 +287,7 @@ def main():
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run; or several, for Table 6")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="(default: all)")
     parser.add_argument("--cfg", type=number(float, 0), default=1.3, help="guidance (default: 1.3)")
-    parser.add_argument("--limit", type=number(int, 8), default=400, metavar="N",
-                        help="samples of training images, and as many for usefulness (default: 400)")
+    parser.add_argument("--limit", type=number(int, 8), default=400, help="samples of training images (400)")
     parser.add_argument("--judge", nargs="+", default=[], metavar="NAME", help="encoders to measure with too")
     parser.add_argument("--inception", metavar="FILE", help="its weights (default: torch.hub's cache)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
@@ -296,17 +298,20 @@ def main():
     if args.runs[1:]:
         return print(as_markdown(list(table6(args.runs))))
     [run], text = args.runs, f"# {args.runs[0].name}\n"
-    evaluation = Evaluation(run, args)
+    ev = Evaluation(run, args)
     for name in args.only:
-        section, picture = SECTIONS[name], evaluation.out / f"{name}.png"
+        section, picture = SECTIONS[name], ev.out / f"{name}.png"
         part = "\n## " + " ".join(section.__doc__.split()) + "\n\n"
-        if rows := list(section(evaluation) or ()):
-            save_csv(evaluation.out / f"{section.__name__.removesuffix('_table')}.csv", rows)
+        if rows := list(section(ev) or ()):
+            save_csv(ev.out / f"{section.__name__.removesuffix('_table')}.csv", rows)
             part += as_markdown(rows) + "\n"
         print(part, flush=True)
         text += part + (f"\n![{name}]({picture.name})\n" if picture.exists() else "")
     if args.only == list(SECTIONS):
-        save_text(evaluation.out / "report.md", text)
+        save_text(ev.out / "report.md", text)
+        page = re.sub(r"!\[.*\]\((.*)\)", lambda m: f'<img src="{data_uri(ev.out / m[1])}">',
+                      html.escape(text))
+        save_text(ev.out / "report.html", '<meta charset="utf-8"><pre style="white-space: pre-wrap">' + page)
         save_text(run / "README.md", model_card(run))           # which includes the report
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 here."""
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 import fid
 from ldm.encoder import RESIZERS, Inception
 from ldm.app import Fail
-from ldm.data import save_image
+from ldm.data import list_images, save_image
 
 CPU = torch.device("cpu")
 
@@ -57,7 +58,7 @@ def folders(kind, tmp_path_factory, request):
 
 def ours(folders, weights, resize):
     network = Inception(weights, resize)
-    return [fid.read_set(f, fid.images_of(f), network, CPU, 8) for f in folders]
+    return [fid.read_set(f, list_images(f), network, CPU, 8) for f in folders]
 
 def exact(x, y):
     """The Fréchet distance by eigenvalues of the Gram matrix: tr (Σ₁Σ₂)^½ = Σ √λ(X₁X₂ᵀ X₂X₁ᵀ), another way
@@ -264,10 +265,13 @@ def test_mixed_sizes_upper_case_and_subfolders_are_read_and_classes_counted(tmp_
     assert "2 | 2" in result.stdout and row["kid_subset"] == 4
     assert row["kid"] is None and result.stdout.count("too few images") == 3
 
-def test_a_folder_without_two_images_is_refused(tmp_path):
-    texture(0).save(tmp_path / "one.png")
-    with pytest.raises(Fail, match="fewer than two images"):
-        fid.images_of(tmp_path)
+@pytest.mark.parametrize("other", ["one", "missing"])
+def test_a_folder_without_two_images_is_refused(tmp_path, monkeypatch, other):
+    for name in ("two/0.png", "two/1.png", "one/0.png"):
+        save_image(tmp_path / name, texture(0))
+    monkeypatch.setattr(sys, "argv", ["fid.py", str(tmp_path / "two"), str(tmp_path / other)])
+    with pytest.raises(Fail, match=f"{other}: .*fewer than two images"):
+        fid.main()
 
 def test_what_is_not_counted_or_not_compared_is_said(tmp_path, monkeypatch):
     space = SimpleNamespace(kind="inception", resize="pytorch-fid", fingerprint=lambda: "0",

@@ -66,8 +66,8 @@ def test_balanced_accuracy_is_the_mean_recall_of_the_classes():
     assert fid.balanced_accuracy(a, b) == pytest.approx((0.8 + 0.6) / 2)
 
 def test_a_table_shows_zero_as_zero_and_what_is_missing_as_a_dash():
-    lines = report.as_markdown([dict(a=0, b=0.0, c=None, d="")]).splitlines()
-    assert lines == ["| a | b | c | d |", "| --- | --- | --- | --- |", "| 0 | 0 | - | - |"]
+    lines = report.as_markdown([dict(a=0, b=0.0, c=None, long="")]).splitlines()
+    assert lines == ["| a   | b   | c   | long |", "| --- | --- | --- | ---- |", "| 0   | 0   | -   | -    |"]
 
 def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch):
     assert report.SWEEP == [f"{w / 10:.1f}" for w in range(10, 21)]
@@ -91,8 +91,10 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     assert train["floor_vae"] == "" and all(0 < float(row["floor_vae"]) for row in parts)
     text = (out / "report.md").read_text()
     assert "## Reader study" in text and (out / "reader.html").read_text().count("data:image/png") > 1
+    page = (out / "report.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == 2
     for picture in ("figure5.png", "memorisation.png"):
-        assert Image.open(out / picture).width > 64 and f"({picture})" in text
+        assert Image.open(out / picture).width > 64 and f"({picture})" in text and picture not in page
     assert "Table 5" in result.stdout
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
     judge = trained.parent / "judge"
@@ -187,7 +189,7 @@ def test_readers_are_scored_with_wilsons_interval_and_cohens_kappa(study, capsys
     # A: 5 real, 4 synthetic; B: 7 and 2; 7 of 9 equal; by chance (5 · 7 + 4 · 2) / 81
     [pair] = read_csv(study / "reader-agreement.csv")
     assert float(pair["kappa"]) == pytest.approx((7 / 9 - 43 / 81) / (1 - 43 / 81))
-    assert "| A | B |" in capsys.readouterr().out
+    assert "| A      | B     |" in capsys.readouterr().out
 
 def test_cohens_kappa_is_1_of_equal_0_of_independent_and_none_of_constant_answers():
     x = dict(enumerate("rrss"))
