@@ -87,7 +87,7 @@ class Signals:
     def leave(self):
         """End the program if a signal was received."""
         if self.received:
-            announce(f"{Path(sys.argv[0]).name}: stopped; what is done is kept, repeat the command to resume")
+            announce(f"{Path(sys.argv[0]).name}: stopped; repeat the command to resume from what is saved")
             sys.exit(128 + self.received)
 
     def wait(self, function, *args, **kwargs):
@@ -256,9 +256,9 @@ def save_csv(path, rows):
         writer.writerows(rows)
 
 def read_csv(path):
-    """The rows of a table that `save_csv` wrote, every value as text; [] where the file does not exist."""
-    path = Path(path)
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+    """The rows of a table that `save_csv` wrote, or a spreadsheet saved again, as text; [] without a file."""
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines() if Path(path).exists() else []
+    return list(csv.DictReader(lines, delimiter=max(",;\t", key="".join(lines[:1]).count)))
 
 def file_sha256(path):
     """The SHA-256 of a file, in hexadecimal."""

@@ -18,7 +18,6 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy.spatial.distance import cdist
 from scipy.stats import binomtest
@@ -85,7 +84,6 @@ class Evaluation:
         return [image.transpose(turn) for image in map(load_rgb, self.real(part, n))
                 for turn in list(Image.Transpose)[:COPIES]]
 
-    @torch.no_grad()
     def decoded(self, part):
         """The images of a part through the VAE and back -> PIL images."""
         vae = load_vae(open_sd15(self.settings.sd15, self.settings.vae)[1], self.device)
@@ -174,8 +172,7 @@ def memorisation_table(ev):
         distances = cdist(ev.features(ev.spaces[-1], *images), train)
         index, d = distances.argmin(1), distances.min(1)
         limit = np.quantile(d, 0.01) if limit is None else limit
-        closer = (d < limit).mean()
-        yield dict(images=name, n=len(d), median=np.median(d), lowest=d.min(), closer=closer)
+        yield dict(images=name, n=len(d), median=np.median(d), lowest=d.min(), closer=(d < limit).mean())
     fake, real, order = ev.fake("train", ev.limit), ev.real("train"), d.argsort()[:10]
     texts = [text for i in order for text in ("sample", f"training image, {d[i]:.3g} from it")]
     save_sheet(ev.out / "memorisation.png", [(fake[i], real[index[i]]) for i in order], texts, 4)
@@ -222,12 +219,13 @@ def reader(ev):
     """Reader study: reader.html shows validation patches in random order, half of them real and half sampled,
     and asks which is which; reader-key.csv has the solution, by which --score judges a reader's answers"""
     labels, files = ev.labels("val", READ), list(zip(ev.real("val", READ), ev.fake("val", READ)))
-    study, order = f"{ev.samples.name}-w{ev.cfg}", np.random.default_rng(0).permutation(len(files))
+    study = f"{ev.samples.name}-w{ev.cfg}"
+    order = np.random.default_rng([*study.encode()]).permutation(len(files))
     key = [dict(item=f"{study}-{n}", file=files[i][i % 2], truth=KINDS[i % 2], label=labels[i],
                 reference=files[i][0]) for n, i in enumerate(order, 1)]
     classes, questions = map(html.escape, np.unique(labels)), ""
-    for column, keys, answers in (("answer", "rs", KINDS), ("class", "abcdefghijklmnopqtuvwxyz", classes),
-                                  ("confidence", "12345", "12345")):
+    for column, keys, answers in (("answer", "rs", KINDS), ("confidence", "12345", "12345"),
+                                  ("class", "abcdefghijklmnopqtuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", classes)):
         buttons = (BUTTON.format(column, answer, keys[i:i + 1]) for i, answer in enumerate(answers))
         questions += f"<p>{column} {''.join(buttons)}</p>"
     images = {row["item"]: data_uri(row["file"]) for row in key}
@@ -238,24 +236,27 @@ def reader(ev):
 
 def score_readers(out, files):
     """Print and write the scores of answers that reader.html saved, a file for each reader: share of right
-    ones, with Wilson's 95 % interval, and of classes named right, of all patches, the real or synthetic ones
-    (specificity, sensitivity) and these by class; and Cohen's kappa of each two readers."""
+    ones, with Wilson's 95 % interval, and of the classes named those that are right; of all patches, the real
+    or synthetic ones (specificity, sensitivity), these by class; and Cohen's kappa of each two readers."""
     key, rows, given = {row["item"]: row for row in read_csv(out / "reader-key.csv")}, [], {}
     for file in files:
-        with foreign_file(file, "has no answers to this run's study", "pass what its reader.html saved"):
-            found = [key[row["item"]] | row for row in read_csv(file)]
-            reader, answers = found[0]["reader"], {row["item"]: row["answer"] for row in found}
-            if reader in given or len(answers) < len(found) or not {*answers.values()} <= {*KINDS}:
-                raise ValueError("a reader or patch comes twice, or an answer is neither real nor synthetic")
-        given[reader], groups = answers, defaultdict(list)
+        with foreign_file(file, f"has no answers to the study in {out}", "pass what reader.html there saved"):
+            found = [key[row["item"]] | row for row in read_csv(Path(file).resolve(strict=True))]
+            readers, answers = {row["reader"] for row in found}, {row["item"]: row["answer"] for row in found}
+            if (len(readers) != 1 or readers & given.keys() or len(answers) < len(found)
+                    or not {*answers.values()} <= {*KINDS}):
+                raise ValueError("not one new reader, a patch twice, or an answer not real or synthetic")
+        [reader], groups = readers, defaultdict(list)
+        given[reader] = answers
         for row in found:
             for group in ("all", row["truth"], f"{row['truth']} {row['label']}"):
-                groups[group].append((row["answer"] == row["truth"], row["class"] == row["label"]))
-        for group, right in sorted(groups.items()):
-            (share, named), n = np.mean(right, axis=0), len(right)
-            low, high = binomtest(round(n * share), n).proportion_ci(method="wilson")
-            scores = dict(right=share, low=low, high=high, class_right=named)
-            rows.append(dict(reader=reader, patches=group, n=n) | scores)
+                groups[group].append(row)
+        for group, judged in sorted(groups.items()):
+            right, n = sum(row["answer"] == row["truth"] for row in judged), len(judged)
+            low, high = binomtest(right, n).proportion_ci(method="wilson")
+            named = [row["class"] == row["label"] for row in judged if row["class"]]
+            rows.append(dict(reader=reader, patches=group, n=n, right=right / n, low=low, high=high,
+                             class_right=np.mean(named) if named else None))
     pairs = [dict(reader=a, other=b, kappa=fid.cohen_kappa(given[a], given[b]))
              for a, b in combinations(given, 2)]
     for name, table in ("reader-scores", rows), ("reader-agreement", pairs):
@@ -309,8 +310,7 @@ def main():
         text += part + (f"\n![{name}]({picture.name})\n" if picture.exists() else "")
     if args.only == list(SECTIONS):
         save_text(ev.out / "report.md", text)
-        page = re.sub(r"!\[.*\]\((.*)\)", lambda m: f'<img src="{data_uri(ev.out / m[1])}">',
-                      html.escape(text))
+        page = re.sub(r"!\[.*\((.*)\)", lambda m: f'<img src="{data_uri(ev.out / m[1])}">', html.escape(text))
         save_text(ev.out / "report.html", '<meta charset="utf-8"><pre style="white-space: pre-wrap">' + page)
         save_text(run / "README.md", model_card(run))           # which includes the report
 

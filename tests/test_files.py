@@ -136,7 +136,7 @@ def test_a_program_that_is_stopped_says_what_is_kept(capsys, monkeypatch):
         app.SIGNALS._handle(signal.SIGINT, None)
     with pytest.raises(SystemExit) as stop:
         run_program(main)
-    assert stop.value.code == 130 and "stopped; what is done is kept" in capsys.readouterr().err
+    assert stop.value.code == 130 and "stopped; repeat the command" in capsys.readouterr().err
 
 def test_several_processes_do_without_apples_gpu(monkeypatch):
     """Its tensors cannot be exchanged between processes."""

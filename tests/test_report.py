@@ -107,19 +107,32 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
 
 # ---- the reader study --------------------------------------------------------------------------------------
 
-@pytest.fixture
-def study(tmp_path):
-    """reader.html and its key, of 9 patches of the classes `a` and `b & "c"` -> their folder."""
+def make_study(folder, labels, cfg="1.3"):
+    """reader.html and its key, of a patch for each label -> their folder."""
     files = {}
     for kind in report.KINDS:
-        files[kind] = [tmp_path / f"{kind}-{i}.png" for i in range(9)]
+        files[kind] = [folder / f"{kind}-{i}.png" for i in range(len(labels))]
         for i, file in enumerate(files[kind]):
-            texture(i + 9 * (kind == "real"), 64).save(file, icc_profile=b"of the scanner")
-    labels = np.array(["a"] * 4 + ['b & "c"'] * 5)
+            texture(i + len(labels) * (kind == "real"), 64).save(file, icc_profile=b"of the scanner")
     real, fake = (lambda *_, kind=kind: files[kind] for kind in report.KINDS)
-    report.reader(SimpleNamespace(out=tmp_path, cfg="1.3", samples=tmp_path / "0f0f", real=real, fake=fake,
-                                  labels=lambda *_: labels))
-    return tmp_path
+    report.reader(SimpleNamespace(out=folder, cfg=cfg, samples=folder / "0f0f", real=real, fake=fake,
+                                  labels=lambda *_: np.array(labels)))
+    return folder
+
+@pytest.fixture
+def study(tmp_path):
+    """One of 9 patches of the classes `a` and `b & "c"`."""
+    return make_study(tmp_path, ["a"] * 4 + ['b & "c"'] * 5)
+
+def test_two_studies_differ_in_their_order_and_each_of_forty_classes_has_its_key(tmp_path):
+    """One order for all would repeat the answers of the first study in the second."""
+    truths = []
+    for cfg in ("1.3", "1.5", "1.3"):
+        make_study(tmp_path, [f"class {i}" for i in range(40)], cfg)
+        truths.append([row["truth"] for row in read_csv(tmp_path / "reader-key.csv")])
+    assert truths[0] != truths[1] and truths[0] == truths[2]
+    keys = re.findall(r'name=".*?" .* accesskey="(.*?)"', (tmp_path / "reader.html").read_text())
+    assert len(keys) == len({*keys}) == 2 + 5 + 40 and min(map(len, keys)) == 1
 
 def test_a_reader_study_has_its_patches_inside_and_not_its_solution(study):
     page, key = (study / "reader.html").read_text(), read_csv(study / "reader-key.csv")
@@ -166,6 +179,8 @@ def test_a_browser_takes_answers_by_key_keeps_them_and_gives_them_as_csv(study):
     assert [*first.values()] == [key[0]["item"], "synthetic", 'b & "c"', "4"]
     assert [*second.values()] == [key[1]["item"], "synthetic", "a", "1"]
     assert [row["item"] for row in answers("find('progress')")] == [row["item"] for row in key[:2]]
+    again = "window.confirm = () => true; buttons.find(b => b.textContent.includes('again')).click(); "
+    assert [row["item"] for row in answers(again + PRESS.format(["r"]))] == [key[0]["item"]]
 
 def write_answers(study, name, wrong=(), **more):
     """The answers of a reader who is right but about the items `wrong`."""
@@ -196,16 +211,37 @@ def test_cohens_kappa_is_1_of_equal_0_of_independent_and_none_of_constant_answer
     assert fid.cohen_kappa(x, x) == 1 and fid.cohen_kappa(x, dict(enumerate("rsrs"))) == 0
     assert fid.cohen_kappa({0: "r"}, {0: "r", 1: "s"}) is None and fid.cohen_kappa({0: "r"}, {1: "s"}) is None
 
-@pytest.mark.parametrize("changes", [dict(item="x"), dict(answer="perhaps"), dict(reader="B"), None])
-def test_answers_to_another_study_or_given_twice_are_refused_in_one_line(changes, study, tmp_path):
+def test_a_class_that_a_reader_left_out_counts_neither_as_right_nor_as_wrong(study):
+    for name, more in dict(A={}, B={"class": ""}).items():
+        rows = read_csv(write_answers(study, name))
+        save_csv(study / f"{name}.csv", [row | more for row in rows[:4]] + rows[4:])
+        report.score_readers(study, [study / f"{name}.csv"])
+        assert read_csv(study / "reader-scores.csv")[0]["class_right"] == "1.0"
+    report.score_readers(study, [write_answers(study, "C", **{"class": ""})])
+    assert read_csv(study / "reader-scores.csv")[0]["class_right"] == ""
+
+def test_answers_that_a_spreadsheet_saved_again_are_read(study):
+    text = write_answers(study, "A").read_text()
+    (study / "B.csv").write_text(text.replace("A,", "B,").replace(",", ";"), encoding="utf-8-sig")
+    report.score_readers(study, [study / "A.csv", study / "B.csv"])
+    assert read_csv(study / "reader-agreement.csv")[0]["kappa"] == "1.0"
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(item="x"), "no answers to the study in run"), (dict(answer="perhaps"), "not real or synthetic"),
+    (dict(reader="B"), "not one new reader"), ("two", "not one new reader"), ("empty", "not one new reader"),
+    (None, "does not exist")])
+def test_answers_to_another_study_or_given_twice_are_refused_in_one_line(changes, words, study, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/report").symlink_to(study)
     files = [write_answers(study, "B"), tmp_path / "none.csv"]
     if changes:
-        files[1] = write_answers(study, "C", **changes)
+        files[1] = write_answers(study, "C", **(changes if isinstance(changes, dict) else {}))
+    if isinstance(changes, str):
+        lines = files[1].read_text().splitlines(keepends=True)
+        files[1].write_text("".join([*lines[:-1], "D" + lines[-1][1:]] if changes == "two" else lines[:1]))
     result = program("ldm.report", "run", "--score", *files, cwd=tmp_path, check=False)
     assert result.returncode == 2 and str(files[1]) in result.stderr and not result.stdout
-    assert len(result.stderr.strip().splitlines()) == 1 and "study" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and words in result.stderr
 
 def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
     rows = report.read_csv(ROOT / "ldm/table6.csv")
