@@ -174,8 +174,8 @@ def parse_args():
     parser.add_argument("real", metavar="REAL", help="folder of images, or .npz of statistics")
     parser.add_argument("fake", metavar="FAKE", nargs="*", help="folders or .npz files to compare with it")
     parser.add_argument("--per-class", action="store_true", help="KID x 1000 for every common subfolder")
-    parser.add_argument("--resize", choices=RESIZERS, help="pytorch-fid's, clean-fid's, torch-fidelity's")
-    parser.add_argument("--kid-subset", type=number(int, 2), default=1000, help="of images (default: 1000)")
+    parser.add_argument("--resize", choices=RESIZERS, help="whose number (default: pytorch-fid)")
+    parser.add_argument("--kid-subset", type=number(int, 2), default=1000, help="its images (default: 1000)")
     parser.add_argument("--inception", metavar="FILE", help="its weights (default: torch.hub's cache)")
     parser.add_argument("--features", choices=("inception", "encoder"), help="default: as available")
     parser.add_argument("--save", metavar="FILE", help="write the statistics of REAL to this .npz file")
@@ -211,7 +211,7 @@ SPACES = {"inception": "resize {resize}, Inception {weights}",
 
 def result_lines(result):
     """A result of `compare` as lines of text."""
-    space = SPACES[result["features"]].format(**result)
+    space = SPACES.get(result["features"], "features of {features}, {weights}").format(**result)
     yield (f"FID {result['fid']:.4f}   {result['real']} | {result['fake']}   "
            f"n {result['n_real'] or '?'} | {result['n_fake'] or '?'}, {space}")
     yield describe_kid(result)

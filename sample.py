@@ -180,8 +180,7 @@ def main(arguments=None):
     todo = [job for job in jobs if not job.path.exists()]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images exist already")
-    if todo:
-        # all references are read before anything is written, so that an unreadable one is found first
+    if todo:        # all references are read before anything is written: an unreadable one is found first
         needed = {job.reference: references[job.reference] for job in todo}
         e = list(needed.values())
         e = torch.from_numpy(encoder.extract(e, device, args.batch)).float() if encoder else torch.stack(e)
@@ -270,7 +269,7 @@ def read_samples(out, guard, folders):
     saved = read_json(out / "samples.json")
     before = asdict(Sampling()) | saved                     # an option that it lacks had its default
     problems = [f"is inside {folder}, where its images would be taken for patches" for folder in folders
-                if folder and Path(folder).is_dir() and out.resolve().is_relative_to(Path(folder).resolve())]
+                if folder and out.resolve().is_relative_to(Path(folder).resolve())]
     problems += [f"holds samples with another {key.removesuffix('_sha256')}"
                  for key in guard if saved and before.get(key) != guard[key]]
     problems += ["holds other files and no samples.json"] * (not saved and any(out.glob("[!.]*")))

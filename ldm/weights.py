@@ -153,7 +153,7 @@ def find_file(argument, source, names):
     if re.fullmatch(HUB_NAME, str(source)) and not path.exists():
         # float16 is half the download, and finer than the bfloat16 that it is used in
         return hub_file(str(source), sorted(names, key=lambda name: ".fp16.safetensors" not in name))
-    raise Fail(f"{argument} {source}: no such file, folder with {names[0]}, or Hugging Face repository")
+    raise Fail(f"{argument} {source}: no file, folder with {names[0]} or Hugging Face repository; pass one")
 
 # ---- Stable Diffusion 1.5 ----------------------------------------------------------------------------------
 def open_sd15(source, vae=None):
@@ -225,7 +225,7 @@ def _check_model(file, configs):
         theirs = file.get("alphas_cumprod")
         rounding = {1: 0.3, 2: 0.01}.get(theirs.itemsize, 1e-4)
         if theirs.shape != (T,) or not torch.allclose(theirs.double(), alpha_bar(), rounding, atol=0):
-            raise Fail(f"{file.path}: alphas_cumprod is not Stable Diffusion 1.5's; pass one such as {SD15}")
+            raise Fail(f"{file.path}: alphas_cumprod is not SD1.5's; pass a base such as {SD15}")
 
 def _part(file, prefix):
     """The tensors under a prefix, or all where there is none, under Diffusers' names."""

@@ -180,3 +180,5 @@ def test_float16_is_taken_of_a_repository_and_the_full_file_of_a_folder(monkeypa
     for name in names:
         (tmp_path / name).touch()
     assert weights.find_file("--sd15", str(tmp_path), names) == tmp_path / names[0]
+    with pytest.raises(Fail, match="--sd15 /no: no file, folder .* or Hugging Face repository; pass one"):
+        weights.find_file("--sd15", "/no", names)

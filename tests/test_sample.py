@@ -69,6 +69,12 @@ def test_what_is_no_embedding_is_refused_in_one_line(x, words, tmp_path):
     with pytest.raises(Fail, match=words):
         sample.read_embeddings(path, 6)
 
+def test_samples_inside_a_folder_of_patches_are_refused_and_one_that_cannot_be_looked_up_is_ignored(tmp_path):
+    """A run's images may lie in a folder that is private or gone; here its name is too long."""
+    assert sample.read_samples(tmp_path / "out", {}, ["x" * 300]) == {}
+    with pytest.raises(Fail, match="is inside"):
+        sample.read_samples(tmp_path / "out", {}, [tmp_path])
+
 def table(out):
     return list(csv.DictReader(open(out / "labels.csv")))
 
