@@ -157,7 +157,7 @@ def compare(real, fake, subset=1000):
     """Two ImageSets -> {"fid", "n_real", "n_fake"}, and the columns of `kid` where the features are known."""
     (d, a), (other, b) = ((x.features.shape[1], ", ".join(x.space or ())) for x in (real, fake))
     if d != other or (a and b and a != b):
-        raise Fail(f"REAL has {d} features of {a or '?'}, FAKE {other} of {b or '?'}: make one again")
+        raise Fail(f"REAL has {d} features of {a or '?'}, FAKE {other} of {b or '?'}: make one as the other")
     others = kid(real.features, fake.features, subset) if real.n and fake.n else {}
     return dict(fid=frechet_distance(real.features, fake.features), n_real=real.n, n_fake=fake.n) | others
 
@@ -240,7 +240,7 @@ def main():
     # folders are read before any weights are needed; two files of statistics need none
     files = {p: list_images(p) if p.is_dir() else [] for p in paths if not p.is_file()}
     if few := [path for path, found in files.items() if len(found) < 2]:
-        raise Fail(f"{few[0]}: no such folder (or .npz file of statistics), or fewer than two images in it")
+        raise Fail(f"{few[0]}: no .npz file of statistics, nor folder of two images or more; pass one")
     if generated := sum(map(is_generated, files.get(args.real, ()))):
         print(f"note: {generated} images of {args.real} are generated, not real")
     space = choose_space(args) if files else None

@@ -222,7 +222,7 @@ def find_references(args, settings, adapter):
     for path in find(args.ref, adapter.path.parent):
         base, below = (path, list_images(path)) if path.is_dir() else (path.parent, [path] * path.is_file())
         if not below:
-            raise Fail(f"--ref {path}: no such file, or a folder without images")
+            raise Fail(f"--ref {path}: no such file, or a folder without images; pass another")
         found += [(p.relative_to(base).with_suffix("").as_posix(), "", p) for p in below]
     return found
 

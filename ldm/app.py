@@ -127,7 +127,7 @@ def foreign_file(path, problem="is damaged", advice="restore or remove it"):
     except (Fail, MemoryError, torch.OutOfMemoryError, PermissionError):
         raise                           # not the file's fault
     except FileNotFoundError:
-        raise Fail(f"{path} does not exist; {advice}") from None
+        raise Fail(f"{path} does not exist; restore it, or pass another") from None
     except Exception as cause:          # decoders of images, archives, pickles and JSON raise dozens of kinds
         raise Fail(f"{path} {problem} ({first_line(cause)}); {advice}") from None
 

@@ -83,7 +83,7 @@ class Encoder(FeatureSpace):
         with torch.device("meta"):
             e = self.load("meta")(torch.empty(1, 3, recipe.size, recipe.size))
         if e.ndim != 2:
-            raise Fail(f"{file.path}: {tuple(e.shape[1:])} numbers per image, no embedding; see global_pool")
+            raise Fail(f"{file.path}: {[*e.shape[1:]]} numbers, no embedding; set global_pool in config.json")
         self.width = e.shape[1]
         if recipe.shape and recipe.shape[1:] != shape:      # another network of the same architecture
             self.recipe = replace(recipe, terms=f"{file.path.name}, an encoder of your own", licence="other")

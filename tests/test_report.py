@@ -229,7 +229,7 @@ def test_answers_that_a_spreadsheet_saved_again_are_read(study):
 @pytest.mark.parametrize("changes, words", [
     (dict(item="x"), "no answers to the study in run"), (dict(answer="perhaps"), "not real or synthetic"),
     (dict(reader="B"), "not one new reader"), ("two", "not one new reader"), ("empty", "not one new reader"),
-    (None, "does not exist")])
+    (None, "does not exist; restore it, or pass another")])
 def test_answers_to_another_study_or_given_twice_are_refused_in_one_line(changes, words, study, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/report").symlink_to(study)
