@@ -220,7 +220,7 @@ def reader(ev):
     and asks which is which; reader-key.csv has the solution, by which --score judges a reader's answers"""
     labels, files = ev.labels("val", READ), list(zip(ev.real("val", READ), ev.fake("val", READ)))
     study = f"{ev.samples.name}-w{ev.cfg}"
-    order = np.random.default_rng([*study.encode()]).permutation(len(files))
+    order = np.random.RandomState([*study.encode()]).permutation(len(files))    # the same in every NumPy
     key = [dict(item=f"{study}-{n}", file=files[i][i % 2], truth=KINDS[i % 2], label=labels[i],
                 reference=files[i][0]) for n, i in enumerate(order, 1)]
     classes, questions = map(html.escape, np.unique(labels)), ""
