@@ -181,6 +181,10 @@ def test_a_browser_takes_answers_by_key_keeps_them_and_gives_them_as_csv(study):
     assert [*first.values()] == [key[0]["item"], "synthetic", 'b & "c"', "4"]
     assert [*second.values()] == [key[1]["item"], "synthetic", "a", "1"]
     assert [row["item"] for row in answers("find('progress')")] == [row["item"] for row in key[:2]]
+    denied = "<script>Object.defineProperty(window, 'localStorage', { get() { throw 'no' } })</script>"
+    page, kept = denied + page, page
+    assert [row["item"] for row in answers(PRESS.format(["ArrowRight", "r"]))] == [key[1]["item"]]
+    page = kept
     again = "window.confirm = () => true; buttons.find(b => b.textContent.includes('again')).click(); "
     assert [row["item"] for row in answers(again + PRESS.format(["r"]))] == [key[0]["item"]]
 
