@@ -37,8 +37,8 @@ class Fail(Exception):
 
 def run_program(main):
     """Call main() as a program. Exit codes: 2 with one line for what the user can fix, 130, 143, or main's.
-    Rank 0 alone prints more than failures."""
-    if not RANK0:
+    Rank 0 alone prints more than failures, and only failures with --quiet."""
+    if not RANK0 or "--quiet" in sys.argv:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")        # which `progress` recognises
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):        # a console without α prints another character for it

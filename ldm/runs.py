@@ -19,7 +19,7 @@ TOY = dict(data=TOY_DATA, sd15="toy", uni2h="toy", size=64, hidden=256, lr=5e-3,
            val_every=6)
 # Settings that may differ on resume (of files the hashes must agree), and those not taken over from the run
 MAY_DIFFER = {"data", "sd15", "vae", "encoder", "uni2h", "micro_batch", "inception", "run", "dtype"}
-THIS_CALL = {"device", "no_compile"}
+THIS_CALL = {"device", "no_compile", "quiet"}
 DATA, MODEL, TRAINING, VALIDATION, RUN = "data and weights", "model", "training", "validation", "run"
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Settings:
     device: str = option(RUN, "auto", "cuda, mps or cpu")
     dtype: str = option(RUN, "auto", "of the U-Net; auto: the device's fastest", choices=DTYPES)
     no_compile: bool = option(RUN, False, "do not torch.compile (done on CUDA only)")
+    quiet: bool = option(RUN, False, "print failures only")
 
 def parse_settings(description):
     """The command line of train.py -> (Settings, whether --resume was given).
@@ -110,7 +111,7 @@ def read_settings(folder):
     values = read_json(path).get("args")
     if not isinstance(values, dict):
         return None
-    values = {name: x for name, x in values.items() if name not in ("init", "quiet")}     # of older versions
+    values.pop("init", None)                # which older versions had
     add_options(parser, Settings)           # as arguments they are checked as those are
     arguments = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
                  for name, value in values.items() if value != getattr(Settings, name, None)

@@ -8,7 +8,7 @@ import pytest
 from conftest import process, program
 from PIL import Image
 
-from ldm.app import Fail
+from ldm.app import Fail, run_program
 from ldm.runs import MAY_DIFFER, THIS_CALL, Settings, check_or_create, parse_settings, read_settings
 from ldm.weights import SD15
 from sample import Sampling
@@ -67,7 +67,7 @@ def test_a_setting_that_an_older_run_lacks_has_its_default(trained, tmp_path, mo
         del config["args"][name]
     config["args"] |= dict(quiet=True, parameters=False, init="a.pt")              # what older versions saved
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_settings(tmp_path) == read_settings(trained)
+    assert read_settings(tmp_path) == replace(read_settings(trained), quiet=True)
     (tmp_path / "adapter.safetensors").touch()
     check_or_create(tmp_path, parse(monkeypatch, "--resume", tmp_path), config["sha256"])
     config["args"]["no_such_setting"] = 5
@@ -107,3 +107,16 @@ def test_all_of_a_sampling_is_in_the_png_and_only_the_guidance_in_its_name(train
     (tmp_path / "out/samples.json").write_text(json.dumps(guard))
     assert program("sample.py", *arguments, "--steps", 3, cwd=tmp_path, check=False).returncode == 2
     program("sample.py", *arguments, "--steps", Sampling().steps, cwd=tmp_path)
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_quiet_program_prints_failures_alone(quiet, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["train.py", *["--quiet"] * quiet])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+
+    def main():
+        print("a loss")
+        raise Fail("no such folder")
+    with pytest.raises(SystemExit) as stop:
+        run_program(main)
+    out, err = capfd.readouterr()
+    assert stop.value.code == 2 and "no such folder" in err and ("a loss" in out) != quiet
