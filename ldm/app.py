@@ -257,8 +257,12 @@ def save_csv(path, rows):
 
 def read_csv(path):
     """The rows of a table that `save_csv` wrote, or a spreadsheet saved again, as text; [] without a file."""
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines() if Path(path).exists() else []
-    return list(csv.DictReader(lines, delimiter=max(",;\t", key="".join(lines[:1]).count)))
+    return list(csv_reader(Path(path).read_bytes())) if Path(path).exists() else []
+
+def csv_reader(data):
+    """The bytes of a table in UTF-8 or UTF-16, with , ; or tabs -> csv.DictReader of its rows."""
+    lines = data.decode(json.detect_encoding(data)).splitlines()
+    return csv.DictReader(lines, delimiter=max(",;\t", key="".join(lines[:1]).count))
 
 def file_sha256(path):
     """The SHA-256 of a file, in hexadecimal."""

@@ -1,5 +1,4 @@
 """Images, datasets, the split by case, and the cache of the frozen encoders' outputs."""
-import csv
 import hashlib
 import io
 import json
@@ -21,8 +20,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps, ImageSequence, PngImagePlugin, UnidentifiedImageError
 from safetensors.torch import load_file
 
-from .app import (Fail, atomic_write, barrier, broadcast, file_sha256, foreign_file, progress, safe_name,
-                  save_tensors, shard)
+from .app import (Fail, atomic_write, barrier, broadcast, csv_reader, file_sha256, foreign_file, progress,
+                  safe_name, save_tensors, shard)
 from .weights import BUILT_IN
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
@@ -299,12 +298,10 @@ def _folder_rows(root, kinds, case, say):
 def _table_rows(path):
     """patches.csv, with , ; or tabs -> (file, label, case, part or None) of each row."""
     with foreign_file(path, "is no table in UTF-8", "write it again"):
-        data = path.read_bytes()
-        lines = data.decode(json.detect_encoding(data)).splitlines()
-        table = csv.DictReader(lines, delimiter=max(",;\t", key=lines[0].count))
-        table.fieldnames = [name.strip().lower() for name in table.fieldnames]
-        if not {"file", "label"} <= {*table.fieldnames}:
-            raise Fail(f"{path}: its first line needs the columns file and label, and has {lines[0][:80]}")
+        table = csv_reader(path.read_bytes())
+        names = table.fieldnames = [name.strip().lower() for name in table.fieldnames]
+        if not {"file", "label"} <= {*names}:
+            raise Fail(f"{path}: line 1 needs the columns file and label, and has {','.join(names)[:80]}")
         for row in table:
             file, label, case, part = ((row.get(k) or "").strip() for k in ("file", "label", "case", "part"))
             if not file or not label or "/" in label or part.lower() not in {"", *PARTS}:
