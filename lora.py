@@ -2,8 +2,7 @@
 
     W' = W + (α/r) B A                                                                                 (eq. 6)
 
-on the projections Q, K, V and O of all 32 attentions, self and cross: 128 layers, 199,296 parameters
-per unit of rank.
+on Q, K, V and O of all 32 attentions, self and cross: 128 layers, 199,296 parameters per unit of rank.
 
     python lora.py ADAPTER --export kohya       # for ComfyUI, A1111 and kohya; or peft, diffusers
 """

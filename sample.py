@@ -2,7 +2,6 @@
 
     python sample.py --ref patch.png --cfg 1.3
     python sample.py --split val --cfg 1.0 1.3 1.5       # one sample per validation patch, three guidances
-    python sample.py --split train --label adenoma --n 8  # eight per training patch of a rare class
 
 Writes OUT/real/*.png (the references at the model's size), OUT/cfg1.3/*.png (the samples), OUT/labels.csv (a
 row for each) and OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.

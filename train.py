@@ -78,8 +78,7 @@ class Draws:
 def draw_batch(g, batch, z_shape, cfg_drop, layers, width):
     """The Draws of a whole batch. z_shape: (4, h, w) of a latent; layers, width: with dropout."""
     return Draws(
-        mirrored=torch.rand(batch, generator=g) < 0.5,
-        posterior=torch.randn(batch, *z_shape, generator=g),
+        mirrored=torch.rand(batch, generator=g) < 0.5, posterior=torch.randn(batch, *z_shape, generator=g),
         eps=torch.randn(batch, *z_shape, generator=g),
         t=torch.randint(0, T, (batch,), generator=g),                                       # 5
         null=torch.rand(batch, 1, generator=g) < cfg_drop,                                  # 7

@@ -226,8 +226,7 @@ def save_tensors(path, tensors, header):
     """Write {name: tensor} and a header of strings as a safetensors file; equal content, equal bytes."""
     data = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata=header)
     size = 8 + int.from_bytes(data[:8], "little")
-    # the library's order of keys changes from call to call
-    text = json.dumps(json.loads(data[8:size]), sort_keys=True).encode()
+    text = json.dumps(json.loads(data[8:size]), sort_keys=True).encode()    # theirs changes from call to call
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as temporary, open(temporary, "wb") as f:
         f.writelines((len(text).to_bytes(8, "little"), text, memoryview(data)[size:]))

@@ -221,8 +221,7 @@ def _download_inception():
     if not path.is_file():
         print(f"downloading {INCEPTION_URL} (96 MB) to {path}", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
-        advice = "download that file elsewhere and pass it with --inception FILE"
-        with foreign_file(path, "cannot be downloaded", advice):
+        with foreign_file(path, "cannot be downloaded", "pass it, from elsewhere, with --inception FILE"):
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), path.stem[-8:], sys.stderr.isatty())
     return path
 

@@ -26,7 +26,7 @@ import fid
 import sample
 from fid import frechet_distance as distance
 
-from .data import load_rgb, save_sheet, subsample, to_images, to_tensor
+from .data import load_rgb, save_image, save_sheet, subsample, to_images, to_tensor
 from .app import (Fail, Parser, file_sha256, foreign_file, number, pick_device, read_csv, run_program,
                   save_csv, save_text)
 from .encoder import Inception, cached_inception, open_encoder
@@ -103,9 +103,17 @@ class Evaluation:
 
 # ---- the paper's tables and its figure 5; each section yields the rows of its table ------------------------
 def table4(ev):
-    """Table 4: validation loss (val_loss_0: at t < 100, and so on) and FID at the end of every epoch"""
-    for row in read_csv(ev.folder / "log.csv"):
-        yield {k: x and float(x) for k, x in row.items() if k.startswith(("epoch", "train_", "val_", "fid"))}
+    """Table 4: validation loss (val_loss_0: at t < 100, and so on) and FID after every epoch. Picture:
+    these tenths as rows, epochs as columns; blue: the loss is below the first epoch's, red: above it"""
+    rows = [{k: x and float(x) for k, x in row.items() if k.startswith(("epoch", "train_", "val_", "fid"))}
+            for row in read_csv(ev.folder / "log.csv")]
+    tenths = np.array([[x or 1 for k, x in row.items() if k.startswith("val_loss_")] for row in rows]).T
+    change = tenths / tenths[:, :1] - 1
+    change /= np.abs(change).max() or 1
+    colours = np.stack([1 + change.clip(max=0), 1 - np.abs(change), 1 - change.clip(0)], -1)
+    picture = np.uint8(np.kron(255 * colours, np.ones((32, 48, 1))))
+    save_image(ev.out / "epochs.png", Image.fromarray(picture))
+    return rows
 
 def table5(ev):
     """Table 5: validation FID at guidance 1.0 to 2.0 of the best adapter"""

@@ -111,7 +111,6 @@ def read_settings(folder):
     values = read_json(path).get("args")
     if not isinstance(values, dict):
         return None
-    values.pop("init", None)                # which older versions had
     add_options(parser, Settings)           # as arguments they are checked as those are
     arguments = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
                  for name, value in values.items() if value != getattr(Settings, name, None)
@@ -234,8 +233,7 @@ def model_card(folder):
     shared = f"cases in more than one part: {split.get('cases_in_several_parts', 'not counted')}"
     if all(cases == patches for _, cases, patches, _ in rows):
         shared = "which patches share a case is unknown"
-    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    text = template.format(**asdict(settings) | log[-1] | dict(
+    text = Path(__file__).with_name("card.md").read_text("utf-8").format(**asdict(settings) | log[-1] | dict(
         name=folder.name, base=public_name(settings.sd15), encoder=header["encoder"],
         terms=f"license: other\nlicense_name: {terms}" if terms else "license: mit",
         best=_describe_best(folder, settings, split, log), data=Path(settings.data).name, shared=shared,

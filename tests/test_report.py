@@ -92,9 +92,9 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     text = (out / "report.md").read_text()
     assert "## Reader study" in text and (out / "reader.html").read_text().count("data:image/png") > 1
     page = (out / "report.html").read_text()
-    assert page.count('<img src="data:image/png;base64,') == 2
-    for picture in ("figure5.png", "memorisation.png"):
-        assert Image.open(out / picture).width > 64 and f"({picture})" in text and picture not in page
+    assert page.count('<img src="data:image/png;base64,') == 3
+    for picture in ("epochs.png", "figure5.png", "memorisation.png"):
+        assert Image.open(out / picture).width > 32 and f"({picture})" in text and picture not in page
     assert "Table 5" in result.stdout
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
     judge = trained.parent / "judge"
@@ -104,6 +104,16 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     assert [row["features"] for row in csv.DictReader(open(out / "fidelity.csv"))] == ["judge", "encoder"]
     # nothing is sampled twice
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*cfg*.png")}
+
+def test_the_picture_of_the_epochs_is_blue_where_the_loss_fell_and_red_where_it_rose(tmp_path):
+    """Halved: full blue, the largest change; a quarter up: half red; empty or unchanged: white."""
+    rows = [{"epoch": k, "val_loss": 1, **{f"val_loss_{i}": x for i, x in enumerate(losses)}}
+            for k, losses in enumerate([(0.4, 0.8, "", 0.1), (0.2, 1.0, "", 0.1)])]
+    save_csv(tmp_path / "log.csv", rows)
+    table = report.table4(SimpleNamespace(folder=tmp_path, out=tmp_path))
+    assert [row["val_loss_0"] for row in table] == [0.4, 0.2]
+    pixels = np.asarray(Image.open(tmp_path / "epochs.png"))[16::32, 24::48]
+    assert pixels.tolist() == [[[255] * 3, [0, 0, 255]], [[255] * 3, [255, 127, 127]], *[[[255] * 3] * 2] * 2]
 
 # ---- the reader study --------------------------------------------------------------------------------------
 
