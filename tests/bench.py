@@ -3,7 +3,7 @@ fid distance load cache kept memory`.
 
     python tests/bench.py train sample --full --size 256 --batch 1      # SD1.5's widths, the default on a GPU
     python tests/bench.py train --cap 12e9                  # GPU: nothing may allocate more than 12 GB
-    python tests/bench.py gpu               # all that only a GPU can show, in less than 8 minutes
+    python tests/bench.py gpu               # what only a GPU can show, in less than 8 minutes; compiled last
 
 Networks have random weights, the same for all. Each side's settings are tried one after the other and what is
 faster is kept; then the fastest of ours and the fastest of the peer's take turns. Times are medians; a ratio
@@ -80,6 +80,8 @@ def describe(side, chosen):
 def search(work, side, args):
     """Try a side's settings, one change after the other -> (name, step) of the fastest; None if all fail."""
     (build, settings), best, results = work.sides[side], None, args.results.setdefault(work.name, {})
+    if values := args.compiled and settings.get("compiled"):
+        settings = settings | dict(compiled=values[:1] if args.compiled == "no" else values[1:] or values)
     chosen = {key: values[0] for key, values in settings.items()}
     for key, value in [(None, None), *((k, v) for k, values in settings.items() for v in values[1:])]:
         trial = chosen | {key: value} if key else chosen
@@ -165,8 +167,10 @@ def largest(args):
         print(f"largest micro-batch in {cap / 1e9:.0f} GB of {sizes}: {fit}", flush=True)
     return ()
 
-# Parts of `gpu` and the seconds that each may take, less than 8 minutes in all; the first matter most.
-PARTS = dict(tests=110, train=130, largest=45, sample=95, first=70, fid=28)
+# Parts of `gpu` and the seconds that each may take, less than 8 minutes in all; the first matter most. To
+# compile a step of SD1.5 took an H200's host (16 cores) more than 110 s, sampling about 50 s.
+PARTS = {"tests": 60, "train": 65, "largest": 35, "sample": 45, "first": 60, "fid": 20, "sample compiled": 75,
+         "train compiled": 115}
 
 def gpu(args):
     """Each of PARTS in a process of its own; after each a line of JSON with all results so far."""
@@ -175,9 +179,11 @@ def gpu(args):
     for name, limit in PARTS.items():
         file, start = args.folder / f"{name}.json", time.perf_counter()
         steps = args.steps if name == "first" else max(1, args.steps // 3)
-        command = [__file__, name, *given, f"--steps={steps}", f"--limit={0.8 * limit}", f"--json={file}"]
+        work, _, compiled = name.partition(" ")
+        command = [__file__, work, *given, f"--steps={steps}", f"--limit={0.8 * limit}", f"--json={file}",
+                   f"--compiled={'only' if compiled else 'no'}"]
         if name == "tests":
-            command = ["-m", "pytest", "-vs", "--tb=short", TESTS / "test_cuda.py"]
+            command = ["-m", "pytest", "-vs", "--tb=short", "-k", "not compiled", TESTS / "test_cuda.py"]
         print(f"\n{name}: at most {limit} s", flush=True)
         code = run_limited(command, limit)
         seconds = round(time.perf_counter() - start, 1)
@@ -226,6 +232,7 @@ def parse_args(arguments):
     add("--images", type=int, help="for fid and cache (default: 387 on a GPU, 64 on the CPU)")
     add("--repeats", type=int, default=5, help="turns of the fastest (default: 5)")
     add("--cap", type=float, default=12e9, help="bytes of a GPU that a candidate may take (default: 12e9)")
+    add("--compiled", choices=("no", "only"), help="of the settings (default: both)")
     add("--limit", type=float, default=1e9, help="seconds after which no other candidate is tried")
     add("--json", metavar="FILE", help="write results so far to it after each candidate")
     add("--device", default="auto")

@@ -45,7 +45,7 @@ def dtypes(args):
 
 def our_settings(args):
     """Of training and sampling."""
-    return dict(dtype=dtypes(args), compiled=EITHER if args.cuda else (False,))
+    return dict(dtype=dtypes(args), compiled=(False, True)[:1 + args.cuda])
 
 def channels(width):
     return tuple(width * k for k in (1, 2, 4, 4))
@@ -212,13 +212,14 @@ def patches(args, n=None):
 
 def features(args):
     """Inception's features, beside pytorch-fid; both load their network, as their programs do."""
-    import pytorch_fid.inception
-    from pytorch_fid.fid_score import get_activations
     weights, files = random_inception(args.folder / "inception.safetensors"), patches(args)
-    state = as_released(load_file(weights))
-    pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: state
 
     def peer(batch, workers, channels_last):
+        import pytorch_fid.inception
+        from pytorch_fid.fid_score import get_activations
+        state = as_released(load_file(weights))
+        pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: state
+
         def step():
             last = torch.channels_last if channels_last else torch.preserve_format
             network = pytorch_fid.inception.InceptionV3([3]).to(args.device, memory_format=last)

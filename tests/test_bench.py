@@ -60,6 +60,12 @@ def test_the_fastest_setting_is_found_and_what_fails_is_said(monkeypatch, capsys
     found = args.results["x"]
     assert found["ours"] == dict(seconds=0.5, peak=0, share=0.5, ratio=2, peer="peer, a 1, b 1")
     assert found["peer, a 1, b 1"]["seconds"] == 1 and len(found) == 4
+    assert sum(bench.PARTS.values()) < 480
+    for compiled, tried in (("no", {0}), ("only", {1, 2}), (None, {0, 1, 2})):
+        args.results, args.compiled, seen = {}, compiled, set()
+        build = lambda compiled: lambda: seen.add(compiled) or peers.Figures(1, 0)     # noqa: E731
+        bench.search(peers.Work("z", 1, 0, {"ours": (build, dict(compiled=(0, 1, 2)))}), "ours", args)
+        assert seen == tried
     args.deadline = 0
     bench.measure(peers.Work("y", 1, 0, dict(reversed(sides.items()))), args)
     assert args.failed and "left out: no time" in capsys.readouterr().out
