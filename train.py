@@ -454,9 +454,9 @@ def build(inputs, device):
     torch.manual_seed(generator(settings.seed, INITIAL).initial_seed())         # for the projector
     shape = settings.hidden, settings.tokens, unet.context, settings.depth, settings.token_norm
     projector = Projector(encoder.width, *shape).to(device)
-    print(parameter_table(unet, projector))
     images = list(zip(inputs.names["train"], hashes["train"]))
     trainer = Trainer(settings, unet, projector, cache, images, inputs.z_shape, device)
+    print(parameter_table(unet, projector) + "\nnote: the first step compiles for minutes" * trainer.compiled)
     if inputs.started:
         trainer.restore(folder / "state.safetensors")
         print(f"{folder}: found, resumes after step {trainer.step} of {trainer.total}")

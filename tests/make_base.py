@@ -3,20 +3,17 @@
     python tests/make_base.py OUT --patches DIR                 # CPU or GPU, a day or minutes; resumes
     python tests/make_base.py OUT --scale 0.0005 --batch 8      # a few steps of each part
 
-Roles are the paper's. The VAE knows images in general: procedural pictures and H&E. The encoder plays
-UNI2-h: it learns H&E without labels, and pictures. The U-Net plays Stable Diffusion 1.5; it learns pictures,
-and H&E and toy tissue as far as --unet-patches and --unet-tissue say: without labels, tissue of slides that
-nothing else draws, of the patches only the training cases of train.py's own split.
+Roles are the paper's. The encoder plays UNI2-h: it learns H&E without labels, and pictures. VAE and U-Net
+play Stable Diffusion 1.5; they learn pictures, H&E and toy tissue in equal parts: without labels, tissue of
+slides that nothing else draws, of the patches only the training cases of train.py's own split.
 
 OUT becomes a folder for --sd15 and --uni2h: unet/, vae/ and model.safetensors (the encoder) in float16, and
-log-*.csv. The parts: vae, encoder; unet in large batches, for a GPU; unet-fine in small ones, which starts
-from it; decoder, the VAE's once more.
+log-*.csv. The parts: vae, encoder, unet, and decoder, the VAE's once more.
 """
-import copy
 import math
+import multiprocessing
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -44,17 +41,16 @@ VAE_SHAPE, LATENT = dict(channels=(32, 64, 128), layers=1), (4, 16, 16)     # 4 
 UNET_SHAPE = dict(channels=(64, 96, 192), layers=1, context=128)
 ENCODER_SHAPE = dict(width=192, depth=3)
 STAGES = {      # steps, images per step, learning rate
-    "vae": (1000, 256, 1.5e-3), "encoder": (900, 512, 1e-3), "unet": (1750, 768, 1.5e-3),
-    "unet-fine": (4500, 32, 6e-4), "decoder": (6000, 16, 2e-4)}
+    "vae": (1400, 256, 1e-3), "encoder": (900, 512, 1e-3), "unet": (3000, 768, 1e-3),
+    "decoder": (3600, 128, 2e-4)}
 FILES = {"vae": "vae-l1/diffusion_pytorch_model.safetensors", "encoder": "model.safetensors",
-         "unet": "unet-coarse/diffusion_pytorch_model.safetensors",
-         "unet-fine": "unet/diffusion_pytorch_model.safetensors",
+         "unet": "unet/diffusion_pytorch_model.safetensors",
          "decoder": "vae/diffusion_pytorch_model.safetensors"}
-POOL = 30_720                   # images made in advance
+POOL = 36_864                   # images made in advance, of each kind equally many
 SAVE_SECONDS = 120
 FIRST_SLIDE = 10 ** 9           # of the toy tissue here; no run, judge or test draws a slide of these numbers
-ATTRIBUTION = ("procedural pictures, toy tissue without labels (the U-Net), and H&E patches of EBHI-Seg (Shi "
-               "et al. 2023, https://doi.org/10.3389/fmed.2023.1114673, CC BY 4.0), training cases only")
+EBHI = ("H&E patches of EBHI-Seg (Shi et al. 2023, https://doi.org/10.3389/fmed.2023.1114673, CC BY 4.0), "
+        "training cases only")
 
 # ---- images ------------------------------------------------------------------------------------------
 
@@ -87,10 +83,26 @@ class Patches:
         small = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
         return small, enlarged(x)
 
-def draw_tissue(n, first):
-    """n patches of toy tissue, the classes in turn, each of a slide of its own -> x (n, 3, SIZE, SIZE)."""
-    images = [np.asarray(draw_patch(draw_slide(i % 4, FIRST_SLIDE + first + i), SIZE)) for i in range(n)]
-    return to_input(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+def tissue_patch(i):
+    """A patch of toy tissue, the classes in turn, each of a slide of its own -> uint8 (SIZE, SIZE, 3)."""
+    return np.asarray(draw_patch(draw_slide(i % 4, FIRST_SLIDE + i), SIZE))
+
+def draw_images(args, r, part=256):
+    """A third of args.pool pictures, then as many crops of patches (if there are any) and patches of tissue,
+    in parts -> x (n, 3, SIZE, SIZE) in [-1, 1], and as the encoder sees them."""
+    third = args.pool // 3
+    for i in range(0, third, part):
+        x = draw_pictures(draw_worlds(min(part, third - i), r), r)
+        yield x, enlarged(x)
+    for i in range(0, third if args.patches is not None else 0, part):
+        yield args.patches.draw(min(part, third - i), r)
+    if not (path := args.out / "tissue.safetensors").exists():
+        with multiprocessing.get_context("fork").Pool() as workers:
+            images = torch.from_numpy(np.stack(workers.map(tissue_patch, range(third), chunksize=32)))
+        save_tensors(path, {"images": images.permute(0, 3, 1, 2).contiguous()}, {})
+    for images in load_file(path)["images"].split(part):
+        x = to_input(images.to(args.device))
+        yield x, enlarged(x)
 
 def to_input(x):
     """uint8 -> [-1, 1]."""
@@ -117,19 +129,27 @@ def stained(x, r, amount):
     scale, shift = 1 + amount * r.normal(len(x), 3, 1, 1), 0.3 * amount * r.normal(len(x), 3, 1, 1)
     return torch.exp(-(density * scale.clamp(0.3, 2) + shift)).clamp(0, 1) * 2 - 1
 
-@cache
-def make_pool(n, patches, device):
-    """n images, half pictures, half crops of patches where there are any -> uint8 (n, 3, SIZE, SIZE)."""
-    r, part, images = Random(device, 0), min(n, 512), []
-    for i in range(0, n, part):
-        crops = patches is not None and i >= n / 2
-        x = patches.draw(part, r)[0] if crops else draw_pictures(draw_worlds(part, r), r)
-        images.append(((x + 1) * 127.5).round().byte())
-    return torch.cat(images)
+def make_pool(args):
+    """What draw_images gives -> uint8 (n, 3, SIZE, SIZE)."""
+    return torch.cat([((x + 1) * 127.5).round().byte() for x, _ in draw_images(args, Random(args.device, 0))])
 
 def pick(pool, n, r):
     """n images of a pool, each turned at random -> x (n, 3, SIZE, SIZE) in [-1, 1]."""
     return to_input(turned(pool[r.integers(0, len(pool), n)], r))
+
+def encode(vae, x):
+    """The posterior's mean and log-variance in one pass, as training wants; VAE.encode splits its batch."""
+    return vae.quant_conv(vae.encoder(x)).float().chunk(2, 1)
+
+def decode(vae, z0):
+    """z_0 -> x, in one pass."""
+    return vae.decoder(vae.post_quant_conv(z0 / SCALE)).float()
+
+def start(network, name, args):
+    """The network with the weights of --start, if there are any, on the device."""
+    if args.start:
+        network.load_state_dict({n: t.float() for n, t in load_file(args.start / FILES[name]).items()})
+    return network.to(args.device, memory_format=torch.channels_last)
 
 # ---- training ----------------------------------------------------------------------------------------
 
@@ -195,27 +215,25 @@ def make_vae(args):
     of half the size. It takes out of the latents high frequencies that a small U-Net cannot learn.
     """
     torch.manual_seed(0)
-    vae = VAE(**VAE_SHAPE).to(args.device, memory_format=torch.channels_last)
-    pool = make_pool(args.pool, args.patches, args.device)
+    vae, pool = start(VAE(**VAE_SHAPE), "vae", args), make_pool(args)
 
-    def error(y, x):
-        d = (y - x).float()
+    def error(d):
         slopes = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
-        return d.abs().mean() + slopes + F.avg_pool2d(d, 4).abs().mean()
+        return d.abs().mean() + slopes + F.avg_pool2d(d, 4).abs().mean() + common(d)
 
     def loss(step, batch):
         r = Random(args.device, 1, step)
         x = pick(pool, batch, r)
-        mean, logvar = (part.float() for part in vae.encode(x))
+        mean, logvar = encode(vae, x)
         z = draw_latent(mean, logvar, r.normal(*mean.shape))
-        value = error(vae.decode(z), x) + 3e-5 * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        value = error(decode(vae, z) - x) + 3e-5 * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         if step % 3:
             return value
-        return value + 0.3 * error(vae.decode(F.avg_pool2d(z[::2], 2)), F.avg_pool2d(x[::2], 2))
+        return value + 0.3 * error(decode(vae, F.avg_pool2d(z[::2], 2)) - F.avg_pool2d(x[::2], 2))
 
     fit("vae", {"vae": vae}, loss, args)
     with torch.no_grad():           # the same autoencoder, its latents brought to mean 0 and deviation 1
-        mean = torch.cat([vae.encode(pick(pool, 256, Random(args.device, 2, i)))[0] for i in range(8)])
+        mean = torch.cat([encode(vae, pick(pool, 256, Random(args.device, 2, i)))[0] for i in range(8)])
         shift, scale, n = mean.mean((0, 2, 3)), 1 / (SCALE * mean.std((0, 2, 3))), vae.latent
         vae.quant_conv.weight[:n] *= scale[:, None, None, None]
         vae.quant_conv.bias[:n] = (vae.quant_conv.bias[:n] - shift) * scale
@@ -223,6 +241,10 @@ def make_vae(args):
         vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ shift
         vae.post_quant_conv.weight /= scale[None, :, None, None]
     return vae
+
+def common(d):
+    """The mean error of a batch, d (n, 3, H, W), is the network's own, at its edges for instance."""
+    return 2 * d.mean(0).abs().mean()
 
 def make_encoder(args):
     """Two pictures of a world, or two views of a patch, are alike (InfoNCE, van den Oord et al. 2018).
@@ -265,8 +287,8 @@ def make_encoder(args):
     encoder.patch_drop = nn.Identity()
     return encoder
 
-def make_unet(args, name, start=None):
-    """Algorithm 1 with everything trainable, through a projector that is then thrown away. start: weights.
+def make_unet(args):
+    """Algorithm 1 with everything trainable, through a projector that is then thrown away.
 
     Timesteps are spread evenly over the batch and weighed by what they tell: at high t the error of ẑ_0 is
     1/ᾱ times that of ε, and there alone can the condition lower it much; at low t little can be learnt and
@@ -274,9 +296,9 @@ def make_unet(args, name, start=None):
     """
     torch.manual_seed(3)
     device = args.device
-    unet = UNet(**UNET_SHAPE).to(device, memory_format=torch.channels_last)
-    if start:
-        unet.load_state_dict({n: t.float() for n, t in load_file(start).items()})
+    unet = start(UNet(**UNET_SHAPE), "unet", args)
+    if device.type == "cuda":
+        unet.compile(dynamic=False)
     projector = Projector(ENCODER_SHAPE["width"], 256, 4, UNET_SHAPE["context"]).to(device)
     a = alpha_bar().float().to(device)
     weight = (5 * (1 - a) / a).clamp(max=1) * (1 / a).clamp(max=50)
@@ -293,7 +315,7 @@ def make_unet(args, name, start=None):
         mean, logvar = pool["latents"][at].float().chunk(2, 1)
         return (weight[t] * noise_prediction_loss(unet, projector, mean, logvar, pool["e"][at], draws)).mean()
 
-    fit(name, {"unet": unet, "projector": projector}, loss, args)
+    fit("unet", {"unet": unet, "projector": projector}, loss, args)
     return unet
 
 @torch.no_grad()
@@ -301,17 +323,8 @@ def describe_pool(args):
     """Latents (n, 8, h, w), means beside log-variances, and embeddings e (n, d_e) of pictures and crops."""
     vae = load_vae(TensorFile(args.out / FILES["vae"]), args.device)
     encoder = open_encoder(args.out / FILES["encoder"]).load(args.device)
-    r, rows, part = Random(args.device, 7), [], min(args.pool, 256)
-    for i in range(0, args.pool, part):
-        if args.patches is not None and i < args.unet_patches * args.pool:
-            small, large = args.patches.draw(part, r)
-        elif i >= (1 - args.unet_tissue) * args.pool:
-            small = draw_tissue(part, i).to(args.device)
-            large = enlarged(small)
-        else:
-            small = draw_pictures(draw_worlds(part, r), r)
-            large = enlarged(small)
-        rows.append((torch.cat(vae.encode(small), 1).half(), encoder(normalise(large))))
+    rows = [(torch.cat(encode(vae, small), 1).half(), encoder(normalise(large)))
+            for small, large in draw_images(args, Random(args.device, 7))]
     return dict(zip(("latents", "e"), map(torch.cat, zip(*rows))))
 
 class Critic(nn.Module):
@@ -348,17 +361,17 @@ def make_decoder(args):
     vae.post_quant_conv.requires_grad_()
     critic, last, weight = Critic().to(args.device), vae.decoder.conv_out.weight, torch.zeros(())
     optimizer = torch.optim.Adam(critic.parameters(), lr=2 * args.stages["decoder"][2], betas=(0.5, 0.9))
-    pool = make_pool(args.pool, args.patches, args.device)
+    pool = make_pool(args)
 
     def loss(step, batch):
         nonlocal weight
         r = Random(args.device, 3, step)
         x = pick(pool, batch, r)
         with torch.no_grad():
-            mean, logvar = (part.float() for part in vae.encode(x))
+            mean, logvar = encode(vae, x)
             z = draw_latent(mean, logvar, r.normal(*mean.shape))
             z = z + 0.1 * r.uniform(0, 1, batch, 1, 1, 1) * r.normal(*z.shape)
-        y, twice = vae.decode(z).float(), torch.cat([z, z])
+        y, twice = decode(vae, z), torch.cat([z, z])
         real, fake = critic(torch.cat([x, y.detach()]), twice)[-1].float().chunk(2)
         optimizer.zero_grad()
         (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).backward()
@@ -367,7 +380,8 @@ def make_decoder(args):
         layers = [layer.float().chunk(2) for layer in critic(torch.cat([x, y]), twice)]
         critic.requires_grad_()
         features = sum((b - a).abs().mean() / a.abs().mean() for a, b in layers[:-1]) / (len(layers) - 1)
-        faithful = (y - x).abs().mean() + F.avg_pool2d(y - x, 4).abs().mean() + 0.25 * features
+        d = y - x
+        faithful = d.abs().mean() + F.avg_pool2d(d, 4).abs().mean() + common(d) + 0.25 * features
         fooled = -layers[-1][1].mean()
         if step % 10 == 0:
             gradients = [torch.autograd.grad(part, last, retain_graph=True)[0] for part in (faithful, fooled)]
@@ -376,11 +390,7 @@ def make_decoder(args):
         return faithful + weight * fooled
 
     parts = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
-    before = {name: part.state_dict() for name, part in copy.deepcopy(parts).items()}
     fit("decoder", parts, loss, args, (0.5, 0.9), beside=critic)
-    # half the way: Fréchet distances of toy tissue are 172 before, 175 after, 148 at the mean of the weights
-    for name, part in parts.items():
-        part.load_state_dict({n: (t + before[name][n].to(t)) / 2 for n, t in part.state_dict().items()})
     return vae
 
 # ---- the program -------------------------------------------------------------------------------------
@@ -389,10 +399,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--patches", metavar="DIR", help="a dataset of H&E patches (default: pictures alone)")
-    parser.add_argument("--unet-patches", type=number(float, 0, 1), default=1 / 3, metavar="SHARE",
-                        help="of patches among what the U-Net learns (default: a third)")
-    parser.add_argument("--unet-tissue", type=number(float, 0, 1), default=1 / 3, metavar="SHARE",
-                        help="of toy tissue among it (default: a third)")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="a base whose VAE and U-Net to go on from")
     parser.add_argument("--scale", type=number(float, 0, 10), default=1.0, help="of the number of steps")
     parser.add_argument("--batch", type=number(int, 8), metavar="N", help="images per step (default: STAGES)")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), help="default: all parts")
@@ -400,18 +407,17 @@ def main():
     args = parser.parse_args()
     args.device, args.out = pick_device(args.device), args.out.resolve()
     args.patches = Patches(args.patches, args.device) if args.patches else None
-    args.pool = max(64, round(min(1, args.scale) * POOL) // 512 * 512)
+    args.pool = max(48, round(min(1, args.scale) * POOL))
     args.stages = {name: (max(2, round(args.scale * steps)), args.batch or batch, rate)
                    for name, (steps, batch, rate) in STAGES.items()}
-    makers = {"vae": make_vae, "encoder": make_encoder, "decoder": make_decoder,
-              "unet": lambda args: make_unet(args, "unet"),
-              "unet-fine": lambda args: make_unet(args, "unet-fine", args.out / FILES["unet"])}
+    makers = {"vae": make_vae, "encoder": make_encoder, "decoder": make_decoder, "unet": make_unet}
     for name in args.only:
         path = args.out / FILES[name]
         if not path.exists():
             tensors = {n: t.half().contiguous() for n, t in makers[name](args).state_dict().items()}
-            trained_on = ATTRIBUTION if args.patches else "procedural pictures"
-            save_tensors(path, tensors, {"format": "pt", "trained_on": trained_on})
+            images = ["procedural pictures", *["toy tissue without labels"] * (name != "encoder"),
+                      *[EBHI] * (args.patches is not None)]
+            save_tensors(path, tensors, {"format": "pt", "trained_on": ", ".join(images)})
 
 if __name__ == "__main__":
     run_program(main)
