@@ -8,7 +8,8 @@ play Stable Diffusion 1.5; they learn pictures, H&E and toy tissue in equal part
 slides that nothing else draws, of the patches only the training cases of train.py's own split.
 
 OUT becomes a folder for --sd15 and --uni2h: unet/, vae/ and model.safetensors (the encoder) in float16, and
-log-*.csv. The parts: vae, encoder, unet, and decoder, the VAE's once more.
+log-*.csv. The parts: vae, encoder, unet, and decoder, the VAE's once more. The embedded base was made in
+several pieces, each from the last one's weights (--start), of as many images in all: ldm/toy/log.csv.
 """
 import math
 import multiprocessing
@@ -41,8 +42,8 @@ VAE_SHAPE, LATENT = dict(channels=(32, 64, 128), layers=1), (4, 16, 16)     # 4 
 UNET_SHAPE = dict(channels=(64, 96, 192), layers=1, context=128)
 ENCODER_SHAPE = dict(width=192, depth=3)
 STAGES = {      # steps, images per step, learning rate
-    "vae": (1400, 256, 1e-3), "encoder": (900, 512, 1e-3), "unet": (3000, 768, 1e-3),
-    "decoder": (3600, 128, 2e-4)}
+    "vae": (2400, 256, 1.5e-3), "encoder": (900, 512, 1e-3), "unet": (4700, 768, 1e-3),
+    "decoder": (3200, 128, 2e-4)}
 FILES = {"vae": "vae-l1/diffusion_pytorch_model.safetensors", "encoder": "model.safetensors",
          "unet": "unet/diffusion_pytorch_model.safetensors",
          "decoder": "vae/diffusion_pytorch_model.safetensors"}

@@ -80,16 +80,16 @@ def test_the_weights_are_small_and_of_the_very_classes():
     assert vae.factor == 4 and unet.latent == 4 and unet.context == 128
     rows = (WEIGHTS / "log.csv").read_text().splitlines()
     assert rows[0] == "network,step,loss"
-    assert {r.split(",")[0] for r in rows[1:]} == {"vae", "encoder", "decoder", "unet", "unet-fine"}
+    assert {r.split(",")[0] for r in rows[1:]} == {"vae", "encoder", "decoder", "unet"}
 
 @needs_weights
-def test_the_vae_keeps_tissue_that_it_never_saw(tissue):
+def test_the_vae_keeps_tissue_of_slides_that_it_never_saw(tissue):
     vae = load_vae(open_sd15("toy")[1])
     with torch.no_grad():
         mean, logvar = vae.encode(to_tensor(tissue, 64))
         images = to_images(vae.decode(mean * SCALE))
     error = [np.square(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(tissue, images)]
-    assert np.mean([10 * np.log10(255 ** 2 / e) for e in error]) >= 24
+    assert np.mean([10 * np.log10(255 ** 2 / e) for e in error]) >= 27
     assert 0.6 < (mean * SCALE).std() < 1.6 and (logvar / 2).exp().mean() < 0.3 * mean.std()
 
 @needs_weights
