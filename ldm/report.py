@@ -281,7 +281,7 @@ def data_uri(path):
 
 def as_markdown(rows):
     def cell(x):
-        return f"{x:.4g}" if isinstance(x, float) else "-" if x in (None, "") else str(x)
+        return f"{x:.4g}" if isinstance(x, float) else "-" if x in (None, "") else str(x).replace("|", r"\|")
     lines = [list(rows[0]), *([*map(cell, row.values())] for row in rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines)]       # three dashes at least
     lines.insert(1, ["-" * width for width in widths])

@@ -68,6 +68,7 @@ def test_balanced_accuracy_is_the_mean_recall_of_the_classes():
 def test_a_table_shows_zero_as_zero_and_what_is_missing_as_a_dash():
     lines = report.as_markdown([dict(a=0, b=0.0, c=None, long="")]).splitlines()
     assert lines == ["| a   | b   | c   | long |", "| --- | --- | --- | ---- |", "| 0   | 0   | -   | -    |"]
+    assert report.as_markdown([dict(label="a|b")]).splitlines()[2] == r"| a\|b  |"       # one cell
 
 def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch):
     assert report.SWEEP == [f"{w / 10:.1f}" for w in range(10, 21)]
