@@ -212,7 +212,8 @@ SPACES = {"inception": "resize {resize}, Inception {weights}",
 def result_lines(result):
     """A result of `compare` as lines of text."""
     space = SPACES.get(result["features"], "features of {features}, {weights}").format(**result)
-    yield (f"FID {result['fid']:.4f}   {result['real']} | {result['fake']}   "
+    name = "fid_encoder" if result["features"] == "encoder" else "FID"
+    yield (f"{name} {result['fid']:.4f}   {result['real']} | {result['fake']}   "
            f"n {result['n_real'] or '?'} | {result['n_fake'] or '?'}, {space}")
     yield describe_kid(result)
     classes = result.get("classes", {})
@@ -229,8 +230,7 @@ def describe_kid(row):
                 f"KID: too few images (from {MIN_KID} of each on)")
     spread, n = 1000 * row["kid_std"], row["kid_subset"]
     how = f"± {spread:.3f} (100 subsets of {n})" if spread else f"(one subset, all {n})"
-    zero = ", zero within its error: the estimate has no bias" if row["kid"] < 0 else ""
-    return f"KID x 1000 {1000 * row['kid']:.3f} {how}{zero}"
+    return f"KID x 1000 {1000 * row['kid']:.3f} {how}" + ", unbiased, so below 0 by chance" * (row["kid"] < 0)
 
 def main():
     args = parse_args()

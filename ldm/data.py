@@ -203,7 +203,7 @@ def read_dataset(root, case=None, say=print):
     out or doubtful; None: a run exists, the layout is not doubted."""
     root = Path(os.path.expanduser(root))
     if not root.is_dir():
-        raise Fail(f"{root}: no such folder of patches")
+        raise Fail(f"{root} is no folder; pass one of patches")
     if above := next(filter(is_output, (root.resolve(), *root.resolve().parents)), None):
         raise Fail(f"{root} is in {above}, which train.py or sample.py made; pass a folder of real patches")
     with foreign_file(f"--case {case}", "is no regular expression", "see Python's module re"):
@@ -227,7 +227,7 @@ def read_dataset(root, case=None, say=print):
     for kind, found in left.items() if say else ():
         say(f"{root}: {len(found)} {kind} are left out, such as {found[0]!r}")
     if not patches:
-        raise Fail(f"{root} contains no images; pass train.json and test.json, a folder per class, or images")
+        raise Fail(f"{root} contains no images; pass a folder with some, in one of the README's four layouts")
     if say and all(p.case == p.name for p in patches):
         say(f"{root}: which patches share a case is unknown, so one may be in two parts; see --case")
     if repeated := [name for name, n in Counter(p.name for p in patches).items() if n > 1]:
@@ -361,7 +361,7 @@ def make_split(patches, how):
     if not own["test"] or not own["train"] or sum(map(len, own.values())) < len(patches):
         raise Fail("--split official needs a dataset whose patches all have a part: train.json and test.json")
     if shared := {p.case for p in own["test"]} & {p.case for p in own["train"] + own["val"]}:
-        print(f"note: {len(shared)} cases are in both train.json and test.json: test scores will be too good")
+        print(f"note: {len(shared)} cases are in both train and test: test scores will be too good")
     split = {part: sorted(p.name for p in found) for part, found in own.items()}
     if not own["val"]:
         split |= split_patches(own["train"], {part: PROPORTIONS[part] for part in ("train", "val")})
@@ -434,9 +434,6 @@ class Cache:
     def _file(self, image):
         return self.folder / f"{image}.safetensors"
 
-    def _missing(self, images):
-        return [image for image in images if not self._file(image).exists()]
-
     def fill(self, paths, encoders):
         """Add the images that are missing -> the hash of each path's file.
         encoders() -> (encode, embed), called only where images are missing. encode: x (B, 3, size, size) ->
@@ -446,7 +443,7 @@ class Cache:
         images = [*files]
         batches = [images[i:i + self.BATCH] for i in range(0, len(images), self.BATCH)]
         # whole batches, as another one may round differently
-        batches = shard(broadcast([batch for batch in batches if self._missing(batch)]))
+        batches = shard(broadcast([b for b in batches if not all(self._file(image).exists() for image in b)]))
         if batches:
             encode, embed = encoders()
             loaded = prefetch(lambda image: load_rgb(files[image]), batches)
@@ -456,10 +453,10 @@ class Cache:
                 latents = encode(torch.cat([x, x.flip(-1)]))
                 mean, logvar = (t.unflatten(0, (2, -1)).transpose(0, 1) for t in latents)
                 for image, *row in zip(batch, mean, logvar, embed(found)):
-                    if self._missing([image]):
+                    if not self._file(image).exists():
                         save_tensors(self._file(image), dict(zip(self.COLUMNS, row)), {})
         barrier()
-        if lost := self._missing(files):
+        if lost := [image for image in files if not self._file(image).exists()]:
             raise Fail(f"{files[lost[0]]} is not in the cache; all processes must see the same files")
         return hashes
 

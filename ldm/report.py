@@ -4,9 +4,8 @@
     python -m ldm.report runs/x runs/y runs/z                   # Table 6: several runs, beside each other
     python -m ldm.report runs/x --score a.csv b.csv             # answers that two readers gave to reader.html
 
-Samples are made by sample.py and kept: an interrupted report resumes. Numbers are in
-Inception's features, where its weights are available (--inception, or torch.hub's cache), and in those of
---judge: these did not condition the samples. The encoder's, which did, stand beside them as "encoder".
+Samples are made by sample.py and kept: an interrupted report resumes. Numbers are in Inception's features,
+where available, and in those of --judge; and, named so, in the encoder's, which conditioned the samples.
 """
 import base64
 import html
@@ -18,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy.spatial.distance import cdist
 from scipy.stats import binomtest
 
@@ -103,16 +102,19 @@ class Evaluation:
 
 # ---- the paper's tables and its figure 5; each section yields the rows of its table ------------------------
 def table4(ev):
-    """Table 4: validation loss (val_loss_0: at t < 100, and so on) and FID after every epoch. Picture:
-    these tenths as rows, epochs as columns; blue: the loss is below the first epoch's, red: above it"""
+    """Table 4: validation loss (val_loss_0: at t < 100, and so on) and FID after every epoch. Picture: the
+    losses of these tenths, a column for each epoch; blue: below that of the first epoch, red: above it"""
     rows = [{k: x and float(x) for k, x in row.items() if k.startswith(("epoch", "train_", "val_", "fid"))}
             for row in read_csv(ev.folder / "log.csv")]
     tenths = np.array([[x or 1 for k, x in row.items() if k.startswith("val_loss_")] for row in rows]).T
     change = tenths / tenths[:, :1] - 1
     change /= np.abs(change).max() or 1
     colours = np.stack([1 + change.clip(max=0), 1 - np.abs(change), 1 - change.clip(0)], -1)
-    picture = np.uint8(np.kron(255 * colours, np.ones((32, 48, 1))))
-    save_image(ev.out / "epochs.png", Image.fromarray(picture))
+    blocks = np.kron(255 * colours, np.ones((32, 48, 1))).astype(np.uint8)
+    picture = Image.fromarray(np.pad(blocks, ((0, 0), (80, 0), (0, 0)), constant_values=255))
+    for k in range(len(tenths)):
+        ImageDraw.Draw(picture).text((4, 32 * k + 10), f"val_loss_{k}", fill="black")
+    save_image(ev.out / "epochs.png", picture)
     return rows
 
 def table5(ev):
@@ -171,8 +173,8 @@ def fidelity_table(ev):
         yield row
 
 def memorisation_table(ev):
-    """Memorisation: distance from a sample's embedding to that of the nearest training image; real validation
-    images are the yardstick: `closer` is the share of samples nearer than 99 % of these"""
+    """Memorisation: distance from a sample's embedding to the nearest training image's. `closer`: the share
+    nearer than 99 % of real validation images are, 0.01 if nothing is copied. Picture: the nearest"""
     sets = {"real val": ("real", "val"), "samples of val": ("fake", "val"),
             "samples of train": ("fake", "train", ev.limit)}
     train, limit = ev.features(ev.spaces[-1], "real", "train"), None
@@ -248,12 +250,12 @@ def score_readers(out, files):
     or synthetic ones (specificity, sensitivity), these by class; and Cohen's kappa of each two readers."""
     key, rows, given = {row["item"]: row for row in read_csv(out / "reader-key.csv")}, [], {}
     for file in files:
-        with foreign_file(file, f"has no answers to the study in {out}", "pass what reader.html there saved"):
+        with foreign_file(file, f"has no answers to {out}/reader.html", "it needs reader, item, answer"):
             found = [key[row["item"]] | row for row in read_csv(Path(file).resolve(strict=True))]
             readers, answers = {row["reader"] for row in found}, {row["item"]: row["answer"] for row in found}
-            if (len(readers) != 1 or readers & given.keys() or len(answers) < len(found)
+            if (len(readers) != 1 or readers & {"", *given} or len(answers) < len(found)
                     or not {*answers.values()} <= {*KINDS}):
-                raise ValueError("not one new reader, a patch twice, or an answer not real or synthetic")
+                raise ValueError("not one new reader's name, a patch twice, or an answer of another kind")
         [reader], groups = readers, defaultdict(list)
         given[reader] = answers
         for row in found:
@@ -262,7 +264,7 @@ def score_readers(out, files):
         for group, judged in sorted(groups.items()):
             right, n = sum(row["answer"] == row["truth"] for row in judged), len(judged)
             low, high = binomtest(right, n).proportion_ci(method="wilson")
-            named = [row["class"] == row["label"] for row in judged if row["class"]]
+            named = [row["class"] == row["label"] for row in judged if row.get("class")]
             rows.append(dict(reader=reader, patches=group, n=n, right=right / n, low=low, high=high,
                              class_right=np.mean(named) if named else None))
     pairs = [dict(reader=a, other=b, kappa=fid.cohen_kappa(given[a], given[b]))
@@ -310,7 +312,7 @@ def main():
     ev = Evaluation(run, args)
     for name in args.only:
         section, picture = SECTIONS[name], ev.out / f"{name}.png"
-        part = "\n## " + " ".join(section.__doc__.split()) + "\n\n"
+        part = "\n## " + " ".join(section.__doc__.split()).replace(": ", "\n\n", 1) + "\n\n"
         if rows := list(section(ev) or ()):
             save_csv(ev.out / f"{section.__name__.removesuffix('_table')}.csv", rows)
             part += as_markdown(rows) + "\n"
@@ -319,7 +321,9 @@ def main():
     if args.only == list(SECTIONS):
         save_text(ev.out / "report.md", text)
         page = re.sub(r"!\[.*\((.*)\)", lambda m: f'<img src="{data_uri(ev.out / m[1])}">', html.escape(text))
-        save_text(ev.out / "report.html", '<meta charset="utf-8"><pre style="white-space: pre-wrap">' + page)
+        page = re.sub(r"^#+ (.*)", r"<h2>\1</h2>", page, flags=re.M)
+        page = re.sub(r"((?:^\|.*\n)+)", r'<pre style="overflow: auto">\1</pre>', page, flags=re.M)
+        save_text(ev.out / "report.html", '<meta charset="utf-8"><body style="font: 16px sans-serif">' + page)
         save_text(run / "README.md", model_card(run))           # which includes the report
 
 if __name__ == "__main__":

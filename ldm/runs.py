@@ -75,7 +75,7 @@ def parse_settings(description):
     if resume:
         saved = read_settings(resume)
         if saved is None or "run" in given:
-            raise Fail(f"--resume {resume}: pass a run of train.py, and no --run")
+            raise Fail(f"--resume {resume} is no run of train.py, or --run is given too; pass a run alone")
         values = {name: x for name, x in vars(saved).items() if name not in THIS_CALL} | {"run": resume}
     elif given.get("sd15") == "toy" or not {"sd15", "data"} & given.keys():
         values = {name: x for name, x in TOY.items() if name != "uni2h" or "encoder" not in given}

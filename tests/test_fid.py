@@ -295,7 +295,7 @@ def test_a_negative_kid_is_explained():
     halves = np.random.default_rng(0).random((2, 40, 16))
     x, y = (fid.ImageSet(half, [""] * 40) for half in halves)
     row = fid.compare(x, y) | dict(real="x", fake="y", features=None, unknown="x")
-    assert row["kid"] < 0 and "zero within its error" in list(fid.result_lines(row))[-1]
+    assert row["kid"] < 0 and "below 0 by chance" in list(fid.result_lines(row))[-1]
     # and features of a kind that fid.py does not make
     row |= dict(features="uni", weights="ab", unknown="")
     assert next(fid.result_lines(row)).endswith("features of uni, ab")

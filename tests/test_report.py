@@ -93,6 +93,8 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     text = (out / "report.md").read_text()
     assert "## Reader study" in text and (out / "reader.html").read_text().count("data:image/png") > 1
     page = (out / "report.html").read_text()
+    assert "## Table 5\n\nvalidation FID" in text and "<h2>Table 5</h2>\n\nvalidation FID" in page
+    assert page.count("<pre") == page.count("</pre>") == 7 and page.count("<h2>") == 10
     assert page.count('<img src="data:image/png;base64,') == 3
     for picture in ("epochs.png", "figure5.png", "memorisation.png"):
         assert Image.open(out / picture).width > 32 and f"({picture})" in text and picture not in page
@@ -113,7 +115,7 @@ def test_the_picture_of_the_epochs_is_blue_where_the_loss_fell_and_red_where_it_
     save_csv(tmp_path / "log.csv", rows)
     table = report.table4(SimpleNamespace(folder=tmp_path, out=tmp_path))
     assert [row["val_loss_0"] for row in table] == [0.4, 0.2]
-    pixels = np.asarray(Image.open(tmp_path / "epochs.png"))[16::32, 24::48]
+    pixels = np.asarray(Image.open(tmp_path / "epochs.png"))[16::32, 80 + 24::48]
     assert pixels.tolist() == [[[255] * 3, [0, 0, 255]], [[255] * 3, [255, 127, 127]], *[[[255] * 3] * 2] * 2]
 
 # ---- the reader study --------------------------------------------------------------------------------------
@@ -236,6 +238,10 @@ def test_a_class_that_a_reader_left_out_counts_neither_as_right_nor_as_wrong(stu
         assert read_csv(study / "reader-scores.csv")[0]["class_right"] == "1.0"
     report.score_readers(study, [write_answers(study, "C", **{"class": ""})])
     assert read_csv(study / "reader-scores.csv")[0]["class_right"] == ""
+    save_csv(study / "C.csv", [{k: row[k] for k in ("reader", "item", "answer")}
+                               for row in read_csv(study / "C.csv")])
+    report.score_readers(study, [study / "C.csv"])          # a table without the column
+    assert read_csv(study / "reader-scores.csv")[0]["class_right"] == ""
 
 def test_answers_that_a_spreadsheet_saved_again_are_read(study):
     text = write_answers(study, "A").read_text()
@@ -244,8 +250,9 @@ def test_answers_that_a_spreadsheet_saved_again_are_read(study):
     assert read_csv(study / "reader-agreement.csv")[0]["kappa"] == "1.0"
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(item="x"), "no answers to the study in run"), (dict(answer="perhaps"), "not real or synthetic"),
-    (dict(reader="B"), "not one new reader"), ("two", "not one new reader"), ("empty", "not one new reader"),
+    (dict(item="x"), "no answers to run/report/reader.html"), (dict(reader=""), "not one new reader"),
+    (dict(answer="perhaps"), "an answer of another kind"), (dict(reader="B"), "not one new reader"),
+    ("two", "not one new reader"), ("empty", "not one new reader"),
     (None, "does not exist; restore it, or pass another")])
 def test_answers_to_another_study_or_given_twice_are_refused_in_one_line(changes, words, study, tmp_path):
     (tmp_path / "run").mkdir()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import program
+from conftest import ROOT, program
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -41,6 +41,17 @@ def test_stored_embeddings_give_the_images_of_their_references_without_encoder(
     assert a.keys() == b.keys() and all(abs(a[k] - b[k]).max() <= 1 for k in a)
     assert (tmp_path / "b/cfg1.3/e-0001_seed1_cfg1.3.png").exists() and not (tmp_path / "b/real").exists()
     assert "To compare" not in result.stdout
+
+def test_the_readmes_lines_store_embeddings_that_sample_py_takes(embeddings, uni2h, tmp_path, monkeypatch):
+    paths, rows, arguments, _ = embeddings
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = readme.split("<!-- tested: features -->\n```python\n")[1].split("```")[0]
+    load_rgb(paths[0]).save(tmp_path / "patch.png")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("open_encoder()", f"open_encoder({str(uni2h)!r})"), {})
+    assert np.allclose(np.load("features.npy"), rows[:1], atol=1e-5)
+    program("sample.py", *arguments, "--embedding", "features.npy", "--out", "b", cwd=tmp_path)
+    assert (tmp_path / "b/cfg1.3/features-0000_seed0_cfg1.3.png").exists()
 
 @pytest.mark.parametrize("name, save", [
     ("a.npy", np.save), ("b.npy", lambda path, x: np.save(path, x.astype(">f8"))),

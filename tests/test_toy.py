@@ -96,6 +96,7 @@ def test_the_vae_keeps_tissue_of_slides_that_it_never_saw(tissue):
 def test_the_encoder_tells_the_classes_apart(tissue):
     """A ridge classifier on its embeddings, fitted on other slides."""
     encoder = open_encoder("toy")
+    assert encoder.recipe.terms == "the toy encoder (MIT)"      # and not one of another shape
     network = encoder.load()
     train = [draw_patch(draw_slide(label, seed)) for label in range(4) for seed in range(100, 115)]
     a, b = encoder.embed(network, train).double().numpy(), encoder.embed(network, tissue).double().numpy()
@@ -133,7 +134,7 @@ def test_the_readmes_three_lines_work_on_what_they_leave_behind(tmp_path, monkey
     [made] = run.glob("samples/*/cfg1.3/*.png")
     assert Image.open(made).size == (64, 64)
     result = program("fid.py", "real/", "fake/", cwd=tmp_path)
-    assert float(result.stdout.split("FID ")[1].split()[0]) > 0 and "not Inception's" in result.stdout
+    assert float(result.stdout.split("fid_encoder ")[1].split()[0]) > 0 and "not Inception's" in result.stdout
     written = [p for folder in ("toy-tissue", "cache") for p in (tmp_path / "runs" / folder).rglob("*.*")]
     before = [p.stat().st_mtime_ns for p in written]
     assert "resumes after step 2 of 2" in program(*train, cwd=tmp_path).stdout
