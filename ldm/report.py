@@ -102,18 +102,18 @@ class Evaluation:
 
 # ---- the paper's tables and its figure 5; each section yields the rows of its table ------------------------
 def table4(ev):
-    """Table 4: validation loss (val_loss_0: at t < 100, and so on) and FID after every epoch. Picture: the
-    losses of these tenths, a column for each epoch; blue: below that of the first epoch, red: above it"""
+    """Table 4: validation loss (val_loss_0: at t < 100, and so on) and FID after every epoch. Picture:
+    these losses, a column for each epoch; blue: below that of the first epoch, red: above it"""
     rows = [{k: x and float(x) for k, x in row.items() if k.startswith(("epoch", "train_", "val_", "fid"))}
             for row in read_csv(ev.folder / "log.csv")]
-    tenths = np.array([[x or 1 for k, x in row.items() if k.startswith("val_loss_")] for row in rows]).T
-    change = tenths / tenths[:, :1] - 1
+    losses = np.array([[x or 1 for k, x in row.items() if k.startswith("val_loss")] for row in rows]).T
+    change = losses / losses[:, :1] - 1
     change /= np.abs(change).max() or 1
     colours = np.stack([1 + change.clip(max=0), 1 - np.abs(change), 1 - change.clip(0)], -1)
     blocks = np.kron(255 * colours, np.ones((32, 48, 1))).astype(np.uint8)
     picture = Image.fromarray(np.pad(blocks, ((0, 0), (80, 0), (0, 0)), constant_values=255))
-    for k in range(len(tenths)):
-        ImageDraw.Draw(picture).text((4, 32 * k + 10), f"val_loss_{k}", fill="black")
+    for i, name in enumerate(k for k in rows[0] if k.startswith("val_loss")):
+        ImageDraw.Draw(picture).text((4, 32 * i + 10), name, fill="black")
     save_image(ev.out / "epochs.png", picture)
     return rows
 
