@@ -117,7 +117,7 @@ def test_the_picture_of_the_epochs_is_blue_where_the_loss_fell_and_red_where_it_
     assert [row["val_loss_0"] for row in table] == [0.4, 0.2]
     pixels = np.asarray(Image.open(tmp_path / "epochs.png"))[16::32, 80 + 24::48]
     white = [255] * 3
-    assert pixels.tolist() == [[white] * 2, [white, [0, 0, 255]], [white, [255, 127, 127]], *[[white] * 2] * 2]
+    assert pixels.tolist() == [[white, x] for x in (white, [0, 0, 255], [255, 127, 127], white, white)]
     save_csv(tmp_path / "log.csv", [dict(epoch=1, val_loss=0.2)])       # of a version without the tenths
     assert report.table4(SimpleNamespace(folder=tmp_path, out=tmp_path)) == [dict(epoch=1, val_loss=0.2)]
 
