@@ -439,8 +439,7 @@ class Cache:
         encoders() -> (encode, embed), called only where images are missing. encode: x (B, 3, size, size) ->
         mean, logvar; embed: PIL images -> e. Several processes share the work."""
         hashes = hash_files(paths)
-        files = dict(zip(hashes, paths))
-        images = [*files]
+        files, images = dict(zip(hashes, paths)), [*dict.fromkeys(hashes)]
         batches = [images[i:i + self.BATCH] for i in range(0, len(images), self.BATCH)]
         # whole batches, as another one may round differently
         batches = shard(broadcast([b for b in batches if not all(self._file(image).exists() for image in b)]))

@@ -111,6 +111,7 @@ def read_settings(folder):
     values = read_json(path).get("args")
     if not isinstance(values, dict):
         return None
+    values.pop("init", None)                # which older versions had
     add_options(parser, Settings)           # as arguments they are checked as those are
     arguments = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
                  for name, value in values.items() if value != getattr(Settings, name, None)
