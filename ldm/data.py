@@ -416,9 +416,8 @@ def hash_files(paths):
         return list(progress(pool.map(file_sha256, paths), "reading images", len(paths), leave=False))
 
 class Cache:
-    """Posterior mean and log-variance of each image and of its mirror image, and the embedding of the image.
-    A folder per (VAE, encoder, size), a file per image, named by hashes of content: nothing can be stale.
-    Runs may share it, and be interrupted."""
+    """Posterior mean and log-variance of an image and of its mirror image, and its embedding. A folder per
+    (VAE, encoder, size), a file per image, named by hashes: never stale, shared by runs, interruptible."""
     BATCH, COLUMNS = 4, ("mean", "logvar", "embedding")     # four: small enough for 12 GB at 512 px
 
     def __init__(self, folder, vae_sha256, encoder_sha256, size):
@@ -439,7 +438,8 @@ class Cache:
         encoders() -> (encode, embed), called only where images are missing. encode: x (B, 3, size, size) ->
         mean, logvar; embed: PIL images -> e. Several processes share the work."""
         hashes = hash_files(paths)
-        files, images = dict(zip(hashes, paths)), [*dict.fromkeys(hashes)]
+        files = dict(zip(hashes, paths))
+        images = [*files]
         batches = [images[i:i + self.BATCH] for i in range(0, len(images), self.BATCH)]
         # whole batches, as another one may round differently
         batches = shard(broadcast([b for b in batches if not all(self._file(image).exists() for image in b)]))

@@ -31,6 +31,11 @@ def matched(image):
     x = (x - x.mean((0, 1))) / x.std((0, 1)) * 40 + 170
     return Image.fromarray(x.clip(0, 255).round().astype(np.uint8))
 
+def gradient_energy(folder):
+    """Mean square of the differences of neighbouring pixels of the images in a folder: how sharp they are."""
+    images = [np.asarray(load_rgb(file), dtype=float) for file in list_images(folder)]
+    return float(np.mean([sum(np.square(np.diff(x, axis=axis)).mean() for axis in (0, 1)) for x in images]))
+
 class Judge:
     def __init__(self, inception, folders, cpu=torch.device("cpu")):
         space = Inception(inception)
@@ -91,7 +96,8 @@ def main():
 
     def score(name, folder):
         rows[name] = dict(consistency=judge.consistency(folder, "plain"), matched=judge.consistency(folder, "matched"),
-                          distance=judge.distance(folder, sets["real"]))
+                          distance=judge.distance(folder, sets["real"]),
+                          sharpness=gradient_energy(folder) / gradient_energy(sets["references"]))
         print(name, {k: round(v, 3) for k, v in rows[name].items()}, flush=True)
         (out / "targets.json").write_text(json.dumps(rows, indent=1))
 
