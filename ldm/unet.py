@@ -97,13 +97,13 @@ class Conv(nn.Conv2d):
 
 class ResBlock(nn.Module):
     """x (B, c_in, H, W) -> (B, c_out, H, W). time: width of the time embedding, None in the VAE."""
-    def __init__(self, c_in, c_out, time=None, eps=1e-5):
+    def __init__(self, c_in, c_out, time=None, eps=1e-5, groups=32):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, c_in, eps)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps)
         self.conv1 = Conv(c_in, c_out, 3, padding=1)
         if time is not None:
             self.time_emb_proj = nn.Linear(time, c_out)
-        self.norm2 = nn.GroupNorm(32, c_out, eps)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps)
         self.conv2 = Conv(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)

@@ -11,14 +11,15 @@ EPS = 1e-6          # of every GroupNorm here; the U-Net's residual blocks have 
 
 class VAE(nn.Module):
     """KL autoencoder, 8 x 8 pixels to one latent pixel; as in SD1.5, 83,653,863 parameters in 248 tensors.
-    channels: width of each level. layers: blocks per level of the encoder, one more in the decoder."""
+    channels: width of each level. layers: blocks per level of the encoder, one more in the decoder. groups of
+    every GroupNorm: where each has one channel, that loses its mean, and an image its tone."""
     PIXELS = 2 ** 19        # in one pass, two images of 512 px: 1.5 GiB, counted by `tests/bench.py memory`
 
-    def __init__(self, channels=(128, 256, 512, 512), layers=2, latent=4):
+    def __init__(self, channels=(128, 256, 512, 512), layers=2, latent=4, groups=32):
         super().__init__()
         self.latent, self.factor = latent, 2 ** (len(channels) - 1)
-        self.encoder = Coder(channels, layers, 3, 2 * latent)
-        self.decoder = Coder(channels[::-1], layers + 1, latent, 3, decoder=True)
+        self.encoder = Coder(channels, layers, 3, 2 * latent, groups)
+        self.decoder = Coder(channels[::-1], layers + 1, latent, 3, groups, decoder=True)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
@@ -44,8 +45,8 @@ def draw_latent(mean, logvar, noise):
 
 class Stage(Level):
     """n residual blocks from c_in to c channels, attention after the first of them; then the resampling."""
-    def __init__(self, c_in, c, n, **others):
-        super().__init__([ResBlock(c_in if j == 0 else c, c, eps=EPS) for j in range(n)], **others)
+    def __init__(self, c_in, c, n, groups, **others):
+        super().__init__([ResBlock(c_in if j == 0 else c, c, None, EPS, groups) for j in range(n)], **others)
 
     def forward(self, h):
         first, *others = self.resnets
@@ -55,20 +56,19 @@ class Stage(Level):
 
 class Coder(nn.Module):
     """The encoder E: images to latents, stages of halved size, the middle last; or D, its mirror image."""
-    def __init__(self, channels, layers, c_in, c_out, decoder=False):
+    def __init__(self, channels, layers, c_in, c_out, groups, decoder=False):
         super().__init__()
         first, last = channels[0], channels[-1]
         middle, kind = (first, "up") if decoder else (last, "down")
         self.conv_in = nn.Conv2d(c_in, first, 3, padding=1)
-        self.mid_block = Stage(middle, middle, 2, attentions=[SpatialAttention(middle)])
+        self.mid_block = Stage(middle, middle, 2, groups, attentions=[SpatialAttention(middle, groups)])
         stages = nn.ModuleList()
-        for i, (before, c) in enumerate(zip((first, *channels), channels)):
-            resample = [Upsample(c) if decoder else Downsample(c, asymmetric=True)]
-            is_last = i == len(channels) - 1        # which keeps its size
-            stages.append(Stage(before, c, layers, **{f"{kind}samplers": [] if is_last else resample}))
+        for i, (before, c) in enumerate(zip((first, *channels), channels), 1):      # the last keeps its size
+            resample = [Upsample(c) if decoder else Downsample(c, asymmetric=True)] * (i < len(channels))
+            stages.append(Stage(before, c, layers, groups, **{f"{kind}samplers": resample}))
         setattr(self, f"{kind}_blocks", stages)
         self.order = [self.mid_block, *stages] if decoder else [*stages, self.mid_block]
-        self.conv_norm_out = nn.GroupNorm(32, last, EPS)
+        self.conv_norm_out = nn.GroupNorm(groups, last, EPS)
         self.conv_out = nn.Conv2d(last, c_out, 3, padding=1)
 
     def forward(self, x):
@@ -79,9 +79,9 @@ class Coder(nn.Module):
 
 class SpatialAttention(Attention):
     """One head over all positions, residual: x (B, C, H, W) -> (B, C, H, W)."""
-    def __init__(self, c):
+    def __init__(self, c, groups):
         super().__init__(c, c, heads=1, bias=True)
-        self.group_norm = nn.GroupNorm(32, c, EPS)
+        self.group_norm = nn.GroupNorm(groups, c, EPS)
 
     def forward(self, x):
         h = self.group_norm(x).flatten(2).transpose(1, 2)   # (B, L, C)

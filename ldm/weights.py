@@ -55,8 +55,7 @@ class TensorFile:
         """The tensors of {new name: name} alone, in the same file."""
         file = copy.copy(self)
         file.names = {new: self.names[name] for new, name in names.items()}
-        file.shapes = {new: self.shapes[name] for new, name in names.items()}
-        file._fingerprint = None
+        file.shapes, file._fingerprint = {new: self.shapes[name] for new, name in names.items()}, None
         return file
 
     def get(self, name):
@@ -181,7 +180,8 @@ def load_unet(file, device="cpu", dtype=torch.float32):
 
 def load_vae(file, device="cpu", dtype=torch.float32):
     """The VAE of a TensorFile from `open_sd15`, frozen, as wide and deep as its tensors are."""
-    return load(lambda: VAE(*_geometry(file, "encoder.down_blocks")), file, device, dtype, HINT)
+    groups = int(file.header.get("norm_num_groups", 32))        # which only the toy's file declares
+    return load(lambda: VAE(*_geometry(file, "encoder.down_blocks"), 4, groups), file, device, dtype, HINT)
 
 def _geometry(file, prefix):
     """(width of each level, residual blocks per level), from the shapes."""

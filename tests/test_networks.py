@@ -1,4 +1,5 @@
 """The U-Net and the VAE equal Diffusers', from every layout in which Stable Diffusion 1.5 is met."""
+import copy
 import sys
 
 import pytest
@@ -6,9 +7,10 @@ import torch
 from make_sd15 import OLD_ATTENTION, make_sd15, networks, replace
 from safetensors.torch import load_file, save_file
 
+from ldm.app import Fail
 from ldm.unet import Conv, UNet
 from ldm.vae import VAE, draw_latent
-from ldm.weights import load_unet, load_vae, open_sd15
+from ldm.weights import TensorFile, load_unet, load_vae, open_sd15
 
 CHANNELS = dict(unet=(32, 64, 128, 128), vae=(32, 64, 64, 64))
 
@@ -48,10 +50,16 @@ def test_unet_equals_diffusers_in_float64(diffusers_networks):
         assert (ours(z, t, c) - expected).abs().max() < 1e-10 * expected.abs().max()
     diffusers_networks[0].float()
 
-def test_vae_equals_diffusers_in_float64(diffusers_networks):
-    theirs = diffusers_networks[1].double()
-    ours = VAE(CHANNELS["vae"]).double()
-    ours.load_state_dict(theirs.state_dict())
+@pytest.mark.parametrize("groups", [32, 8])
+def test_vae_equals_diffusers_in_float64(groups, diffusers_networks, tmp_path):
+    """32 groups in a norm as in SD1.5, or as many as the file declares."""
+    theirs = copy.deepcopy(diffusers_networks[1]).double()
+    for m in theirs.modules():
+        if isinstance(m, torch.nn.GroupNorm):
+            m.num_groups = groups
+    header = {} if groups == 32 else {"norm_num_groups": str(groups)}
+    save_file(theirs.state_dict(), tmp_path / "vae.safetensors", header)
+    ours = load_vae(TensorFile(tmp_path / "vae.safetensors"), dtype=torch.float64)
     x = torch.rand(2, 3, 64, 96, dtype=torch.float64) * 2 - 1
     noise = torch.randn(2, 4, 8, 12, dtype=torch.float64)
     with torch.no_grad():
@@ -62,7 +70,12 @@ def test_vae_equals_diffusers_in_float64(diffusers_networks):
         assert (logvar - posterior.logvar).abs().max() < 1e-10
         assert (z0 - 0.18215 * (posterior.mean + posterior.std * noise)).abs().max() < 1e-10
         assert (ours.decode(z0) - theirs.decode(z0 / 0.18215).sample).abs().max() < 1e-10
-    diffusers_networks[1].float()
+
+@pytest.mark.parametrize("groups", ["eight", "0", "7", "-8"])
+def test_other_groups_are_refused(groups, diffusers_networks, tmp_path):
+    save_file(diffusers_networks[1].state_dict(), tmp_path / "vae.safetensors", {"norm_num_groups": groups})
+    with pytest.raises(Fail, match=f"declares norm_num_groups '{groups}'.* computes with '32'"):
+        open_sd15("toy", str(tmp_path / "vae.safetensors"))
 
 def test_the_posteriors_log_variance_is_clamped():
     vae = VAE((32, 32))
