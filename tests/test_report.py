@@ -270,6 +270,14 @@ def test_answers_to_another_study_or_given_twice_are_refused_in_one_line(changes
     assert result.returncode == 2 and str(files[1]) in result.stderr and not result.stdout
     assert len(result.stderr.strip().splitlines()) == 1 and words in result.stderr
 
+def test_answers_are_to_the_study_of_one_run(study, tmp_path):
+    for run in ("run", "other"):
+        (tmp_path / run).mkdir()
+    (tmp_path / "run/report").symlink_to(study)
+    answers = write_answers(study, "B")
+    result = program("ldm.report", "run", "other", "--score", answers, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "other has no answers to run/report/reader.html" in result.stderr
+
 def test_the_twelve_rows_are_table_3_each_one_factor_from_the_baseline():
     rows = report.read_csv(ROOT / "ldm/table6.csv")
     factors = [tuple(map(int, list(row.values())[:5])) for row in rows]
