@@ -9,7 +9,9 @@ slides that nothing else draws, of the patches only the training cases of train.
 
 OUT becomes a folder for --sd15 and --uni2h: unet/, vae/ and model.safetensors (the encoder) in float16, and
 log-*.csv. The parts: vae, encoder, unet, and decoder, the VAE's once more. The embedded base was made in
-several pieces, each from the last one's weights (--start), of as many images in all: ldm/toy/log.csv.
+several pieces, each from the last one's weights (--start), of as many images in all: ldm/toy/log.csv. It is
+older than four things here: `groups` (its VAE has 32, and so loses the tone of an image where it is 32 wide),
+`whiten`, `noisy_latent`, and the weight of low t.
 """
 import math
 import multiprocessing
@@ -38,7 +40,8 @@ from ldm.weights import TensorFile, load_vae                                    
 from projector import Projector                                                             # noqa: E402
 from train import Draws, noise_prediction_loss                                              # noqa: E402
 
-VAE_SHAPE, LATENT = dict(channels=(32, 64, 128), layers=1), (4, 16, 16)     # 4 x 4 pixels to one latent pixel
+VAE_SHAPE = dict(channels=(32, 64, 128), layers=1, groups=8)
+LATENT = (4, 16, 16)            # 4 x 4 pixels to one latent pixel
 UNET_SHAPE = dict(channels=(64, 96, 192), layers=1, context=128)
 ENCODER_SHAPE = dict(width=192, depth=3)
 STAGES = {      # steps, images per step, learning rate
@@ -47,6 +50,8 @@ STAGES = {      # steps, images per step, learning rate
 FILES = {"vae": "vae-l1/diffusion_pytorch_model.safetensors", "encoder": "model.safetensors",
          "unet": "unet/diffusion_pytorch_model.safetensors",
          "decoder": "vae/diffusion_pytorch_model.safetensors"}
+PROJECTOR = "projector.safetensors"     # the U-Net's own, for --start
+NOISE = 0.25                    # on latents, of their deviation, at most
 POOL = 36_864                   # images made in advance, of each kind equally many
 SAVE_SECONDS = 120
 FIRST_SLIDE = 10 ** 9           # of the toy tissue here; no run, judge or test draws a slide of these numbers
@@ -146,6 +151,12 @@ def decode(vae, z0):
     """z_0 -> x, in one pass."""
     return vae.decoder(vae.post_quant_conv(z0 / SCALE)).float()
 
+def noisy_latent(mean, logvar, r):
+    """A draw of z_0 with noise as sampled latents have it: of a deviation up to NOISE times their own."""
+    z0 = draw_latent(mean, logvar, r.normal(*mean.shape))
+    spread = z0.detach().std((0, 2, 3), keepdim=True)
+    return z0 + NOISE * r.uniform(0, 1, len(z0), 1, 1, 1) * spread * r.normal(*z0.shape)
+
 def start(network, name, args):
     """The network with the weights of --start, if there are any, on the device."""
     if args.start:
@@ -179,7 +190,7 @@ def fit(name, parts, loss, args, betas=(0.9, 0.99), decay=0.999, beside=None):
                 average[n].copy_(file.get(f"average/{n}"))
                 state = {k: file.get(f"{k}/{n}").clone().to(args.device) for k in moments}
                 optimizer.state[p] = {"step": torch.tensor(float(step), device=args.device), **state}
-    every, total, saved = max(1, steps // 60), 0, time.perf_counter()
+    every, losses, saved = max(1, steps // 60), [], time.perf_counter()
     while step < steps:
         warm_up = min(1, (step + 1) / min(300, steps // 4 + 1))
         optimizer.param_groups[0]["lr"] = rate * warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -192,12 +203,12 @@ def fit(name, parts, loss, args, betas=(0.9, 0.99), decay=0.999, beside=None):
         with torch.no_grad():
             weight = 1 - min(decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.values()), list(named.values()), weight)
-        total, step = total + value.detach(), step + 1
+        losses, step = [*losses, value.detach()], step + 1
         if step % every == 0 or step == steps:
-            log.append(dict(step=step, loss=f"{total.item() / ((step - 1) % every + 1):.4f}"))
+            log.append(dict(step=step, loss=f"{torch.stack(losses).mean().item():.4f}"))
             print(name, *log[-1].values(), flush=True)
             save_csv(args.out / f"log-{name}.csv", log)
-            total = 0
+            losses = []
         if time.perf_counter() - saved > SAVE_SECONDS:
             state = {f"{k}/{n}": optimizer.state[p][k] for n, p in named.items() for k in moments}
             state |= {f"average/{n}": p for n, p in average.items()}
@@ -210,7 +221,8 @@ def fit(name, parts, loss, args, betas=(0.9, 0.99), decay=0.999, beside=None):
     networks.eval().requires_grad_(False)
 
 def make_vae(args):
-    """L1 of pixels, of their differences and at a quarter of the size; a light KL term; scale-equivariance.
+    """L1 of pixels, of their differences, at a quarter of the size and of mean colours; a light KL term;
+    noise on the latents, so that they hold nothing that a sampler's errors hide; scale-equivariance.
 
     The latter (Skorokhodov et al. 2025, Kouzelis et al. 2025): a latent of half the size decodes to a picture
     of half the size. It takes out of the latents high frequencies that a small U-Net cannot learn.
@@ -220,28 +232,36 @@ def make_vae(args):
 
     def error(d):
         slopes = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
-        return d.abs().mean() + slopes + F.avg_pool2d(d, 4).abs().mean() + common(d)
+        coarse = F.avg_pool2d(d, 4).abs().mean() + d.mean((2, 3)).abs().mean()
+        return d.abs().mean() + slopes + coarse + common(d)
 
     def loss(step, batch):
         r = Random(args.device, 1, step)
         x = pick(pool, batch, r)
         mean, logvar = encode(vae, x)
-        z = draw_latent(mean, logvar, r.normal(*mean.shape))
+        z = noisy_latent(mean, logvar, r)
         value = error(decode(vae, z) - x) + 3e-5 * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         if step % 3:
             return value
         return value + 0.3 * error(decode(vae, F.avg_pool2d(z[::2], 2)) - F.avg_pool2d(x[::2], 2))
 
     fit("vae", {"vae": vae}, loss, args)
-    with torch.no_grad():           # the same autoencoder, its latents brought to mean 0 and deviation 1
-        mean = torch.cat([encode(vae, pick(pool, 256, Random(args.device, 2, i)))[0] for i in range(8)])
-        shift, scale, n = mean.mean((0, 2, 3)), 1 / (SCALE * mean.std((0, 2, 3))), vae.latent
-        vae.quant_conv.weight[:n] *= scale[:, None, None, None]
-        vae.quant_conv.bias[:n] = (vae.quant_conv.bias[:n] - shift) * scale
-        vae.quant_conv.bias[n:] += 2 * scale.log()
-        vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ shift
-        vae.post_quant_conv.weight /= scale[None, :, None, None]
+    whiten(vae, torch.cat([encode(vae, pick(pool, 256, Random(args.device, 2, i)))[0] for i in range(8)]))
     return vae
+
+@torch.no_grad()
+def whiten(vae, mean):
+    """The same autoencoder, its latents, of these means (n, 4, h, w), brought to mean 0, deviation 1 and no
+    correlation of channels, as noise has: it would drown what they hold in a direction of little variance."""
+    mean, n = mean.transpose(0, 1).flatten(1), vae.latent
+    values, vectors = torch.linalg.eigh(SCALE ** 2 * mean.cov())
+    w = vectors * values.rsqrt() @ vectors.T                # symmetric: each channel stays near its own
+    shift, quant, post = mean.mean(1), vae.quant_conv, vae.post_quant_conv
+    post.bias += post.weight[:, :, 0, 0] @ shift
+    post.weight.copy_((post.weight[:, :, 0, 0] @ w.inverse())[:, :, None, None])
+    quant.weight[:n] = torch.einsum("ab,bcij->acij", w, quant.weight[:n])
+    quant.bias[:n] = w @ (quant.bias[:n] - shift)
+    quant.bias[n:] += w.square().sum(1).log()                       # exact where the channels' are equal
 
 def common(d):
     """The mean error of a batch, d (n, 3, H, W), is the network's own, at its edges for instance."""
@@ -289,20 +309,21 @@ def make_encoder(args):
     return encoder
 
 def make_unet(args):
-    """Algorithm 1 with everything trainable, through a projector that is then thrown away.
+    """Algorithm 1 with everything trainable, through a projector that only --start keeps.
 
-    Timesteps are spread evenly over the batch and weighed by what they tell: at high t the error of ẑ_0 is
-    1/ᾱ times that of ε, and there alone can the condition lower it much; at low t little can be learnt and
-    the loss is large: min(1, 5/SNR) (Hang et al. 2023).
+    Timesteps are spread over the batch, half of them below T/4, and weighed: at high t the error of ẑ_0 is
+    1/ᾱ times that of ε, and there alone can the condition lower it much. Low t keeps its weight, which
+    min(1, 5/SNR) (Hang et al. 2023) takes: what it decides is small in the latents, but not in the image.
     """
     torch.manual_seed(3)
     device = args.device
     unet = start(UNet(**UNET_SHAPE), "unet", args)
+    projector = Projector(ENCODER_SHAPE["width"], 256, 4, UNET_SHAPE["context"]).to(device)
+    if args.start and (args.start / PROJECTOR).exists():
+        projector.load_state_dict(load_file(args.start / PROJECTOR))
     if device.type == "cuda":
         unet.compile(dynamic=False)
-    projector = Projector(ENCODER_SHAPE["width"], 256, 4, UNET_SHAPE["context"]).to(device)
-    a = alpha_bar().float().to(device)
-    weight = (5 * (1 - a) / a).clamp(max=1) * (1 / a).clamp(max=50)
+    weight = (1 / alpha_bar().float().to(device)).clamp(max=50)
     if not (path := args.out / "pool.safetensors").exists():
         save_tensors(path, describe_pool(args), {})
     pool = {n: t.to(device) for n, t in load_file(path).items()}
@@ -310,13 +331,15 @@ def make_unet(args):
     def loss(step, batch):
         r = Random(device, 5, step)
         at = r.integers(0, len(pool["e"]), batch)
-        t = ((torch.arange(batch, device=device) + r.uniform(0, 1, batch)) * T / batch).long()
+        u = (torch.arange(batch, device=device) + r.uniform(0, 1, batch)) / batch
+        t = (T * u.square()).long()
         draws = Draws(mirrored=None, posterior=r.normal(batch, *LATENT), eps=r.normal(batch, *LATENT), t=t,
                       null=r.chance(0.1, batch, 1), dropout=None)
         mean, logvar = pool["latents"][at].float().chunk(2, 1)
         return (weight[t] * noise_prediction_loss(unet, projector, mean, logvar, pool["e"][at], draws)).mean()
 
     fit("unet", {"unet": unet, "projector": projector}, loss, args)
+    save_tensors(args.out / PROJECTOR, projector.state_dict(), {})
     return unet
 
 @torch.no_grad()
@@ -354,7 +377,7 @@ def make_decoder(args):
     """The VAE's decoder once more, against a discriminator (hinge loss), so that it does not blur.
 
     Its features serve as the perceptual term; its own term is weighed so that its gradient at the last layer
-    stays a quarter of the others' (Esser et al. 2021). Latents carry a little noise, as sampled ones do.
+    stays a quarter of the others' (Esser et al. 2021).
     """
     torch.manual_seed(1)
     vae = load_vae(TensorFile(args.out / FILES["vae"]), args.device)
@@ -369,9 +392,7 @@ def make_decoder(args):
         r = Random(args.device, 3, step)
         x = pick(pool, batch, r)
         with torch.no_grad():
-            mean, logvar = encode(vae, x)
-            z = draw_latent(mean, logvar, r.normal(*mean.shape))
-            z = z + 0.1 * r.uniform(0, 1, batch, 1, 1, 1) * r.normal(*z.shape)
+            z = noisy_latent(*encode(vae, x), r)
         y, twice = decode(vae, z), torch.cat([z, z])
         real, fake = critic(torch.cat([x, y.detach()]), twice)[-1].float().chunk(2)
         optimizer.zero_grad()
@@ -418,7 +439,8 @@ def main():
             tensors = {n: t.half().contiguous() for n, t in makers[name](args).state_dict().items()}
             images = ["procedural pictures", *["toy tissue without labels"] * (name != "encoder"),
                       *[EBHI] * (args.patches is not None)]
-            save_tensors(path, tensors, {"format": "pt", "trained_on": ", ".join(images)})
+            groups = {"norm_num_groups": str(VAE_SHAPE["groups"])} if name in ("vae", "decoder") else {}
+            save_tensors(path, tensors, {"format": "pt", "trained_on": ", ".join(images), **groups})
 
 if __name__ == "__main__":
     run_program(main)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm.encoder import UNI2H, open_encoder, preprocess
 from ldm.data import to_images
-from ldm.vae import SCALE
+from ldm.vae import SCALE, VAE
 from ldm.weights import load_unet, load_vae, open_sd15
 
 CPU = torch.device("cpu")
@@ -103,6 +103,17 @@ def test_an_interrupted_part_resumes_to_the_same_weights(tmp_path, monkeypatch):
 def test_fitting_learns_and_keeps_a_moving_average(tmp_path):
     network = toy_fit(tmp_path, 400, rate=3e-2)
     assert (network.weight - torch.eye(4)).abs().max() < 0.1 and not network.weight.requires_grad
+
+def test_whitening_changes_the_latents_alone():
+    torch.manual_seed(0)
+    vae = VAE(**make_base.VAE_SHAPE).eval().requires_grad_(False)
+    vae.quant_conv.weight[1] += 2 * vae.quant_conv.weight[0]            # correlated
+    x = draw_pictures(draw_worlds(64, Random(CPU, 1)), Random(CPU, 2))
+    before = vae.reconstruct(x)
+    make_base.whiten(vae, vae.encode(x)[0])
+    z0 = SCALE * vae.encode(x)[0].transpose(0, 1).flatten(1)
+    assert z0.mean(1).abs().max() < 1e-3 and (z0.cov() - torch.eye(4)).abs().max() < 1e-2
+    assert (vae.reconstruct(x) - before).abs().max() < 1e-3 * before.abs().max()
 
 @pytest.mark.slow
 def test_a_short_run_makes_a_base_that_loads(tmp_path, dataset):
