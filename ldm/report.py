@@ -305,7 +305,7 @@ def main():
     parser.add_argument("--score", nargs="+", metavar="FILE", help="judge answers saved by RUN's reader.html")
     args = parser.parse_args()
     if args.score:
-        return score_readers(args.runs[0] / "report", args.runs[1:] + args.score)     # of one run
+        return score_readers(args.runs[0] / "report", args.runs[1:] + args.score)     # of one study
     if args.runs[1:]:
         return print(as_markdown(list(table6(args.runs))))
     [run], text = args.runs, f"# {args.runs[0].name}\n"

@@ -251,8 +251,8 @@ def make_vae(args):
 
 @torch.no_grad()
 def whiten(vae, mean):
-    """The same autoencoder, its latents, of these means (n, 4, h, w), brought to mean 0, deviation 1 and no
-    correlation of channels, as noise has: it would drown what they hold in a direction of little variance."""
+    """The same autoencoder, with latents of mean 0, deviation 1 and no correlation of channels, as noise has:
+    it would drown what they hold in a direction of little variance. mean (n, 4, h, w): some as they are."""
     mean, n = mean.transpose(0, 1).flatten(1), vae.latent
     values, vectors = torch.linalg.eigh(SCALE ** 2 * mean.cov())
     w = vectors * values.rsqrt() @ vectors.T                # symmetric: each channel stays near its own
