@@ -10,7 +10,7 @@ import numpy as np
 import scipy.linalg
 from scipy.spatial.distance import cdist
 
-from ldm.data import is_generated, list_images
+from ldm.data import is_generated, is_output, list_images
 from ldm.encoder import RESIZERS, Inception, cached_inception, open_encoder
 from ldm.app import (RANK0, Fail, Parser, atomic_write, check_same, foreign_file, join_processes, number,
                      pick_device, rank0_first, run_program, save_json)
@@ -24,8 +24,7 @@ def frechet_distance(x, y):
     x, y = np.float64(x), np.float64(y)
     mu_x, mu_y = x.mean(0), y.mean(0)
     x, y = (x - mu_x) / np.sqrt(len(x) - 1), (y - mu_y) / np.sqrt(len(y) - 1)
-    singular = min(len(x), len(y)) <= x.shape[1] or not (x.any(0) & y.any(0)).all()
-    if singular:
+    if min(len(x), len(y)) <= x.shape[1] or not (x.any(0) & y.any(0)).all():       # singular
         rx, ry = (np.linalg.qr(f, mode="r") if len(f) > f.shape[1] else f for f in (x, y))
         trace = scipy.linalg.svdvals(rx @ ry.T).sum()
     else:
@@ -74,8 +73,7 @@ def fidelity(samples, references):
 def nearest_centroid(train, labels, x):
     """The label of the class whose mean embedding has the largest cosine with each row of x -> (n,)."""
     names = np.unique(labels)
-    centroids = np.stack([train[labels == name].mean(0) for name in names])
-    return names[cdist(x, centroids, "cosine").argmin(1)]
+    return names[cdist(x, [train[labels == name].mean(0) for name in names], "cosine").argmin(1)]
 
 def fit_linear(x, labels, penalty=1.0):
     """Ridge regression on standardised features x (n, d) -> a function, features to labels.
@@ -219,9 +217,8 @@ def result_lines(result):
     classes = result.get("classes", {})
     if "classes" in result and not classes:
         yield "  no subfolders of the same names in both: nothing to compare by class"
-    for name, row in classes.items():
-        name = name or "(in no subfolder)"
-        yield f"  {name:<24}{row['n_real']:>6} | {row['n_fake']:<6} {describe_kid(row)}"
+    for name, r in classes.items():
+        yield f"  {name or '(in no subfolder)':<24}{r['n_real']:>6} | {r['n_fake']:<6} {describe_kid(r)}"
 
 def describe_kid(row):
     """KID x 1000 with its spread."""
@@ -239,6 +236,8 @@ def main():
     paths, results = [args.real, *args.fake], []
     # folders are read before any weights are needed; two files of statistics need none
     files = {p: list_images(p) if p.is_dir() else [] for p in paths if not p.is_file()}
+    if made := [*filter(is_output, files)]:
+        raise Fail(f"{made[0]} holds real and sampled images; pass its real/ and fake/ or cfg... folders")
     if few := [path for path, found in files.items() if len(found) < 2]:
         raise Fail(f"{few[0]}: no .npz file of statistics, nor folder of two images or more; pass one")
     if generated := sum(map(is_generated, files.get(args.real, ()))):

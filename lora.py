@@ -136,8 +136,8 @@ def read_lora(file):
                 raise ValueError(f"{name} is neither LoRA of the attention nor the projector")
         if not tensors or not math.isfinite(alpha):
             raise ValueError("there are no layers, or α is not finite")
-        if any(tensor.shape[name.endswith("B")] != rank for name, tensor in tensors.items()):
-            raise ValueError(f"a layer has another rank than {rank}")
+        if any(t.shape[n[-1] == "B"] != rank or not (n[-1] == "B" or t.any()) for n, t in tensors.items()):
+            raise ValueError(f"an A is 0 everywhere, or a layer has another rank than {rank}")
     return rank, alpha, tensors
 
 # ---- the same LoRA in the files of other programs ----------------------------------------------------------

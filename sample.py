@@ -29,7 +29,7 @@ from ldm.weights import TensorFile, load_unet, load_vae, open_sd15
 from lora import fold, load_adapter, load_projector, open_adapter
 
 COMPILE_FROM = 100          # images; compiling for fewer takes longer than it saves
-STORED = ".npy, .npz, .pt or .safetensors"
+STORED = (".npy", ".npz", ".pt", ".pth", ".bin", ".safetensors")
 
 @dataclass(frozen=True)
 class Sampling:
@@ -110,11 +110,11 @@ def make_images(model, jobs, e):
         list(written)
     barrier()
 
-def write_real(folder, sources, size, rewrite=False):
+def write_real(folder, sources, size):
     """Write {name: source}, the references that are missing, at the model's size -> {name: file}."""
     files = {name: folder / f"{name}.png" for name in sources}
     for name, path in files.items() if RANK0 else ():
-        if rewrite or not path.exists():
+        if not path.exists():
             save_image(path, resize_crop(load_rgb(sources[name]), size), reference=name)
     return files
 
@@ -126,16 +126,17 @@ def parse_args(arguments=None):
     source, add = add.add_mutually_exclusive_group(required=True).add_argument, add.add_argument
     source("--ref", nargs="+", metavar="PATH", help="images or folders of them; also looked for in the run")
     source("--split", choices=("train", "val", "test"), help="or every patch of this part of the run's split")
-    source("--embedding", type=Path, metavar="FILE", help=f"or embeddings (n, d) of its encoder: {STORED}")
+    source("--embedding", type=Path, metavar="FILE", help=f"or embeddings (n, d) of its encoder")
     add("--label", nargs="+", metavar="CLASS", help="of --split, only patches of these classes")
     add("--limit", type=number(int, 1), metavar="N", help="of --split, N patches at most")
     add("--n", type=number(int, 1), default=1, help="samples per reference (default: 1)")
     add("--balance", action="store_true", help="of --split train: fill each class up to the largest")
     add("--seed", type=number(int, 0, MAX_SEED), default=0, help="image i has SEED + i (default: 0)")
     add_options(parser, Sampling)
-    add = parser.add_argument_group("with which model").add_argument
-    add("--run", metavar="DIR", help="a run, its best adapter (default: the newest in runs/)")
-    add("--adapter", metavar="FILE", help="or an adapter file")
+    add = parser.add_argument_group("with which model")
+    model, add = add.add_mutually_exclusive_group().add_argument, add.add_argument
+    model("--run", metavar="DIR", help="a run, its best adapter (default: the newest in runs/)")
+    model("--adapter", metavar="FILE", help="or an adapter file")
     add("--sd15", metavar="PATH", help="Stable Diffusion 1.5 (default: the one trained with)")
     add("--vae", metavar="PATH", help="another VAE (default: the one trained with)")
     add("--uni2h", metavar="PATH", help="the encoder's weights (default: those trained with)")
@@ -185,13 +186,14 @@ def main(arguments=None):
         e = torch.from_numpy(encoder.extract(e, device, args.batch)).float() if encoder else torch.stack(e)
         compiled = device.type == "cuda" and len(todo) >= COMPILE_FROM and not args.no_compile
         model = load_model(args, unet_file, vae_file, adapter, guard["adapter_sha256"], device, compiled)
+        if file_sha256(adapter.path) != guard["adapter_sha256"]:
+            raise Fail(f"{adapter.path} was replaced meanwhile, as by a run that trains; repeat the command")
         if RANK0:
             save_json(out / "samples.json", guard | {"references": known})
         make_images(model, todo, dict(zip(needed, e)))
     if RANK0:
         real = write_real(out / "real", references if encoder else {}, size)
-        labels = {safe_name(label): label for _, label, _ in found if label}
-        write_labels(out, labels, guard["adapter_sha256"])
+        write_labels(out, {safe_name(k): k for _, k, _ in found if k}, guard["adapter_sha256"])
         for s in samplings:
             write_sheet(out / f"sheet-{s.name}.png", real, [job for job in jobs if job.sampling == s])
         name = samplings[0].name
@@ -227,23 +229,22 @@ def find_references(args, settings, adapter):
 
 def read_embeddings(path, width):
     """The one array (n, width) or (width,) of finite floating-point numbers in a file -> (n, width)."""
-    if not path.is_file() or path.suffix.lower() in (".csv", ".txt"):       # a pipe would block
-        raise Fail(f"--embedding {path}: no such file, or one of text; pass {STORED}")
-    with foreign_file(path, "holds no embeddings", f"pass {STORED}"):
+    if not path.is_file() or path.suffix.lower() not in STORED:             # a pipe would block
+        raise Fail(f"--embedding {path}: no such file, or of another kind; pass {', '.join(STORED)}")
+    with foreign_file(path, "holds no embeddings", f"pass {', '.join(STORED)}"):
         if path.suffix.lower() in (".npy", ".npz"):
             found = np.load(path, mmap_mode="r")        # a false shape takes no memory
             arrays = dict(found) if hasattr(found, "keys") else {"array": found}
         else:
             file = TensorFile(path)
-            found = file.read(file.names)
-            arrays = {name: t.float().numpy() for name, t in found if t.is_floating_point()}
+            arrays = {name: t.float().numpy() for name, t in file.read(file.names) if t.is_floating_point()}
         fit = [a for a in arrays.values() if a.dtype.kind == "f" and a.shape[-1:] == (width,) and a.ndim < 3]
         if len(fit) != 1 or not fit[0].size:
             shapes = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in arrays.items())
             raise Fail(f"{path} holds {shapes[:200]}; the adapter needs one array (n, {width}) of floats")
         rows = torch.from_numpy(fit[0].reshape(-1, width).astype(np.float64)).float()
-        if not (finite := rows.isfinite().all(1)).all():
-            raise Fail(f"{path}: embedding {finite.long().argmin()} is not finite; omit it")
+        if not (good := rows.isfinite().all(1) & rows.any(1)).all():
+            raise Fail(f"{path}: embedding {good.long().argmin()} is zero, or not finite; omit it")
         return rows
 
 def choose(args, labels):

@@ -250,8 +250,9 @@ class Trainer:
             ends = [0, *(row["step"] for row in self.history if row.keys() >= {"epoch", "val_loss"})]
             steps = [*ends, self.step, self.total]
             complete = steps == sorted(steps) and len(self.losses) == self.step - ends[-1]  # since the last
-            if not (complete and math.isfinite(self.scale + minutes + sum(self.losses))):
-                raise ValueError("its step and its log do not match")
+            drawn = all(p.any() for name, p in self.named.items() if name.endswith(".A"))
+            if not (complete and drawn and math.isfinite(self.scale + minutes + sum(self.losses))):
+                raise ValueError("its step and its log do not match, or an A is 0 everywhere")
         self.began, self.following = time.perf_counter() - 60 * minutes, None
 
 def train(trainer, validation, folder, header):
@@ -320,13 +321,13 @@ class Validation:
         pairs = subsample(pairs, settings.val_samples)
         self.sampled = [digest for _, digest in pairs]
         sources, _ = name_references([(title[name], inputs.data / name) for name, _ in pairs], {})
-        real = write_real(self.folder / "real", sources, settings.size, rewrite=not inputs.started)
+        for old in [self.made, *[self.folder / "real"] * (not inputs.started)] if RANK0 else ():
+            shutil.rmtree(old, ignore_errors=True)          # of a run that was killed
+        real = write_real(self.folder / "real", sources, settings.size)
         how, self.real = Sampling(cfg=settings.val_cfg, steps=settings.val_steps), list(real.values())
         self.jobs = [Job(self.made / f"{name}.png", name, i, how) for i, name in enumerate(sources)]
-        if RANK0:
-            shutil.rmtree(self.made, ignore_errors=True)        # of a run that was killed
-            if self.real:
-                save_image(self.folder / "patch.png", load_rgb(self.real[0]))
+        if RANK0 and self.real:
+            save_image(self.folder / "patch.png", load_rgb(self.real[0]))
         barrier()
         several = len(real) > 1
         self.column = "fid" if inputs.space.kind == "inception" else "fid_encoder"

@@ -94,8 +94,7 @@ class Signals:
         """Call a function of torch.distributed that waits for other processes in C++, where Python's handlers
         do not run: unless a stop is deferred, a signal ends the process."""
         sys.stdout.flush()              # which that end would lose
-        kinds = () if self.deferred else self.KINDS
-        handlers = {kind: signal.signal(kind, signal.SIG_DFL) for kind in kinds}
+        handlers = {kind: signal.signal(kind, signal.SIG_DFL) for kind in self.KINDS if not self.deferred}
         try:
             return function(*args, **kwargs)
         finally:
@@ -176,7 +175,7 @@ def add_options(parser, record):
 
 def safe_name(text):
     """A file name valid on every system: letters of any alphabet, digits, ".-_"; at most 150 bytes."""
-    name = re.sub(r"[^\w.-]+", "_", text).strip("._")
+    name = re.sub(r"[^\w.+-]+", "_", text).strip("._")
     return name.encode()[:150].decode(errors="ignore") or "image"
 
 class _Lines:

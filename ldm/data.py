@@ -62,7 +62,7 @@ def load_rgb(path):
             image = ImageOps.invert(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            unused = image.getchannel("A").getextrema() == (0, 0)
+            unused = image.getchannel("A").getextrema()[1] < 2     # or 0 and 1
             if unused and "RGBa" in raw:
                 raise ValueError("its alpha channel is 0 everywhere")
             if not unused or all(low == high for low, high in image.getextrema()):  # an empty one is white
@@ -228,8 +228,11 @@ def read_dataset(root, case=None, say=print):
         say(f"{root}: {len(found)} {kind} are left out, such as {found[0]!r}")
     if not patches:
         raise Fail(f"{root} contains no images; pass a folder with some, in one of the README's four layouts")
-    if say and all(p.case == p.name for p in patches):
-        say(f"{root}: which patches share a case is unknown, so one may be in two parts; see --case")
+    if say and (n := sum(p.case == p.name for p in patches)):
+        say(f"{root}: of {n} patches the case is unknown, so one may be in two parts; see --case")
+    scales = {f.lower() for p in patches for f in p.name.split("/")[:-1] if MAGNIFICATION.fullmatch(f)}
+    if say and len(scales) > 1:
+        say(f"{root}: magnifications are mixed ({', '.join(sorted(scales))}): nuclei have several sizes")
     if repeated := [name for name, n in Counter(p.name for p in patches).items() if n > 1]:
         raise Fail(f"{root}: {len(repeated)} images are listed twice, such as {repeated[0]}")
     return sorted(patches, key=lambda p: p.name)
@@ -246,7 +249,7 @@ def _find_files(root, rows, on_disk, case):
         inside = {"", ".."}.isdisjoint(name.split("/"))         # of links and hidden folders too
         found = {name} if inside and (root / name).is_file() else similar[folded(name)]
         if len(found) != 1 or not (root / min(found)).is_file():
-            raise Fail(f"{root}: {name!r} is not there, or no file; restore it, or omit it")
+            raise Fail(f"{root}: {name!r} is not there (relative to it), or no file; restore or omit it")
         own = own or _read_name(name, case, listed=True)[0]
         yield Patch(min(found), unicodedata.normalize("NFC", label), own, part)
 
@@ -276,7 +279,7 @@ def _folder_rows(root, kinds, case, say):
             cases[label].add(own)
         rows.append((name, label, own, None))
     labels = {label.lower() for _, label, *_ in rows}
-    words = {re.split(r"[\W_]", label)[0] for label in labels}
+    words = {word for label in labels for word in re.split(r"[\W_]+", label)[:2]}
     parts = {word for word in words if word in PARTS or MAGNIFICATION.fullmatch(word)}
     if len(parts) > 1 or parts & labels:        # test_x alone is a class
         raise Fail(f"{root} has a folder per part or magnification ({min(parts)}/...), not one per class: "
@@ -360,8 +363,6 @@ def make_split(patches, how):
     own = {part: [p for p in patches if p.part == part] for part in PROPORTIONS}
     if not own["test"] or not own["train"] or sum(map(len, own.values())) < len(patches):
         raise Fail("--split official needs a dataset whose patches all have a part: train.json and test.json")
-    if shared := {p.case for p in own["test"]} & {p.case for p in own["train"] + own["val"]}:
-        print(f"note: {len(shared)} cases are in both train and test: test scores will be too good")
     split = {part: sorted(p.name for p in found) for part, found in own.items()}
     if not own["val"]:
         split |= split_patches(own["train"], {part: PROPORTIONS[part] for part in ("train", "val")})
@@ -386,7 +387,9 @@ def describe_split(split, patches):
         classes[part] = Counter(sorted(by_name[name].label for name in names))
         cases[part] = {by_name[name].case for name in names}
     facts = dict(patches=classes, cases={part: len(found) for part, found in cases.items()})
-    facts["cases_in_several_parts"] = sum(n > 1 for n in Counter(chain(*cases.values())).values())
+    facts["cases_in_several_parts"] = n = sum(k > 1 for k in Counter(chain(*cases.values())).values())
+    if n:
+        print(f"note: {n} cases are in several parts (split.json): the FID of val and test will be too good")
     return json.dumps(facts | split, indent=1, ensure_ascii=False) + "\n"
 
 def note_equal_images(names, hashes, patches):
@@ -428,6 +431,8 @@ class Cache:
     def _load(self, image):
         with foreign_file(self._file(image), "is damaged", "remove it, and cache the images again"):
             file = load_file(self._file(image))
+            if not all(file[name].any() for name in self.COLUMNS):
+                raise ValueError("a column is 0 everywhere")
             return [file[name] for name in self.COLUMNS]
 
     def _file(self, image):
@@ -438,8 +443,7 @@ class Cache:
         encoders() -> (encode, embed), called only where images are missing. encode: x (B, 3, size, size) ->
         mean, logvar; embed: PIL images -> e. Several processes share the work."""
         hashes = hash_files(paths)
-        files = dict(zip(hashes, paths))
-        images = [*files]
+        files, images = dict(zip(hashes, paths)), [*dict.fromkeys(hashes)]
         batches = [images[i:i + self.BATCH] for i in range(0, len(images), self.BATCH)]
         # whole batches, as another one may round differently
         batches = shard(broadcast([b for b in batches if not all(self._file(image).exists() for image in b)]))

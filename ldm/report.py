@@ -168,8 +168,7 @@ def fidelity_table(ev):
         own, others = fid.fidelity(fake, real)
         row = dict(features=space.kind, n=len(fake), cosine_own=own, cosine_others=others)
         for name, x in (("consistency", fake), ("consistency_real", real)):
-            guesses = fid.nearest_centroid(train, ev.labels("train"), x)
-            row[name] = (guesses == ev.labels("test")).mean()
+            row[name] = (fid.nearest_centroid(train, ev.labels("train"), x) == ev.labels("test")).mean()
         yield row
 
 def memorisation_table(ev):
@@ -202,8 +201,7 @@ def usefulness_table(ev):
             few = np.concatenate([order[labels[order] == name][:cap] for name in np.unique(labels)])
             x = np.concatenate([real[few], copies[few].reshape(-1, real.shape[1])])
             guess = fid.fit_linear(x, np.r_[labels[few], labels[few].repeat(k)])
-            found = guess(ev.features(space, "real", "test"))
-            scores.append(fid.balanced_accuracy(ev.labels("test"), found))
+            scores.append(fid.balanced_accuracy(ev.labels("test"), guess(ev.features(space, "real", "test"))))
         yield dict(train=f"real + {k} x {kind}" if k else "real", features=space.kind, n=len(x),
                    balanced_accuracy=np.mean(scores), accuracy_std=np.std(scores))
 

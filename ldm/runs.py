@@ -128,8 +128,7 @@ def check_or_create(folder, settings, sha256):
     """Check that the run in this folder has these settings and hashes, or make the folder a run of these.
     Until a run has saved an adapter its config.json is replaced: its settings may be why it stopped."""
     path, saved = folder / "config.json", read_settings(folder)
-    others = [p for p in folder.glob("[!.]*") if p.name != "split.json"]
-    if folder.is_file() or (saved is None and others):
+    if folder.is_file() or (saved is None and any(p.name != "split.json" for p in folder.glob("[!.]*"))):
         raise Fail(f"{folder} is a file, or holds other files and no run of train.py; pass another --run")
     if not RANK0:
         return

@@ -156,8 +156,7 @@ class Attention(nn.Module):
     def forward(self, x, c):
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)          # (B, heads, L or N, C / heads)
                    for y in (self.to_q(x), self.to_k(c), self.to_v(c)))
-        h = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](h.transpose(1, 2).flatten(2))
+        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 class FeedForward(nn.Module):
     """h (B, L, C) -> (B, L, C) through GEGLU of inner width 4C, with the exact (erf) GELU."""

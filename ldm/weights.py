@@ -109,7 +109,7 @@ def _unpickle(path, archive):
             state = torch.load(path if mapped else f, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:              # torch's message has many lines and unsafe advice
         raise ValueError("damaged, or a pickle with code: save its state dict alone") from None
-    state = {"tensor": state} if isinstance(state, torch.Tensor) else state
+    state = state if isinstance(state, dict) else {"tensor": state}
     for key in 3 * ("state_dict", "model_state_dict", "model"):
         state = state[key] if isinstance(state.get(key), dict) else state
     state = {name: t for name, t in state.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}
@@ -165,7 +165,7 @@ def open_sd15(source, vae=None):
     elif unet.path != Path(os.path.expanduser(source)):
         vae_file = TensorFile(find_file("--sd15", source, _names("vae/")))
     elif not any(name.startswith("first_stage_model.") for name in unet.names):
-        raise Fail(f"{source} contains no VAE; pass --vae, such as --vae stabilityai/sd-vae-ft-mse")
+        raise Fail(f"{source} contains no VAE; pass --vae (stabilityai/sd-vae-ft-mse), or a whole SD1.5 file")
     _check_model(vae_file, {"vae": "config.json"})
     return _part(unet, "model.diffusion_model."), _part(vae_file, "first_stage_model.")
 

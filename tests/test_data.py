@@ -92,6 +92,7 @@ CLEAR = np.zeros((24, 24, 1), np.uint8)
     (lambda p: write_tiff(p, 65535 - GREYS.astype("<u2") * 257, 0), GREYS),        # white is zero
     (lambda p: write_tiff(p, np.dstack([TISSUE, CLEAR]), 2, extra=2), TISSUE),     # alpha is 0 everywhere
     (lambda p: write_png(p, np.dstack([DEEP, CLEAR])), TISSUE),
+    (lambda p: Image.fromarray(np.dstack([TISSUE, CLEAR + np.uint8(1)])).save(p, "PNG"), TISSUE),
     (lambda p: Image.fromarray(np.dstack([TISSUE, CLEAR])).save(p, "PNG"), TISSUE),
     (lambda p: Image.fromarray(np.dstack([CLEAR] * 4)).save(p, "PNG"), [255]),     # nothing is below it
     (lambda p: write_png(p, np.dstack([GREYS.astype(int) * 257, CLEAR + np.uint16(65535)])), GREYS),
@@ -216,6 +217,10 @@ def test_annotators_decide_by_majority_where_there_is_no_label(tmp_path, capsys)
     (["Normal/image/1.png", "Normal/label/1.png", "Polyp/image/1.png", "Polyp/2_mask.png", "masks/3.png",
       "Polyp/thumbnails/4.png", "preview.jpg", "Polyp/image/.5.png"],
      [("Normal", "Normal/image/1.png"), ("Polyp", "Polyp/image/1.png")]),
+    # masks of QuPath, GlaS, TNBC and VOC, and a disk station's previews; two classes named for labels
+    (["tumor/1.png", "tumor/1 [x=0,y=0]-labelled.png", "tumor/2_anno.bmp", "GT_01/1.png",
+      "SegmentationClass/1.png", "tumor/@eaDir/1.png/T.jpg", "labels_tumor/3.png", "no_label/4.png"],
+     [("labels_tumor", "labels_tumor/3.png"), ("no_label", "no_label/4.png"), ("tumor", "tumor/1.png")]),
     (["test_x/1.png", "valve/2.png"],                                      # begin like a part's name
      [("test_x", "test_x/1.png"), ("valve", "valve/2.png")]),
     (["Gru\u0308n/x.png", "Gr\u00fcn/y.png"], [("Gr\u00fcn", "Gru\u0308n/x.png"),
@@ -228,6 +233,8 @@ def test_folders_give_class_and_case(names, expected, tmp_path):
     (["train/normal/x.png", "Test/normal/y.png"], "a folder per part"),
     (["train/a/x.png", "val/a/x.png", "preview.jpg"], "a folder per part"),
     (["Train_images/x.png", "test-set/x.png"], "a folder per part"),
+    (["1.training/x.png", "2.validation/x.png", "3.testing/x.png"], "a folder per part"),
+    (["x10/a.png", "x20/b.png", "x40/c.png"], "part or magnification"),
     (["train_40/x.png", "val_40/x.png"], "a folder per part"),
     (["40X/benign/x.png", "100X/benign/x.png"], "part or magnification"),       # BreakHis, LC25000, NCT
     ([f"{c}/{m}X/{i}.png" for c in "ab" for m in (40, 100, 200) for i in "12"], "such as a/100X are taken"),
@@ -274,11 +281,18 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
           "Thumbs.db")
     assert len(read_dataset(tmp_path)) == 2
     out = capsys.readouterr().out
-    for words in ("which patches share a case is unknown", "2 masks", "1 images in no list",
+    for words in ("of 2 patches the case is unknown", "2 masks", "1 images in no list",
                   "1 .csv files", "1 .db files", "1 hidden files"):
         assert words in out
     read_dataset(tmp_path, say=None)
     assert capsys.readouterr().out == ""
+    touch(tmp_path / "some", *(f"a/p{i}/{n}.png" for i in range(10) for n in "12"), "b/1.png", "b/2.png")
+    read_dataset(tmp_path / "some", case="")
+    assert "of 2 patches the case is unknown" in capsys.readouterr().out
+    touch(tmp_path / "sizes", *(f"a/SOB_B_A_14-22549{k}/{m}X/SOB_B_A-14-22549{k}-{m}-001.png"
+                                for k in "AB" for m in (40, 100)))
+    read_dataset(tmp_path / "sizes")
+    assert "magnifications are mixed (100x, 40x)" in capsys.readouterr().out
 
 def test_what_this_program_made_is_no_data(tmp_path, capsys):
     """Runs, samples and adapters below a dataset are left out; a dataset in a run or around it is refused."""
@@ -314,6 +328,7 @@ def test_a_safe_name_fits_every_file_system():
     for text in ("ü" * 300, "漢" * 300, "../../x", "a b"):
         name = safe_name(text)
         assert len(name.encode()) <= 150 and "/" not in name and " " not in name and not name.startswith(".")
+    assert [safe_name(label) for label in ("HER2+", "HER2++", "+", "++")] == ["HER2+", "HER2++", "+", "++"]
 
 WRONG_LISTS = [
     ('[{"name": "../y.png", "label": 0}]', "not there"), ('[{"name": "no.png", "label": 0}]', "not there"),
@@ -429,6 +444,10 @@ def test_what_a_split_lacks_and_what_is_in_it_twice_is_said(capsys):
                for i in range(n)]
     describe(patches, make_split(patches, "paper"))
     assert "    b: 2 | 0 | 0, such as b/0.png of case b0" in capsys.readouterr().out
+    parts = ("train", "val", "train", "val", "test")
+    shared = [Patch(f"{i}.png", "a", "ABBCC"[i], part) for i, part in enumerate(parts)]
+    describe_split(make_split(shared, "official"), shared)
+    assert "note: 2 cases are in several parts" in capsys.readouterr().out
     names = {"train": ["a/0.png", "a/1.png"], "val": ["a/2.png"], "test": ["b/0.png"]}
     note_equal_images(names, {"train": "xy", "val": "z", "test": "z"}, patches)
     out = capsys.readouterr().out
@@ -511,7 +530,8 @@ def test_an_interrupted_cache_keeps_what_it_has_and_goes_on(forty, tmp_path):
     assert rest.images == 4 + 4
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: data[:8],
-                                    lambda data: data.replace(b"logvar", b"logvax")])
+                                    lambda data: data.replace(b"logvar", b"logvax"),
+                                    lambda data: data[:len(data) // 2] + bytes(len(data) - len(data) // 2)])
 def test_a_damaged_file_of_the_cache_is_named(damage, forty, tmp_path):
     cache = Cache(tmp_path / "cache", "vae", "encoder", 16)
     hashes = cache.fill(forty[:2], Encoders())

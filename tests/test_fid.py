@@ -272,6 +272,10 @@ def test_a_folder_without_two_images_is_refused(tmp_path, monkeypatch, other):
     monkeypatch.setattr(sys, "argv", ["fid.py", str(tmp_path / "two"), str(tmp_path / other)])
     with pytest.raises(Fail, match=f"{other}: no .npz .* nor folder of two images"):
         fid.main()
+    (tmp_path / "one/samples.json").write_text('{"adapter_sha256": "x"}')         # an --out, no cfg1.3/ in it
+    if other == "one":
+        with pytest.raises(Fail, match="one holds real and sampled images; pass its"):
+            fid.main()
 
 def test_what_is_not_counted_or_not_compared_is_said(tmp_path, monkeypatch):
     space = SimpleNamespace(kind="inception", resize="pytorch-fid", fingerprint=lambda: "0",

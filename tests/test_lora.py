@@ -173,6 +173,7 @@ MIDDLE = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
 @pytest.mark.parametrize("words, tensors, header", [
     ("not finite", lambda t: t | {"lora_projector.out.bias": t["lora_projector.out.bias"] * torch.nan}, {}),
     ("not finite", lambda t: t | {f"{MIDDLE}B.weight": t[f"{MIDDLE}B.weight"] / 0}, {}),
+    ("an A is 0", lambda t: t | {f"{MIDDLE}A.weight": 0 * t[f"{MIDDLE}A.weight"]}, {}),
     ("does not fit this base", lambda t: {n: x for n, x in t.items() if n != f"{MIDDLE}B.weight"}, {}),
     ("does not fit this base", lambda t: {n: x for n, x in t.items() if MIDDLE not in n}, {}),
     ("text_encoder", lambda t: t | {"text_encoder.layers.0.lora_A.weight": torch.zeros(2, 8)}, {}),

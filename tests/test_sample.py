@@ -1,6 +1,7 @@
 """sample.py as a program: stored embeddings, balance, labels.csv, provenance, and where it writes."""
 import csv
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,8 +69,9 @@ def test_embeddings_are_read_from_what_people_store_them_in(name, save, shape, t
 
 @pytest.mark.parametrize("x, words", [
     (np.zeros((2, 5)), r"\(2, 5\); the adapter needs one array \(n, 6\)"), (np.zeros((0, 6)), "needs one"),
-    (np.full((2, 6), np.inf), "embedding 0 is not finite"), (np.zeros((2, 6), int), "needs one array"),
-    (np.array([[0] * 6, [1e300] * 6]), "embedding 1 is not finite"), (np.float64(1), "needs one array"),
+    (np.full((2, 6), np.inf), "embedding 0 is zero, or not"), (np.zeros((2, 6), int), "needs one array"),
+    (np.array([[1] * 6, [1e300] * 6]), "embedding 1 is zero, or not"), (np.float64(1), "needs one array"),
+    (np.array([[1.0] * 6, [0.0] * 6]), "embedding 1 is zero, or not"),
     (np.array([{"a": 1}]), "holds no embeddings"), (b"", "holds no embeddings"), (None, "no such file")])
 def test_what_is_no_embedding_is_refused_in_one_line(x, words, tmp_path):
     path = tmp_path / "e.npy"
@@ -79,6 +81,26 @@ def test_what_is_no_embedding_is_refused_in_one_line(x, words, tmp_path):
         np.save(path, x)
     with pytest.raises(Fail, match=words):
         sample.read_embeddings(path, 6)
+    with pytest.raises(Fail, match="of another kind; pass .npy, .npz"):
+        sample.read_embeddings(path.rename(tmp_path / "e.h5") if path.exists() else path.with_suffix(".h5"), 6)
+
+def test_two_models_and_an_adapter_that_is_replaced_meanwhile_are_refused(embeddings, tmp_path, monkeypatch):
+    paths, _, arguments, _ = embeddings
+    with pytest.raises(Fail, match="--adapter: not allowed with argument --run"):
+        sample.parse_args([*map(str, arguments), "--adapter", "x", "--ref", "y"])
+    adapter = Path(shutil.copy(arguments[1] / "adapter-best.safetensors", tmp_path))
+    build = sample.load_model
+    def slow(*args):
+        model = build(*args)
+        adapter.write_bytes(adapter.read_bytes()[:-4] + bytes(4))
+        return model
+    monkeypatch.setattr(sample, "load_model", slow)
+    monkeypatch.chdir(tmp_path)
+    for name in ("config.json", "split.json"):
+        shutil.copy(arguments[1] / name, tmp_path)
+    with pytest.raises(Fail, match="was replaced meanwhile"):
+        sample.main(["--adapter", str(adapter), "--ref", str(paths[0]), "--steps", "2", "--out", "out"])
+    assert not Path("out").exists()
 
 def test_samples_inside_a_folder_of_patches_are_refused_and_one_that_cannot_be_looked_up_is_ignored(tmp_path):
     """A run's images may lie in a folder that is private or gone; here its name is too long."""

@@ -469,6 +469,17 @@ def test_a_folder_of_someone_elses_is_not_made_a_run(small, tmp_path):
     assert result.returncode == 2 and "holds other files" in result.stderr
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "mine/real/precious.png"]
 
+def test_references_of_a_call_that_saved_nothing_do_not_stay(trained, small, tmp_path):
+    """They would be compared with fake/, and the FID of the folders would not be the run's."""
+    old = tmp_path / "x/real/a/old.png"
+    old.parent.mkdir(parents=True)
+    shutil.copy(next((trained / "real").rglob("*.png")), old)
+    shutil.copy(trained / "config.json", tmp_path / "x")
+    program("train.py", *small, "--max-steps", 1, "--val-samples", 2, "--run", "x", cwd=tmp_path)
+    real, fake = ({p.relative_to(tmp_path / "x" / kind) for p in (tmp_path / "x" / kind).rglob("*.png")}
+                  for kind in ("real", "fake"))
+    assert real == fake and len(real) == 2
+
 def test_a_run_without_its_split_or_with_a_damaged_state_is_refused(trained, small, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "runs/x")
     shutil.copytree(trained.parent / "cache", tmp_path / "runs/cache")
@@ -512,6 +523,10 @@ def test_a_state_whose_log_does_not_fit_its_step_is_refused(tmp_path):
         train.save_tensors(path, tensors, file.header | change)
         with pytest.raises(train.Fail, match="is damaged"):
             t.restore(path)
+    name = next(name for name in t.named if name.endswith(".A"))
+    train.save_tensors(path, tensors | {name: 0 * tensors[name]}, file.header)
+    with pytest.raises(train.Fail, match="an A is 0 everywhere"):
+        t.restore(path)
 
 def test_a_resumed_run_has_its_own_settings_to_the_last_digit(small, tmp_path, monkeypatch):
     """Zeros and what is left out among them; what is of one call only is not taken over."""
