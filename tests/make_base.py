@@ -84,8 +84,11 @@ class Patches:
         return to_input(turned(x.permute(0, 3, 1, 2), r))
 
     def draw(self, n, r):
-        """n crops at one scale, at SIZE and as the encoder sees them, at 224 pixels."""
-        x = self.crop(r.integers(0, len(self.images), n), r.uniform(0.45, 1, 1).item() ** 0.7, r)
+        """n crops at one scale, whole patches half of the time, at SIZE and as the encoder sees them, at 224 px.
+
+        Patches as users bring them must be among them: a discriminator that saw crops alone draws the nuclei of
+        whole ones as it draws theirs, too large and with an edge."""
+        x = self.crop(r.integers(0, len(self.images), n), min(1, r.uniform(0.45, 1.5, 1).item() ** 0.7), r)
         small = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
         return small, enlarged(x)
 
@@ -377,7 +380,7 @@ def make_decoder(args):
     """The VAE's decoder once more, against a discriminator (hinge loss), so that it does not blur.
 
     Its features serve as the perceptual term; its own term is weighed so that its gradient at the last layer
-    stays a quarter of the others' (Esser et al. 2021).
+    stays a quarter of the others' (Esser et al. 2021), in a moving average, as that of one batch swings.
     """
     torch.manual_seed(1)
     vae = load_vae(TensorFile(args.out / FILES["vae"]), args.device)
@@ -408,8 +411,8 @@ def make_decoder(args):
         if step % 10 == 0:
             gradients = [torch.autograd.grad(part, last, retain_graph=True)[0] for part in (faithful, fooled)]
             ratio = gradients[0].norm() / (gradients[1].norm() + 1e-6)
-            weight = (0.25 * ratio).clamp(max=1e3) * min(1, step / 200)
-        return faithful + weight * fooled
+            weight = weight + (0.1 if weight else 1) * ((0.25 * ratio).clamp(max=1e3) - weight)
+        return faithful + min(1, step / 200) * weight * fooled
 
     parts = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
     fit("decoder", parts, loss, args, (0.5, 0.9), beside=critic)
