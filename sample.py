@@ -29,7 +29,7 @@ from ldm.weights import TensorFile, load_unet, load_vae, open_sd15
 from lora import fold, load_adapter, load_projector, open_adapter
 
 COMPILE_FROM = 100          # images; compiling for fewer takes longer than it saves
-STORED = (".npy", ".npz", ".pt", ".pth", ".bin", ".safetensors")
+STORED = ".npy, .npz, .pt, .pth, .bin or .safetensors"
 
 @dataclass(frozen=True)
 class Sampling:
@@ -126,7 +126,7 @@ def parse_args(arguments=None):
     source, add = add.add_mutually_exclusive_group(required=True).add_argument, add.add_argument
     source("--ref", nargs="+", metavar="PATH", help="images or folders of them; also looked for in the run")
     source("--split", choices=("train", "val", "test"), help="or every patch of this part of the run's split")
-    source("--embedding", type=Path, metavar="FILE", help=f"or embeddings (n, d) of its encoder")
+    source("--embedding", type=Path, metavar="FILE", help=f"or embeddings (n, d) of its encoder: {STORED}")
     add("--label", nargs="+", metavar="CLASS", help="of --split, only patches of these classes")
     add("--limit", type=number(int, 1), metavar="N", help="of --split, N patches at most")
     add("--n", type=number(int, 1), default=1, help="samples per reference (default: 1)")
@@ -229,9 +229,9 @@ def find_references(args, settings, adapter):
 
 def read_embeddings(path, width):
     """The one array (n, width) or (width,) of finite floating-point numbers in a file -> (n, width)."""
-    if not path.is_file() or path.suffix.lower() not in STORED:             # a pipe would block
-        raise Fail(f"--embedding {path}: no such file, or of another kind; pass {', '.join(STORED)}")
-    with foreign_file(path, "holds no embeddings", f"pass {', '.join(STORED)}"):
+    if not path.is_file() or path.suffix.lower() not in re.split(",? ", STORED):     # no pipe: it blocks
+        raise Fail(f"--embedding {path}: no such file, or of another kind; pass {STORED}")
+    with foreign_file(path, "holds no embeddings", f"pass {STORED}"):
         if path.suffix.lower() in (".npy", ".npz"):
             found = np.load(path, mmap_mode="r")        # a false shape takes no memory
             arrays = dict(found) if hasattr(found, "keys") else {"array": found}

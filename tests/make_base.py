@@ -84,10 +84,10 @@ class Patches:
         return to_input(turned(x.permute(0, 3, 1, 2), r))
 
     def draw(self, n, r):
-        """n crops at one scale, whole patches half of the time, at SIZE and as the encoder sees them, at 224 px.
+        """n crops at one scale, half of the time whole, at SIZE and as the encoder sees them, at 224 pixels.
 
-        Patches as users bring them must be among them: a discriminator that saw crops alone draws the nuclei of
-        whole ones as it draws theirs, too large and with an edge."""
+        Patches as users bring them must be among them: a decoder that learnt from crops alone draws nuclei of
+        whole ones as theirs, too large and with an edge."""
         x = self.crop(r.integers(0, len(self.images), n), min(1, r.uniform(0.45, 1.5, 1).item() ** 0.7), r)
         small = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
         return small, enlarged(x)
