@@ -174,7 +174,7 @@ def add_options(parser, record):
             group.add_argument(flag, default=argparse.SUPPRESS, help=help, **how)
 
 def safe_name(text):
-    """A file name valid on every system: letters of any alphabet, digits, ".-_"; at most 150 bytes."""
+    """A file name valid on every system: letters of any alphabet, digits, ".+-_"; at most 150 bytes."""
     name = re.sub(r"[^\w.+-]+", "_", text).strip("._")
     return name.encode()[:150].decode(errors="ignore") or "image"
 

@@ -381,7 +381,7 @@ def read_split(path, patches):
     return split
 
 def describe_split(split, patches):
-    """The split as the text of its file: counts by part and class first, for review, then the names."""
+    """The split as the text of its file: counts first, for review, then names. Says if parts share cases."""
     by_name, classes, cases = {p.name: p for p in patches}, {}, {}
     for part, names in split.items():
         classes[part] = Counter(sorted(by_name[name].label for name in names))

@@ -81,6 +81,9 @@ def test_what_is_no_embedding_is_refused_in_one_line(x, words, tmp_path):
         np.save(path, x)
     with pytest.raises(Fail, match=words):
         sample.read_embeddings(path, 6)
+    torch.save([torch.ones(6)], tmp_path / "list.pt")
+    with pytest.raises(Fail, match="holds no state dict"):
+        sample.read_embeddings(tmp_path / "list.pt", 6)
     (tmp_path / "e.h5").touch()
     with pytest.raises(Fail, match="of another kind; pass .npy, .npz"):
         sample.read_embeddings(tmp_path / "e.h5", 6)
