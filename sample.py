@@ -215,8 +215,7 @@ def find_references(args, settings, adapter):
         print(f"{args.embedding}: {len(rows)} rows, taken for embeddings of {adapter.header['encoder']}")
         return [(f"{args.embedding.stem}-{i:04d}", "", row) for i, row in enumerate(rows)]
     if args.split:
-        found = patches_of(settings, adapter.path.parent)[args.split]
-        if not found:
+        if not (found := patches_of(settings, adapter.path.parent)[args.split]):
             raise Fail(f"--split {args.split}: that part of the run's split.json is empty; pass another")
         return [(patch.title, patch.label, path) for patch, path in found]
     found = []

@@ -87,8 +87,7 @@ def draw_batch(g, batch, z_shape, cfg_drop, layers, width):
 def draw_validation(n, z_shape):
     """The fixed Draws of the validation loss: evenly spread timesteps, no dropout, no mirroring."""
     draws = draw_batch(generator(VALIDATION), n, z_shape, cfg_drop=0, layers=0, width=0)
-    order = torch.randperm(n, generator=generator(VALIDATION, 1))
-    t = ((torch.arange(n) + 0.5) * T / n).long()[order]
+    t = ((torch.arange(n) + 0.5) * T / n).long()[torch.randperm(n, generator=generator(VALIDATION, 1))]
     return replace(draws, mirrored=torch.zeros(n, dtype=torch.bool), t=t, dropout=None)
 
 def batch_of_step(seed, step, batch, n):

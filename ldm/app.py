@@ -123,7 +123,7 @@ def foreign_file(path, problem="is damaged", advice="restore or remove it"):
     """Turn any exception of the block, which reads a foreign file, into one line with its name and advice."""
     try:
         yield
-    except (Fail, MemoryError, torch.OutOfMemoryError, PermissionError):
+    except (Fail, MemoryError, torch.OutOfMemoryError, PermissionError, IsADirectoryError):
         raise                           # not the file's fault
     except FileNotFoundError:
         raise Fail(f"{path} does not exist; restore it, or pass another") from None
@@ -193,8 +193,7 @@ def progress(*args, **kwargs):
 
 def command_line(program, *args):
     """The command that calls one of our programs from where the user is, quoted for the shell."""
-    script = program if Path.cwd() == ROOT else ROOT / program
-    return shlex.join(["python", str(script), *map(str, args)])
+    return shlex.join(["python", str(program if Path.cwd() == ROOT else ROOT / program), *map(str, args)])
 
 # ---- files ---------------------------------------------------------------------------------------
 @contextmanager

@@ -448,16 +448,19 @@ class Cache:
         # whole batches, as another one may round differently
         batches = shard(broadcast([b for b in batches if not all(self._file(image).exists() for image in b)]))
         if batches:
-            encode, embed = encoders()
+            (encode, embed), small = encoders(), []
             loaded = prefetch(lambda image: load_rgb(files[image]), batches)
             loaded = progress(loaded, "caching", len(batches), unit="image", unit_scale=self.BATCH)
             for batch, found in zip(batches, loaded):
+                small += [files[name] for name, image in zip(batch, found) if 2 * min(image.size) < self.size]
                 x = to_tensor(found, self.size)
                 latents = encode(torch.cat([x, x.flip(-1)]))
                 mean, logvar = (t.unflatten(0, (2, -1)).transpose(0, 1) for t in latents)
                 for image, *row in zip(batch, mean, logvar, embed(found)):
                     if not self._file(image).exists():
                         save_tensors(self._file(image), dict(zip(self.COLUMNS, row)), {})
+            if small:
+                print(f"note: images such as {small[0]} are enlarged over twice (--size {self.size})")
         barrier()
         if lost := [image for image in files if not self._file(image).exists()]:
             raise Fail(f"{files[lost[0]]} is not in the cache; all processes must see the same files")

@@ -517,6 +517,12 @@ def test_nothing_is_computed_twice_and_nothing_stale_is_used(forty, tmp_path):
         Cache(tmp_path / "cache", *key).fill(forty, again)
         assert again.images == 40
 
+def test_images_that_are_enlarged_over_twice_are_named(forty, tmp_path, capsys):
+    for size, words in ((32, ""), (36, f"note: images such as {forty[0]} are enlarged")):
+        Cache(tmp_path / "cache", "vae", "encoder", size).fill(forty, Encoders())
+        out = capsys.readouterr().out
+        assert out.startswith(words) if words else not out
+
 def test_an_interrupted_cache_keeps_what_it_has_and_goes_on(forty, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Cache(tmp_path / "cache", "vae", "encoder", 16).fill(forty, Encoders(fail_after=36))
