@@ -1,4 +1,4 @@
-"""The embedded default: the tissue, the base, and the README's three lines on them, without data, weights or network."""
+"""The embedded default: tissue, base and the README's three lines, without data, weights or network."""
 import json
 
 import numpy as np
@@ -35,13 +35,14 @@ def test_stains_mix_by_beer_and_lambert():
         for seed in range(24):
             stains = draw_slide(label, seed)["stains"]
             assert np.allclose(np.linalg.norm(stains, axis=1), 1) and (stains > 0).all()
-    bright, dark = (np.asarray(draw_patch(draw_slide(2, 0) | dict(strength=np.full(2, s))), float) for s in (0, 1.0))
+    bright, dark = (np.asarray(draw_patch(draw_slide(2, 0) | dict(strength=np.full(2, s))), float)
+                    for s in (0, 1.0))
     assert bright.mean() > 250 and dark.mean() < 220
     mean = np.mean([np.asarray(draw_patch(draw_slide(label, 9))) for label in range(4)], axis=(0, 1, 2))
     assert mean[1] < mean[0] and mean[1] < mean[2]
 
 def test_the_embedded_patches_are_those_drawn_and_written_once(tmp_path):
-    """To JPEG's error: two 8-bit levels of noise on every pixel are lost, a patch of another place would be 30 off."""
+    """To JPEG's error: two 8-bit levels of noise on every pixel; a patch of another place would be 30 off."""
     write_toy_tissue(tmp_path)
     assert len(read_dataset(tmp_path)) == 4 * SLIDES * PATCHES
     for label, name in enumerate(CLASSES):
@@ -107,8 +108,8 @@ def test_the_encoder_tells_the_classes_apart(tissue):
 
 @needs_weights
 def test_the_toy_unets_cross_attention_is_alive():
-    """Other tokens move ẑ_0 by a twentieth of the latents' deviation, which is 1, at least. (At t = 700 the noise is nearly z_t
-    itself whatever the tokens say, and moves less.)"""
+    """Other tokens move ẑ_0 by a twentieth of the latents' deviation, which is 1, at least. (At t = 700 the
+    noise is nearly z_t itself whatever the tokens say, and moves less.)"""
     unet = load_unet(open_sd15("toy")[0])
     g = torch.Generator().manual_seed(0)
     z, t = torch.randn(8, 4, 16, 16, generator=g), torch.full((8,), 700)
@@ -116,7 +117,8 @@ def test_the_toy_unets_cross_attention_is_alive():
     with torch.no_grad():
         difference = unet(z, t, a) - unet(z, t, b)
     a_t = alpha_bar()[700].item()
-    assert difference.square().mean().sqrt() * ((1 - a_t) / a_t) ** 0.5 > 0.05      # ẑ_0 = (z_t - √(1-ᾱ) ε) / √ᾱ
+    change = difference.square().mean().sqrt() * ((1 - a_t) / a_t) ** 0.5       # ẑ_0 = (z_t - √(1-ᾱ) ε) / √ᾱ
+    assert change > 0.05
 
 @needs_weights
 def test_the_readmes_three_lines_work_on_what_they_leave_behind(tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
-"""Toy tissue: procedural H&E-like patches of colon in the paper's four classes, for a first run without data and for tests.
+"""Toy tissue: procedural H&E-like patches of colon in the paper's four classes, for a first run and tests.
 
 Glands on a jittered lattice, nuclei as small dark ellipses, two stains mixed by Beer and Lambert's law,
-I = 255 exp(-c_H h - c_E e). A slide has one class, one pair of stains and one scale; its patches differ in the rest. Nothing
-here claims to be histology: it is a test pattern on which a person sees whether samples follow their reference.
+I = 255 exp(-c_H h - c_E e). A slide has one class, one pair of stains and one scale; its patches differ in
+the rest. Nothing here claims to be histology: it is a test pattern on which a person sees whether samples
+follow their reference.
 
-    python tests/tissue.py ldm/toy      # writes the sheets that training cuts its patches from, if it is given no data
+    python tests/tissue.py ldm/toy      # writes the sheets that train.py without --data cuts its patches from
 """
 import sys
 from pathlib import Path
@@ -20,10 +21,11 @@ from ldm.data import CLASSES            # noqa: E402
 SLIDES, PATCHES = 32, 7                 # of each class in the sheets: 896 patches
 
 VIEW = 36       # side of a patch in the units that everything below is drawn in
-STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])     # optical density of H and E (Ruifrok and Johnston 2001)
+# optical density of H and E (Ruifrok and Johnston 2001)
+STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
 
 def draw_slide(label, seed):
-    """Class and seed -> what the patches of one slide share: a dict of stains (2, 3), their strength (2,) and the scale."""
+    """Class and seed -> what a slide's patches share: a dict of stains (2, 3), strength (2,), scale."""
     rng = np.random.default_rng([seed, label])
     stains = (STAINS + rng.normal(0, [[0.05] * 3, [0.06, 0.03, 0.06]])).clip(0.02)
     return dict(label=CLASSES[label], stains=stains / np.linalg.norm(stains, axis=1, keepdims=True),
@@ -33,17 +35,20 @@ def draw_patch(slide, size=64):
     """The next patch of a slide -> PIL image (size, size)."""
     rng, kind = slide["rng"], slide["label"]
     y, x = (np.mgrid[:size, :size] + 0.5) * VIEW / size
-    layers = dict(H=0.1 + 0.04 * noise(rng, x, y, 14), E=0.34 + 0.1 * noise(rng, x, y, 9), clear=np.zeros_like(x))
-    nuclei = []                                                     # (x, y, half-length, half-width, angle, darkness)
+    layers = dict(H=0.1 + 0.04 * noise(rng, x, y, 14), E=0.34 + 0.1 * noise(rng, x, y, 9),
+                  clear=np.zeros_like(x))
+    nuclei = []                                     # (x, y, half-length, half-width, angle, darkness)
     {"normal": normal, "serrated": serrated, "adenocarcinoma": adenocarcinoma, "adenoma": adenoma}[kind](
         rng, x, y, slide["scale"], layers, nuclei)
     for row in nuclei:
         ink_nucleus(layers["H"], x, y, *row)
-    density = np.stack([layers["H"], layers["E"]]) * (1 - 0.93 * layers["clear"].clip(0, 1)) * slide["strength"][:, None, None]
-    light = np.exp(-np.tensordot(slide["stains"].T, density.clip(0), 1)) + rng.normal(0, 0.012, (3, size, size))
+    density = np.stack([layers["H"], layers["E"]]) * (1 - 0.93 * layers["clear"].clip(0, 1))
+    density = density * slide["strength"][:, None, None]
+    light = np.exp(-np.tensordot(slide["stains"].T, density.clip(0), 1))
+    light = light + rng.normal(0, 0.012, (3, size, size))
     return Image.fromarray((255 * light.clip(0, 1)).round().astype(np.uint8).transpose(1, 2, 0))
 
-# ---- the four classes ------------------------------------------------------------------------------------------------
+# ---- the four classes --------------------------------------------------------------------------------------
 
 def normal(rng, x, y, scale, layers, nuclei):
     """A regular field of round crypts: a flower of pale goblet vacuoles in a dark row of basal nuclei."""
@@ -60,7 +65,7 @@ def normal(rng, x, y, scale, layers, nuclei):
         ring(rng, nuclei, cx, cy, r, 0.86, 12, 1.6, 1.0, 0, 0.9)
 
 def serrated(rng, x, y, scale, layers, nuclei):
-    """Large crypts whose lumen is a saw-toothed star, in a broad pink epithelium with a sparse basal row of nuclei."""
+    """Large crypts: the lumen a saw-toothed star, in broad pink epithelium with a sparse row of nuclei."""
     stroma(rng, nuclei, 12)
     for cx, cy in lattice(rng, 33 * scale, 0.1):
         r, teeth = 14.5 * scale * rng.uniform(0.92, 1.08), rng.integers(5, 8)
@@ -71,7 +76,7 @@ def serrated(rng, x, y, scale, layers, nuclei):
         ring(rng, nuclei, cx, cy, r, 0.91, 20, 1.3, 0.85, 0, 0.8)
 
 def adenocarcinoma(rng, x, y, scale, layers, nuclei):
-    """No order: ragged, dark, confluent islands with small torn lumens; large nuclei of all shapes crowd everywhere."""
+    """No order: ragged, dark, confluent islands, small torn lumens; large nuclei of all shapes everywhere."""
     layers["H"] += 0.18
     for cx, cy in lattice(rng, 24 * scale, 0.32):
         r = 11.5 * scale * rng.uniform(0.65, 1.25)
@@ -85,7 +90,7 @@ def adenocarcinoma(rng, x, y, scale, layers, nuclei):
         nuclei.append((cx, cy, w * rng.uniform(1, 1.7), w, rng.uniform(0, 6), rng.uniform(0.7, 1.3)))
 
 def adenoma(rng, x, y, scale, layers, nuclei):
-    """Crowded long tubes, all in about one direction, with a slit for a lumen and three staggered rows of spindle nuclei."""
+    """Crowded long tubes in one direction, with a slit for a lumen and three staggered rows of nuclei."""
     direction = rng.uniform(0, np.pi)
     layers["H"] += 0.22                                             # dark all over
     stroma(rng, nuclei, 6)
@@ -104,13 +109,14 @@ def adenoma(rng, x, y, scale, layers, nuclei):
             for row, side in [(row, side) for row in (0.45, 0.66, 0.86) for side in (-1, 1)]:
                 for p0 in np.arange(-half, half, 3.1) + rng.uniform(0, 3.1):
                     q0 = side * r * row + rng.normal(0, 0.5) - 1.2 * np.sin(p0 / 9 + i)
-                    nuclei.append((cx + p0 * c - q0 * s, cy + p0 * s + q0 * c, rng.uniform(1.7, 2.4), rng.uniform(0.75, 0.95),
+                    nuclei.append((cx + p0 * c - q0 * s, cy + p0 * s + q0 * c,
+                                   rng.uniform(1.7, 2.4), rng.uniform(0.75, 0.95),
                                    direction + np.pi / 2 + rng.normal(0, 0.2), rng.uniform(0.95, 1.15)))
 
-# ---- strokes ---------------------------------------------------------------------------------------------------------
+# ---- strokes -----------------------------------------------------------------------------------------------
 
 def lattice(rng, pitch, jitter, view=VIEW):
-    """Centres of a jittered hexagonal lattice that covers the square, turned and shifted at random -> [(x, y)]."""
+    """Centres of a jittered hexagonal lattice over the square, turned and shifted at random -> [(x, y)]."""
     angle, shift = rng.uniform(0, np.pi / 3), rng.uniform(-0.5, 0.5, 2)
     n = int(view / pitch) + 2
     i, j = np.mgrid[-n:n + 1, -n:n + 1].reshape(2, -1)
@@ -142,18 +148,21 @@ def hollow(layers, rho, r, share=1):
 def ring(rng, nuclei, cx, cy, r, at, n, length, width, radial, dark):
     """n nuclei in a row around a gland, at `at` of its radius."""
     for a in np.arange(n) * 2 * np.pi / n + rng.uniform(0, 6):
-        nuclei.append((cx + at * r * np.cos(a), cy + at * r * np.sin(a), length * rng.uniform(0.85, 1.15), width,
+        nuclei.append((cx + at * r * np.cos(a), cy + at * r * np.sin(a),
+                       length * rng.uniform(0.85, 1.15), width,
                        a + np.pi / 2 + radial + rng.normal(0, 0.15), dark * rng.uniform(0.85, 1.15)))
 
 def stroma(rng, nuclei, n):
     """Sparse spindle nuclei; glands painted over them do not hide them, for nuclei come last."""
     for _ in range(n):
-        nuclei.append((*rng.uniform(0, VIEW, 2), rng.uniform(1.2, 1.9), 0.6, rng.uniform(0, 6), rng.uniform(0.4, 0.8)))
+        nuclei.append((*rng.uniform(0, VIEW, 2), rng.uniform(1.2, 1.9), 0.6,
+                       rng.uniform(0, 6), rng.uniform(0.4, 0.8)))
 
 def ink_nucleus(h, x, y, cx, cy, length, width, angle, dark):
     scale = h.shape[0] / VIEW
     reach = 1.5 * length + 1
-    rows, cols = (slice(max(0, int((c - reach) * scale)), max(0, int((c + reach) * scale) + 1)) for c in (cy, cx))
+    rows, cols = (slice(max(0, int((c - reach) * scale)), max(0, int((c + reach) * scale) + 1))
+                  for c in (cy, cx))
     x, y = x[rows, cols], y[rows, cols]
     if x.size:
         c, s = np.cos(angle), np.sin(angle)
@@ -166,12 +175,11 @@ def noise(rng, x, y, wavelength):
              for a, f, p in rng.uniform((0, 0.7, 0), (np.pi, 1.6, 6.3), (8, 3))]
     return sum(waves) / 4
 
-# ---- a dataset of it ---------------------------------------------------------------------------------------------------
+# ---- a dataset of it ---------------------------------------------------------------------------------------
 
 def write_dataset(folder, slides, patches, size=64, seed=0):
-    """folder/CLASS/SLIDE/patch.png: `slides` of each class with `patches` of each slide. Slides that are whole are kept.
-
-    Returns the folder."""
+    """folder/CLASS/SLIDE/patch.png: `slides` of each class with `patches` of each slide -> the folder.
+    Slides that are whole are kept."""
     folder = Path(folder)
     for label, name in enumerate(CLASSES):
         for s in range(slides):
@@ -185,7 +193,8 @@ def write_dataset(folder, slides, patches, size=64, seed=0):
 def draw_sheet(label, size=64):
     """All patches of a class, a slide in each row -> PIL image."""
     slides = [draw_slide(label, s) for s in range(SLIDES)]
-    rows = [np.concatenate([np.asarray(draw_patch(slide, size)) for _ in range(PATCHES)], 1) for slide in slides]
+    rows = [np.concatenate([np.asarray(draw_patch(slide, size)) for _ in range(PATCHES)], 1)
+            for slide in slides]
     return Image.fromarray(np.concatenate(rows))
 
 if __name__ == "__main__":
