@@ -171,7 +171,7 @@ def parse_args():
     parser = Parser(__doc__)
     parser.add_argument("real", metavar="REAL", help="folder of images, or .npz of statistics")
     parser.add_argument("fake", metavar="FAKE", nargs="*", help="folders or .npz files to compare with it")
-    parser.add_argument("--per-class", action="store_true", help="KID x 1000 for every common subfolder")
+    parser.add_argument("--per-class", action="store_true", help="KID x 1000 by subfolder, if one is in both")
     parser.add_argument("--resize", choices=RESIZERS, help="whose number (default: pytorch-fid)")
     parser.add_argument("--kid-subset", type=number(int, 2), default=1000, help="its images (default: 1000)")
     parser.add_argument("--inception", metavar="FILE", help="its weights (default: torch.hub's cache)")
@@ -191,7 +191,7 @@ def parse_args():
     return args
 
 def choose_space(args):
-    """The feature space of --features (by default, that of the run that REAL lies in), and --resize."""
+    """The feature space of --features (default: Inception, or a toy run's without it), --resize."""
     runs = (p for p in args.real.resolve().parents if (p / "adapter.safetensors").is_file())
     settings = next(map(read_settings, runs), None)
     inception = args.resize or args.inception or cached_inception().is_file()

@@ -170,8 +170,7 @@ def main():
     parser.add_argument("file", type=Path, metavar="ADAPTER", help="an adapter of train.py")
     parser.add_argument("--export", required=True, choices=("kohya", "diffusers", "peft"), help="whose names")
     args = parser.parse_args()
-    out = export(args.file, args.export)
-    print(f"{out}: the LoRA alone; the projector's tokens take the place of the prompt (README)")
+    print(f"{export(args.file, args.export)}: the LoRA alone; the projector's tokens are the prompt (README)")
 
 if __name__ == "__main__":
     run_program(main)

@@ -35,7 +35,7 @@ STORED = ".npy, .npz, .pt, .pth, .bin or .safetensors"
 class Sampling:
     """How images are sampled; also the program's arguments, the PNG's text, and the kind of an --out."""
     cfg: float = option("how to sample", 1.3, "guidance scales w", metavar="W", nargs="+")
-    steps: int = option("how to sample", 30, "denoising steps", low=1, high=999)
+    steps: int = option("how to sample", 30, "denoising steps (334-499, 501-750 begin late)", low=1, high=999)
 
     @property
     def name(self):
@@ -131,7 +131,7 @@ def parse_args(arguments=None):
     add("--limit", type=number(int, 1), metavar="N", help="of --split, N patches at most")
     add("--n", type=number(int, 1), default=1, help="samples per reference (default: 1)")
     add("--balance", action="store_true", help="of --split train: fill each class up to the largest")
-    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="image i has SEED + i (default: 0)")
+    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="image i of all has SEED + i (default: 0)")
     add_options(parser, Sampling)
     add = parser.add_argument_group("with which model")
     model, add = add.add_mutually_exclusive_group().add_argument, add.add_argument
@@ -143,7 +143,7 @@ def parse_args(arguments=None):
     add("--other-base", action="store_true", help="accept another base than the adapter's")
     add = parser.add_argument_group("run").add_argument
     add("--batch", type=number(int, 1), default=16, help="images at a time (default: 16; changes rounding)")
-    add("--out", type=Path, metavar="DIR", help="default: samples/stepN[-SPLIT] beside the adapter")
+    add("--out", type=Path, metavar="DIR", help="default: samples/stepN[-KIND] beside the adapter")
     add("--dtype", choices=DTYPES, default="auto", help="of the U-Net (changes rounding)")
     add("--no-compile", action="store_true", help=f"no torch.compile (on CUDA from {COMPILE_FROM} images)")
     add("--device", default="auto", help="cuda, mps or cpu")

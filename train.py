@@ -328,6 +328,8 @@ class Validation:
         if RANK0 and self.real:
             save_image(self.folder / "patch.png", load_rgb(self.real[0]))
         barrier()
+        if inputs.space.kind == "encoder" and settings.uni2h != "toy":
+            print("note: without --inception FILE the encoder's own features choose the best adapter")
         several = len(real) > 1
         self.column = "fid" if inputs.space.kind == "inception" else "fid_encoder"
         self.score = self.column if several else "val_loss"     # the best adapter has its lowest value
@@ -413,15 +415,14 @@ class Inputs:
                 raise Fail(f"{path} is not the split of --split {how}; pass --split {path}, or remove it")
             self.names = {part: subsample(found, settings.limit) for part, found in split.items()}
             self.space = Inception(settings.inception) if settings.features == "inception" else self.encoder
-            files = dict(vae=self.vae_file, encoder=self.encoder, base=self.unet_file)
-            self.sha256 = {name: file.fingerprint() for name, file in files.items()}
-            self.sha256["features"] = self.space.fingerprint()[:8]
+            self.sha256 = dict(vae=self.vae_file.fingerprint(), encoder=self.encoder.fingerprint(),
+                               base=self.unet_file.fingerprint(), features=self.space.fingerprint()[:8])
             check_or_create(folder, settings, self.sha256)
             self.lock = self.lock or (Lock(folder) if RANK0 else None)
             if RANK0:
                 save_text(path, describe_split(split, self.patches))
         check_same("weights", self.sha256)
-        describe(self.patches, split)
+        describe(self.patches, self.names)
 
 def describe(patches, split):
     """Print the dataset and its split, of each class too, with an example and its case."""

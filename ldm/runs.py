@@ -45,9 +45,9 @@ class Settings:
     cfg_drop: float = option(TRAINING, 0.1, "p of the null embedding, per image", high=1)
     epochs: int = option(TRAINING, 12, "passes over the training images", low=1)
     batch: int = option(TRAINING, 16, "images per step", low=1)
-    micro_batch: int | None = option(TRAINING, None, "images per pass (default: what fits)", low=1)
+    micro_batch: int | None = option(TRAINING, None, "images per pass (default: on CUDA what fits)", low=1)
     max_steps: int | None = option(TRAINING, None, "stop then, on a schedule of this length", low=1)
-    seed: int = option(TRAINING, 0, "of everything random except the split", high=MAX_SEED)
+    seed: int = option(TRAINING, 0, "of all that is random in training", high=MAX_SEED)
     val_samples: int | None = option(VALIDATION, None, "images to sample for FID (default: all)")
     val_every: int = option(VALIDATION, 1, "sample every Nth epoch, and the last", low=1)
     val_cfg: float = option(VALIDATION, 1.5, "their guidance")
@@ -79,7 +79,7 @@ def parse_settings(description):
         values = {name: x for name, x in vars(saved).items() if name not in THIS_CALL} | {"run": resume}
     elif given.get("sd15") == "toy" or not {"sd15", "data"} & given.keys():
         values = {name: x for name, x in TOY.items() if name != "uni2h" or "encoder" not in given}
-    s = Settings(**values | given)
+    s = Settings(**values | ({"features": "inception"} if "inception" in given else {}) | given)
     if s.data is None or (s.data == TOY_DATA and s.split != "paper"):
         raise Fail("pass --data with a folder of patches; only the toy base has its own, and their split")
     run = f"runs/{safe_name(Path(s.data).name)}-{s.size}px-r{s.rank}-t{s.tokens}"

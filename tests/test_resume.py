@@ -42,7 +42,7 @@ if mine and place == "clock":
 elif mine and place != "nowhere":
     watch(*dict(caching=(ldm.data, "to_tensor"), step=(train.Trainer, "train_step"),
                 validation=(train.Trainer, "validation_loss"),
-                samples=(sample, "make_images"), write=(ldm.app, "save"), rename=(os, "replace"))[place])
+                samples=(train, "make_images"), write=(ldm.app, "save"), rename=(os, "replace"))[place])
 ldm.app.run_program(train.main)
 """
 PLACES = ("caching", "step", "validation", "samples", "write", "rename", "clock")

@@ -448,6 +448,25 @@ def test_a_finished_run_is_not_extended(trained):
     refused = program("train.py", "--resume", trained, "--epochs", 20, cwd=trained.parent, check=False)
     assert refused.returncode == 2 and "ends at 0, and not 20; pass another --run" in refused.stderr
 
+@pytest.mark.parametrize("given, expected", [
+    ([], None), (["--inception", "f"], "inception"),
+    (["--inception", "f", "--features", "encoder"], "encoder")])
+def test_an_inception_file_that_is_passed_decides_the_features(given, expected, trained, monkeypatch):
+    """Also for a run that began with the encoder's, which then refuses: the file would have no effect."""
+    monkeypatch.setattr("sys.argv", ["train.py", "--data", "x", *given])
+    assert parse_settings("")[0].features == expected
+    monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(trained), *given])
+    assert parse_settings("")[0].features == (expected or "encoder")
+    settings, sha256 = read_settings(trained), json.loads((trained / "config.json").read_text())["sha256"]
+    with pytest.raises(train.Fail, match="features encoder, and not inception"):
+        check_or_create(trained, replace(settings, features="inception"), sha256)
+
+def test_a_limit_is_in_the_counts_and_the_card(small, tmp_path):
+    result = program("train.py", *small, "--max-steps", 1, "--val-samples", 0, "--limit", 3,
+                     "--run", "runs/x", cwd=tmp_path)
+    assert "train 3, val 3, test" in result.stdout and "the encoder's own features choose" in result.stdout
+    assert "used (`--limit`): 3." in (tmp_path / "runs/x/README.md").read_text()
+
 def test_other_data_under_the_name_of_a_run_is_called_so(trained, small, dataset, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "runs/x")
     arguments = [*small, "--epochs", 2, "--val-samples", 2, "--run", "runs/x"]
