@@ -123,7 +123,7 @@ def foreign_file(path, problem="is damaged", advice="restore or remove it"):
     """Turn any exception of the block, which reads a foreign file, into one line with its name and advice."""
     try:
         yield
-    except (Fail, MemoryError, torch.OutOfMemoryError, PermissionError, IsADirectoryError):
+    except (Fail, MemoryError, torch.OutOfMemoryError, PermissionError):
         raise                           # not the file's fault
     except FileNotFoundError:
         raise Fail(f"{path} does not exist; restore it, or pass another") from None

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ldm.app import Fail, explain
+from ldm.app import Fail
 from ldm.data import load_rgb
 from ldm.encoder import TOY, UNI2H
 from ldm.unet import UNet
@@ -187,11 +187,6 @@ def test_a_damaged_adapter_or_one_of_another_kind_is_refused(words, tensors, hea
     save_file(tensors({n: file.get(n) for n in file.names}), tmp_path / "x.safetensors", file.header | header)
     with pytest.raises(Fail, match=words or None):
         load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
-
-def test_a_folder_in_place_of_an_adapter_is_named_as_one(tmp_path):
-    with pytest.raises(IsADirectoryError) as problem:
-        open_adapter(tmp_path)
-    assert explain(problem.value) == f"Is a directory: {tmp_path}"
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
 def test_an_exported_lora_is_the_same_in_the_program_it_is_for(form, adapter, unet, inputs,
