@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 from fid import frechet_distance                                                            # noqa: E402
 from ldm.data import CLASSES, list_images, load_rgb, to_images, to_tensor                   # noqa: E402
 from ldm.encoder import Inception                                                           # noqa: E402
-from ldm.vae import SCALE                                                                   # noqa: E402
 from ldm.weights import load_vae, open_sd15                                                 # noqa: E402
 from tissue import write_dataset                                                            # noqa: E402
 
@@ -73,10 +72,7 @@ def reconstruct(files, source, out):
     """VAE floor: each image through the toy VAE and back -> mean PSNR in dB; the images go to `out`."""
     vae, psnr = load_vae(open_sd15("toy")[1]), []
     for f in files:
-        with torch.no_grad():
-            x = to_tensor([load_rgb(f)], 64)
-            y = vae.decode(vae.encode(x)[0] * SCALE)
-        [image] = to_images(y)
+        [image] = to_images(vae.reconstruct(to_tensor([load_rgb(f)], 64)))
         error = np.asarray(image, float) - np.asarray(load_rgb(f), float)
         psnr.append(10 * np.log10(255 ** 2 / np.square(error).mean()))
         target = out / f.relative_to(source)
