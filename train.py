@@ -328,8 +328,6 @@ class Validation:
         if RANK0 and self.real:
             save_image(self.folder / "patch.png", load_rgb(self.real[0]))
         barrier()
-        if inputs.space.kind == "encoder" and settings.uni2h != "toy":
-            print("note: without --inception FILE the encoder's own features choose the best adapter")
         several = len(real) > 1
         self.column = "fid" if inputs.space.kind == "inception" else "fid_encoder"
         self.score = self.column if several else "val_loss"     # the best adapter has its lowest value
@@ -337,6 +335,8 @@ class Validation:
         self.features = self.extract(self.real) if several else None
         if self.few:
             print(f"note: with under {FEW} validation images adapter-best and fake/ are of the last epoch")
+        elif self.score == "fid_encoder" and settings.uni2h != "toy":
+            print("note: without --inception FILE the encoder's own features choose the best adapter")
 
     def distance(self, trainer, epoch):
         """Sample with the weights as they are -> the distance; None for fewer than two images."""

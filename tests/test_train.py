@@ -464,8 +464,21 @@ def test_an_inception_file_that_is_passed_decides_the_features(given, expected, 
 def test_a_limit_is_in_the_counts_and_the_card(small, tmp_path):
     result = program("train.py", *small, "--max-steps", 1, "--val-samples", 0, "--limit", 3,
                      "--run", "runs/x", cwd=tmp_path)
-    assert "train 3, val 3, test" in result.stdout and "the encoder's own features choose" in result.stdout
+    assert "train 3, val 3, test" in result.stdout
     assert "used (`--limit`): 3." in (tmp_path / "runs/x/README.md").read_text()
+
+@pytest.mark.parametrize("val, samples, chosen", [(10, 10, "its features"), (9, 9, "the last"),
+                                                  (10, 1, "val_loss")])
+def test_what_chooses_the_best_adapter_is_said(small, dataset, tmp_path, val, samples, chosen):
+    """A word of the encoder's features only where they choose, of the last epoch where that is taken."""
+    names = [row["name"] for row in json.loads((dataset / "train.json").read_text())]
+    split = {"train": names[:12], "val": names[12:12 + val], "test": []}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    said = program("train.py", *small, "--max-steps", 1, "--val-samples", samples, "--split", "split.json",
+                   "--run", "runs/x", cwd=tmp_path).stdout
+    assert ("the encoder's own features choose" in said) == (chosen == "its features")
+    assert ("adapter-best and fake/ are of the last epoch" in said) == (chosen == "the last")
+    assert ("best val_loss" in said) == (chosen == "val_loss")
 
 def test_other_data_under_the_name_of_a_run_is_called_so(trained, small, dataset, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "runs/x")
