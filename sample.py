@@ -35,7 +35,7 @@ STORED = ".npy, .npz, .pt, .pth, .bin or .safetensors"
 class Sampling:
     """How images are sampled; also the program's arguments, the PNG's text, and the kind of an --out."""
     cfg: float = option("how to sample", 1.3, "guidance scales w", metavar="W", nargs="+")
-    steps: int = option("how to sample", 30, "denoising steps (334-499, 501-750 begin late)", low=1, high=999)
+    steps: int = option("how to sample", 30, "denoising steps (334-375, 501-750 begin late)", low=1, high=999)
 
     @property
     def name(self):

@@ -20,14 +20,14 @@ import torch
 import torch._functorch.config as functorch_config
 
 from fid import frechet_distance
-from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_reduce, barrier, broadcast, check_same, command_line,
-                     foreign_file, frozen_dtype, join_processes, pick_device, progress,
+from ldm.app import (RANK0, SIGNALS, WORLD, Fail, all_gather, all_reduce, barrier, broadcast, check_same,
+                     command_line, foreign_file, frozen_dtype, join_processes, pick_device, progress,
                      rank0_first, run_program, save_csv, save_tensors, save_text, shard, to_device)
 from ldm.data import (Cache, describe_split, hash_files, load_rgb, make_split, note_equal_images,
                       read_dataset, read_split, save_image, save_sheet, subsample, write_toy_tissue)
 from ldm.encoder import Inception, cached_inception, open_encoder
-from ldm.runs import (TOY_DATA, Lock, check_or_create, model_card, name_references, parameter_table,
-                      parse_settings, public_name, read_settings)
+from ldm.runs import (MAY_DIFFER, THIS_CALL, TOY_DATA, Lock, check_or_create, model_card, name_references,
+                      parameter_table, parse_settings, public_name, read_settings)
 from ldm.schedule import T, add_noise
 from ldm.vae import draw_latent
 from ldm.weights import TensorFile, licence, load_unet, load_vae, open_sd15
@@ -140,7 +140,7 @@ class Trainer:
         if self.settings.micro_batch or self.device.type != "cuda":
             return min(share, self.settings.micro_batch or share)
         image = ACTIVATIONS * len(first) * math.prod(self.z_shape[1:]) * first.element_size()
-        fit = max(1, int(0.9 * torch.cuda.mem_get_info(self.device)[0] / image))
+        fit = min(all_gather([max(1, int(0.9 * torch.cuda.mem_get_info(self.device)[0] / image))]))
         return math.ceil(share / math.ceil(share / fit))
 
     def load_part(self, hashes, draws, part, size):
@@ -237,7 +237,8 @@ class Trainer:
         with foreign_file(path, advice="restore it, or pass another --run"):
             header = {"minutes": 0, "scale": self.scale} | file.header      # an old state lacks them
             self.step, minutes = int(header["step"]), float(header["minutes"])
-            self.best, self.scale = float(header["best"]), min(float(header["scale"]), self.largest_scale)
+            self.best, scale = float(header["best"]), float(header["scale"])        # 1: not of float16
+            self.scale = self.largest_scale if scale == 1 else min(scale, self.largest_scale)
             self.losses, self.history = json.loads(header["losses"]), json.loads(header["history"])
             state = dict(file.read(file.names))
             for name, p in self.named.items():
@@ -413,7 +414,8 @@ class Inputs:
             split = saved if self.started else make_split(self.patches, how)
             if saved not in (None, split):
                 raise Fail(f"{path} is not the split of --split {how}; pass --split {path}, or remove it")
-            self.names = {part: subsample(found, settings.limit) for part, found in split.items()}
+            limits = dict.fromkeys(("train", "val"), settings.limit)
+            self.names = {part: subsample(found, limits.get(part)) for part, found in split.items()}
             self.space = Inception(settings.inception) if settings.features == "inception" else self.encoder
             self.sha256 = dict(vae=self.vae_file.fingerprint(), encoder=self.encoder.fingerprint(),
                                base=self.unet_file.fingerprint(), features=self.space.fingerprint()[:8])
@@ -421,6 +423,8 @@ class Inputs:
             self.lock = self.lock or (Lock(folder) if RANK0 else None)
             if RANK0:
                 save_text(path, describe_split(split, self.patches))
+        own = MAY_DIFFER - {"micro_batch"} | THIS_CALL
+        check_same("settings", {name: x for name, x in vars(settings).items() if name not in own})
         check_same("weights", self.sha256)
         describe(self.patches, self.names)
 
@@ -449,7 +453,7 @@ def build(inputs, device):
         hashes["test"] = hash_files(paths["test"])
         note_equal_images(inputs.names, hashes, inputs.patches)
     check_or_create(folder, settings, sha256)
-    dtype = frozen_dtype(device, settings.dtype, inputs.unet_file.shapes["conv_in.weight"][0])
+    dtype = broadcast(frozen_dtype(device, settings.dtype, inputs.unet_file.shapes["conv_in.weight"][0]))
     unet = load_unet(inputs.unet_file, device, dtype)
     inject(unet, settings.rank, settings.alpha, torch.Generator().manual_seed(settings.seed))
     torch.manual_seed(generator(settings.seed, INITIAL).initial_seed())         # for the projector

@@ -1,1 +1,0 @@
-"""Latent diffusion from scratch; no network here knows what images show or what the condition means."""

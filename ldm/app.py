@@ -341,7 +341,7 @@ def broadcast(value):
 def check_same(what, value):
     """Fail where this process read other content than rank 0 under the same path, as on another node."""
     if broadcast(value) != value:
-        raise Fail(f"process {RANK} of {WORLD} reads other {what} than rank 0; all must see the same files")
+        raise Fail(f"process {RANK} of {WORLD} has other {what} than rank 0; all need its command and files")
 
 def shard(items):
     """This process's share of a list: every WORLD-th item."""

@@ -20,8 +20,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps, ImageSequence, PngImagePlugin, UnidentifiedImageError
 from safetensors.torch import load_file
 
-from .app import (Fail, atomic_write, barrier, broadcast, csv_reader, file_sha256, foreign_file, progress,
-                  safe_name, save_tensors, shard)
+from .app import (Fail, atomic_write, barrier, broadcast, check_same, csv_reader, file_sha256, foreign_file,
+                  progress, safe_name, save_tensors, shard)
 from .weights import BUILT_IN
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
@@ -443,6 +443,7 @@ class Cache:
         encoders() -> (encode, embed), called only where images are missing. encode: x (B, 3, size, size) ->
         mean, logvar; embed: PIL images -> e. Several processes share the work."""
         hashes = hash_files(paths)
+        check_same("images", hashes)
         files, images = dict(zip(hashes, paths)), [*dict.fromkeys(hashes)]
         batches = [images[i:i + self.BATCH] for i in range(0, len(images), self.BATCH)]
         # whole batches, as another one may round differently

@@ -58,10 +58,6 @@ class TensorFile:
         file.shapes, file._fingerprint = {new: self.shapes[name] for new, name in names.items()}, None
         return file
 
-    def get(self, name):
-        """One tensor, mapped from the file."""
-        return next(self.read([name]))[1]
-
     def read(self, names):
         """(name, tensor) of each in turn, mapped; reopens the file every 64 MB, to unmap earlier ones."""
         size = math.inf
@@ -222,7 +218,7 @@ def _check_model(file, configs):
         if file.path.name.startswith("diffusion_pytorch_model") and config.is_file():
             check_declared(config, FACTS["defaults"].get(part, {}) | read_json(config), FACTS[part])
     if "alphas_cumprod" in file.names:
-        theirs = file.get("alphas_cumprod")
+        [(_, theirs)] = file.read(["alphas_cumprod"])
         rounding = {1: 0.3, 2: 0.01}.get(theirs.itemsize, 1e-4)
         if theirs.shape != (T,) or not torch.allclose(theirs.double(), alpha_bar(), rounding, atol=0):
             raise Fail(f"{file.path}: alphas_cumprod is not SD1.5's; pass a base such as {SD15}")

@@ -183,15 +183,16 @@ def fit(name, parts, loss, args, betas=(0.9, 0.99), decay=0.999, beside=None):
     moments = ("exp_avg", "exp_avg_sq")
     if path.exists():
         file = TensorFile(path)
+        stored = dict(file.read(file.names))
         step = int(file.header["step"])
         log = [row for row in log if int(row["step"]) <= step]
         if beside is not None:
-            beside.load_state_dict({n: file.get(f"beside/{n}") for n in beside.state_dict()})
+            beside.load_state_dict({n: stored[f"beside/{n}"] for n in beside.state_dict()})
         with torch.no_grad():
             for n, p in named.items():
-                p.copy_(file.get(n))
-                average[n].copy_(file.get(f"average/{n}"))
-                state = {k: file.get(f"{k}/{n}").clone().to(args.device) for k in moments}
+                p.copy_(stored[n])
+                average[n].copy_(stored[f"average/{n}"])
+                state = {k: stored[f"{k}/{n}"].clone().to(args.device) for k in moments}
                 optimizer.state[p] = {"step": torch.tensor(float(step), device=args.device), **state}
     every, losses, saved = max(1, steps // 60), [], time.perf_counter()
     while step < steps:

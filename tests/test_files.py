@@ -151,8 +151,11 @@ def test_a_process_that_sees_other_files_than_the_first_one_says_so(tmp_path, mo
     monkeypatch.setattr(app, "broadcast", lambda value: {"base": "b"})
     with pytest.raises(Fail, match="other weights"):
         check_same("weights", {"base": "a"})
-    monkeypatch.setattr(data, "broadcast", lambda value: [])
     texture(0).save(tmp_path / "a.png")
+    with pytest.raises(Fail, match="other images"):
+        data.Cache(tmp_path / "cache", "vae", "encoder", 64).fill([tmp_path / "a.png"], None)
+    monkeypatch.setattr(app, "broadcast", lambda value: value)
+    monkeypatch.setattr(data, "broadcast", lambda value: [])
     # the first process sees no image that is not cached
     with pytest.raises(Fail, match="a.png is not in the cache"):
         data.Cache(tmp_path / "cache", "vae", "encoder", 64).fill([tmp_path / "a.png"], None)
@@ -175,8 +178,9 @@ def test_the_same_content_makes_the_same_file(tmp_path):
     [content] = {path.read_bytes() for path in tmp_path.iterdir()}
     assert int.from_bytes(content[:8], "little") % 8 == 0
     file = TensorFile(tmp_path / "0.safetensors")
-    assert file.header["key3"] == "α3" and torch.equal(file.get("b"), torch.ones(3))
-    assert file.get("a").dtype == torch.bfloat16
+    found = dict(file.read(file.names))
+    assert file.header["key3"] == "α3" and torch.equal(found["b"], torch.ones(3))
+    assert found["a"].dtype == torch.bfloat16
 
 @pytest.mark.parametrize("name, ours", [
     ("stable-diffusion-v1-5/stable-diffusion-v1-5", True), ("MahmoodLab/UNI2-h", True), ("../weights", False),

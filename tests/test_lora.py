@@ -184,7 +184,7 @@ def test_a_damaged_adapter_or_one_of_another_kind_is_refused(words, tensors, hea
     """With a number that is none its images would be black; without a tensor the LoRA would be another."""
     file = open_adapter(adapter[0])
     load_adapter(file, UNet(CHANNELS))
-    save_file(tensors({n: file.get(n) for n in file.names}), tmp_path / "x.safetensors", file.header | header)
+    save_file(tensors(dict(file.read(file.names))), tmp_path / "x.safetensors", file.header | header)
     with pytest.raises(Fail, match=words or None):
         load_adapter(open_adapter(tmp_path / "x.safetensors"), UNet(CHANNELS))
 

@@ -153,8 +153,8 @@ def test_our_names_for_a_compvis_file_are_those_of_diffusers_own_converter(layou
     for file, converted in ((files[0], convert_ldm_unet_checkpoint(dict(theirs), unet_config)),
                             (files[1], convert_ldm_vae_checkpoint(dict(theirs), vae_config))):
         assert file.names.keys() == converted.keys()
-        for name, tensor in converted.items():
-            assert torch.equal(file.get(name).flatten(), tensor.flatten()), name
+        for name, tensor in file.read(converted):
+            assert torch.equal(tensor.flatten(), converted[name].flatten()), name
 
 def test_a_float16_file_is_found_and_loads_in_the_wanted_type(base, tmp_path):
     for part in ("unet", "vae"):

@@ -96,8 +96,10 @@ def test_a_process_that_dies_ends_the_job_which_goes_on_later(small, tmp_path):
     assert "found, resumes after step" in out and len(read_csv(log)) > done
 
 @pytest.mark.slow
-def test_a_node_with_other_weights_than_the_first_one_says_so(small, base, tmp_path):
-    """Two nodes of one process each, whose --sd15 are two folders: the one is a bias apart."""
+@pytest.mark.parametrize("other", ["weights", "settings"])
+def test_a_node_with_other_weights_or_settings_than_the_first_one_says_so(small, base, tmp_path, other):
+    """Two nodes of one process each, whose --sd15 are two folders, the one a bias apart, or whose --seed
+    differs."""
     from safetensors.torch import save_file
     shutil.copytree(base, tmp_path / "other")
     file = tmp_path / "other/unet/diffusion_pytorch_model.safetensors"
@@ -105,13 +107,15 @@ def test_a_node_with_other_weights_than_the_first_one_says_so(small, base, tmp_p
     file.unlink()
     save_file(tensors | {"conv_in.bias": tensors["conv_in.bias"] + 1}, file)
     jobs = []
-    for rank, sd15 in enumerate((base, tmp_path / "other")):
+    for rank in range(2):
+        sd15, seed = tmp_path / "other" if rank and other == "weights" else base, rank * (other == "settings")
         arguments = [*small[:2], "--sd15", sd15, *small[4:], "--run", "runs/x", "--max-steps", 2]
+        arguments += ["--seed", seed]
         jobs.append(start(
             ROOT / "train.py", *arguments, cwd=tmp_path, OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE="2",
             MASTER_ADDR="127.0.0.1", MASTER_PORT="29431", TORCHELASTIC_RUN_ID="x"))
     (_, first), (_, second) = (finish(job, code=2) for job in jobs)
-    assert "process 1 of 2 reads other weights than rank 0" in second and "another process has ended" in first
+    assert f"process 1 of 2 has other {other} than rank 0" in second and "another process has ended" in first
     assert not list(tmp_path.rglob("adapter*"))
 
 def test_more_processes_than_images_in_a_batch_are_refused(small, tmp_path, monkeypatch):

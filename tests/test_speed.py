@@ -9,6 +9,7 @@ import torch._functorch.config as functorch_config
 from conftest import HEADER, trainer
 
 import memory
+import train
 from ldm.app import frozen_dtype, layout
 from ldm.runs import Settings
 from ldm.unet import UNet
@@ -96,6 +97,8 @@ def test_the_largest_pieces_that_fit_the_free_memory_are_taken(monkeypatch, free
     t = SimpleNamespace(settings=Settings(), unet=SimpleNamespace(conv_in=SimpleNamespace(weight=first)),
                         z_shape=(4, 64, 64), device=torch.device("cuda"))
     assert Trainer.images_per_pass(t) == size
+    monkeypatch.setattr(train, "all_gather", lambda rows: [*rows, 4])       # another GPU with less memory
+    assert Trainer.images_per_pass(t) == min(size, 4)       # all divide the validation images alike
 
 def test_checkpointed_blocks_give_the_same_gradients():
     plain, t = trainer(), trainer()
@@ -134,6 +137,14 @@ def test_a_step_that_overflows_in_float16_is_computed_again_at_half_the_scale(tm
     t.step = 999
     t.train_step()
     assert t.scale == 2 ** 14               # tried again once in a thousand steps
+
+def test_a_run_that_moves_to_a_gpu_without_bfloat16_begins_with_the_largest_scale(tmp_path):
+    """Without one most gradients are below what float16 holds."""
+    t, other = trainer(), in_dtype(trainer(), torch.float16)
+    t.train_step()
+    t.save(tmp_path, HEADER)
+    other.restore(tmp_path / "state.safetensors")
+    assert t.scale == 1 and other.scale == LOSS_SCALE
 
 @pytest.mark.parametrize("device, has, width, dtype", [
     ("cuda", "bf16", 64, "bfloat16"), ("cuda", "", 320, "float16"), ("mps", "amx", 320, "float32"),

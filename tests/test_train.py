@@ -464,7 +464,8 @@ def test_an_inception_file_that_is_passed_decides_the_features(given, expected, 
 def test_a_limit_is_in_the_counts_and_the_card(small, tmp_path):
     result = program("train.py", *small, "--max-steps", 1, "--val-samples", 0, "--limit", 3,
                      "--run", "runs/x", cwd=tmp_path)
-    assert "train 3, val 3, test" in result.stdout
+    rest = len(json.loads((tmp_path / "runs/x/split.json").read_text())["test"])
+    assert f"train 3, val 3, test {rest}\n" in result.stdout and rest > 3       # which has no limit
     assert "used (`--limit`): 3." in (tmp_path / "runs/x/README.md").read_text()
 
 @pytest.mark.parametrize("val, samples, chosen", [(10, 10, "its features"), (9, 9, "the last"),
@@ -547,7 +548,7 @@ def test_a_state_whose_log_does_not_fit_its_step_is_refused(tmp_path):
     t.history, t.losses = [{"epoch": 1, "step": 2, "val_loss": 1.0, "minutes": 0.1}], t.losses[2:]
     t.save(tmp_path, {})
     file = train.TensorFile(path)
-    tensors = {name: file.get(name).clone() for name in file.names}
+    tensors = {name: tensor.clone() for name, tensor in file.read(file.names)}
     t.restore(path)
     for change in (dict(losses="[]", history="[]"), dict(losses='["a"]'), dict(step="99"), dict(step="1"),
                    dict(history='[{"step": 2}]'), dict(history="[1]"), dict(losses="[NaN]"),
@@ -643,7 +644,7 @@ def test_an_adapter_is_refused_on_another_base(trained, base, dataset, tmp_path)
     assert not (tmp_path / "out").exists()
     encoder = train.open_encoder(json.loads((trained / "config.json").read_text())["args"]["uni2h"]).file
     (tmp_path / "encoder").mkdir()
-    save_file({n: encoder.get(n) + (n == "norm.bias") for n in encoder.names},
+    save_file({n: t + (n == "norm.bias") for n, t in encoder.read(encoder.names)},
               tmp_path / "encoder/model.safetensors")
     refused = program("sample.py", *arguments, "--other-base", "--uni2h", tmp_path / "encoder", cwd=tmp_path,
                       check=False)
