@@ -462,11 +462,11 @@ def test_an_inception_file_that_is_passed_decides_the_features(given, expected, 
         check_or_create(trained, replace(settings, features="inception"), sha256)
 
 def test_a_limit_is_in_the_counts_and_the_card(small, tmp_path):
-    result = program("train.py", *small, "--max-steps", 1, "--val-samples", 0, "--limit", 3,
+    result = program("train.py", *small, "--max-steps", 1, "--val-samples", 0, "--limit", 2,
                      "--run", "runs/x", cwd=tmp_path)
     rest = len(json.loads((tmp_path / "runs/x/split.json").read_text())["test"])
-    assert f"train 3, val 3, test {rest}\n" in result.stdout and rest > 3       # which has no limit
-    assert "used (`--limit`): 3." in (tmp_path / "runs/x/README.md").read_text()
+    assert f"train 2, val 2, test {rest}\n" in result.stdout and rest > 2       # which has no limit
+    assert "used (`--limit`): 2." in (tmp_path / "runs/x/README.md").read_text()
 
 @pytest.mark.parametrize("val, samples, chosen", [(10, 10, "its features"), (9, 9, "the last"),
                                                   (10, 1, "val_loss")])
