@@ -2,8 +2,7 @@
 
     python fid.py real/ fake/                       # prints FID as pytorch-fid does, and KID
     python fid.py real/ fake1/ fake2/ --per-class   # and KID for every common subfolder (the paper's Table 8)
-    python fid.py real/ --save real.npz             # statistics for later; pytorch-fid reads them too
-"""
+    python fid.py real/ --save real.npz             # statistics for later; pytorch-fid reads them too"""
 from dataclasses import dataclass
 
 import numpy as np

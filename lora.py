@@ -120,8 +120,9 @@ def load_adapter(file, unet):
     if wanted != found:
         name, *_ = min(wanted ^ found)
         raise Fail(f"{file.path} does not fit this base ({name}); pass its own, --sd15 {file.header['base']}")
-    if not all(tensor.isfinite().all() for tensor in (*tensors.values(), *projector.parameters())):
-        raise Fail(f"{file.path}: a number in it is not finite; {REMEDY}")
+    if not (all(tensor.isfinite().all() for tensor in (*tensors.values(), *projector.parameters()))
+            and all(W.any() for W in projector.parameters() if W.ndim > 1)):
+        raise Fail(f"{file.path}: a number is not finite, or a matrix of the projector is 0; {REMEDY}")
     unet.load_state_dict(tensors, strict=False)         # which has other parameters too
     return projector.to(next(unet.requires_grad_(False).parameters()).device)
 
@@ -134,8 +135,8 @@ def read_lora(file):
                 tensors[m[1] + m[2]] = tensor.float()
             elif not name.startswith("lora_projector."):
                 raise ValueError(f"{name} is neither LoRA of the attention nor the projector")
-        if not tensors or not math.isfinite(alpha):
-            raise ValueError("there are no layers, or α is not finite")
+        if not tensors or not 0 < alpha < math.inf:
+            raise ValueError("there are no layers, or α is not positive and finite")
         if any(t.shape[n[-1] == "B"] != rank or not (n[-1] == "B" or t.any()) for n, t in tensors.items()):
             raise ValueError(f"an A is 0 everywhere, or a layer has another rank than {rank}")
     return rank, alpha, tensors

@@ -3,8 +3,7 @@
     h = σ(LN(W₁ e + b₁)),  h in R^d_h                                                                  (eq. 3)
     c = [W₂ h + b₂] as n_c x d_c,  c in R^(n_c x d_c)                                                  (eq. 4)
 
-σ is SiLU, LN is LayerNorm. The null embedding e_∅ stands in for e before the projection.
-"""
+σ is SiLU, LN is LayerNorm. The null embedding e_∅ stands in for e before the projection."""
 import torch
 import torch.nn.functional as F
 from torch import nn

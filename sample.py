@@ -4,8 +4,7 @@
     python sample.py --split val --cfg 1.0 1.3 1.5       # one sample per validation patch, three guidances
 
 Writes OUT/real/*.png (the references at the model's size), OUT/cfg1.3/*.png (the samples), OUT/labels.csv (a
-row for each) and OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them.
-"""
+row for each) and OUT/sheet-cfg1.3.png. `python fid.py OUT/real OUT/cfg1.3` compares them."""
 import hashlib
 import itertools
 import re
@@ -21,9 +20,10 @@ from ldm.app import (DTYPES, MAX_SEED, RANK0, Fail, Parser, add_options, barrier
                      file_sha256, foreign_file, frozen_dtype, join_processes, layout, number, option,
                      pick_device, progress, rank0_first, read_json, run_program, safe_name, save_csv,
                      save_json, shard)
-from ldm.data import list_images, load_rgb, resize_crop, save_image, save_sheet, subsample, to_images
+from ldm.data import (is_output, list_images, load_rgb, resize_crop, save_image, save_sheet, subsample,
+                      to_images)
 from ldm.encoder import open_encoder
-from ldm.runs import find, name_references, newest_run, patches_of, read_settings
+from ldm.runs import Lock, find, name_references, newest_run, patches_of, read_settings
 from ldm.schedule import ddpm_step, timesteps
 from ldm.weights import TensorFile, load_unet, load_vae, open_sd15
 from lora import fold, load_adapter, load_projector, open_adapter
@@ -169,9 +169,9 @@ def main(arguments=None):
     guard = dict(adapter_sha256=file_sha256(adapter.path), base_sha256=unet_file.fingerprint(),
                  vae_sha256=vae_file.fingerprint(), resolution=size, **asdict(samplings[0]))
     del guard["cfg"]                                        # which is in the names
-    known = read_samples(out, guard, [*(args.ref or ()), settings and settings.data])
+    before = read_samples(out, guard, [*(args.ref or ()), settings and settings.data])
     digest = file_sha256 if encoder else lambda row: hashlib.sha256(row.numpy()).hexdigest()
-    names, known = name_references([(name, source) for name, _, source in found], known, digest)
+    names, known = name_references([(name, source) for name, _, source in found], before, digest)
     check_same("weights or references", [guard, known])
     chosen = choose(args, dict(zip(names, (label for _, label, _ in found))))
     references = {name: names[name] for name in chosen}
@@ -189,6 +189,10 @@ def main(arguments=None):
         if file_sha256(adapter.path) != guard["adapter_sha256"]:
             raise Fail(f"{adapter.path} was replaced meanwhile, as by a run that trains; repeat the command")
         if RANK0:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = Lock(out)            # noqa: F841  until the program ends
+            if read_samples(out, guard, ()) != before:
+                raise Fail(f"--out {out}: another call added samples meanwhile; repeat the command")
             save_json(out / "samples.json", guard | {"references": known})
         make_images(model, todo, dict(zip(needed, e)))
     if RANK0:
@@ -221,8 +225,8 @@ def find_references(args, settings, adapter):
     found = []
     for path in find(args.ref, adapter.path.parent):
         base, below = (path, list_images(path)) if path.is_dir() else (path.parent, [path] * path.is_file())
-        if not below:
-            raise Fail(f"--ref {path}: no such file, or a folder without images; pass another")
+        if not below or (path.is_dir() and is_output(path)):
+            raise Fail(f"--ref {path}: no image, nor a folder of references (a run's are in real/); pass one")
         found += [(p.relative_to(base).with_suffix("").as_posix(), "", p) for p in below]
     return found
 

@@ -3,8 +3,7 @@
     python train.py --data chaoyang/ --rank 4 --tokens 4        # the paper's best configuration
     python train.py --resume runs/chaoyang-512px-r4-t4          # resume; repeating the command does the same
 
-Without --data, or with --sd15 toy, a small base of ours has its own defaults: TOY in ldm/runs.py.
-"""
+Without --data, or with --sd15 toy, a small base of ours has its own defaults: TOY in ldm/runs.py."""
 import hashlib
 import json
 import math
@@ -108,7 +107,7 @@ def noise_prediction_loss(unet, projector, mean, logvar, e, draws):
     return (draws.eps - unet(z_t, draws.t, c)).square().mean((1, 2, 3))     # 10: the loss (eq. 2)
 
 class Trainer:
-    """1: what is trained, its optimizer, the log: the complete state of a run; `save` writes it."""
+    """Line 1 of Algorithm 1: what is trained, its optimizer, the log; a run's whole state, for `save`."""
     def __init__(self, settings, unet, projector, cache, images, z_shape, device):
         """images: [(name, hash)] of the training images. z_shape: (4, h, w) of a latent."""
         self.settings, self.device, self.z_shape = settings, device, z_shape
@@ -131,7 +130,7 @@ class Trainer:
                   dict(params=list(rest.values()), base=settings.lr * settings.lr_ratio, weight_decay=1e-4)]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
         self.step, self.history, self.losses, self.best = 0, [], [], math.inf
-        self.stop, self.following = 0, None     # a signal to any process; `load_step` of the next step
+        self.stop, self.prefetched = 0, None     # a signal to any process; `load_step` of the next step
         self.began = self.saved_at = time.perf_counter()    # began: earlier by the minutes of earlier calls
 
     def images_per_pass(self):
@@ -163,7 +162,7 @@ class Trainer:
     def train_step(self):
         """One iteration of Algorithm 1 -> (loss, gradient norm), summed over passes and processes. Fails,
         before the update, if not finite; what overflowed in float16 is computed again with half the scale."""
-        indices, draws, passes = this = self.following or self.load_step(self.step)
+        indices, draws, passes = this = self.prefetched or self.load_step(self.step)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         for n, *inputs in passes:
@@ -176,10 +175,10 @@ class Trainer:
         for p in self.parameters if self.scale > 1 else ():
             p.grad /= self.scale
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
-        self.following = self.load_step(self.step + 1)              # while a GPU computes
+        self.prefetched = self.load_step(self.step + 1)              # while a GPU computes
         loss, norm, self.stop = torch.stack([total, norm, stop]).tolist()       # waits for it
         if math.isfinite(loss) and not math.isfinite(norm) and self.scale > 1:
-            self.scale, self.following = self.scale / 2, this
+            self.scale, self.prefetched = self.scale / 2, this
             return self.train_step()
         if not math.isfinite(loss + norm):
             names = ", ".join(self.images[i][0] for i in indices)
@@ -250,10 +249,11 @@ class Trainer:
             ends = [0, *(row["step"] for row in self.history if row.keys() >= {"epoch", "val_loss"})]
             steps = [*ends, self.step, self.total]
             complete = steps == sorted(steps) and len(self.losses) == self.step - ends[-1]  # since the last
-            drawn = all(p.any() for name, p in self.named.items() if name.endswith(".A"))
-            if not (complete and drawn and math.isfinite(self.scale + minutes + sum(self.losses))):
-                raise ValueError("its step and its log do not match, or an A is 0 everywhere")
-        self.began, self.following = time.perf_counter() - 60 * minutes, None
+            drawn = all(p.any() for name, p in self.named.items() if name.endswith((".A", ".weight")))
+            sane = all(x.isfinite().all() and (x.min() >= 0 or "_sq" not in n) for n, x in state.items())
+            if not (complete and drawn and sane and math.isfinite(self.scale + minutes + sum(self.losses))):
+                raise ValueError("its log does not match its step, a matrix is 0, or a number is impossible")
+        self.began, self.prefetched = time.perf_counter() - 60 * minutes, None
 
 def train(trainer, validation, folder, header):
     """Steps to the end; `end_epoch` after each epoch. -> the exit code where a signal stopped it."""
@@ -414,8 +414,7 @@ class Inputs:
             split = saved if self.started else make_split(self.patches, how)
             if saved not in (None, split):
                 raise Fail(f"{path} is not the split of --split {how}; pass --split {path}, or remove it")
-            limits = dict.fromkeys(("train", "val"), settings.limit)
-            self.names = {part: subsample(found, limits.get(part)) for part, found in split.items()}
+            self.names = split | {part: subsample(split[part], settings.limit) for part in ("train", "val")}
             self.space = Inception(settings.inception) if settings.features == "inception" else self.encoder
             self.sha256 = dict(vae=self.vae_file.fingerprint(), encoder=self.encoder.fingerprint(),
                                base=self.unet_file.fingerprint(), features=self.space.fingerprint()[:8])
@@ -424,8 +423,7 @@ class Inputs:
             if RANK0:
                 save_text(path, describe_split(split, self.patches))
         own = MAY_DIFFER - {"micro_batch"} | THIS_CALL
-        check_same("settings", {name: x for name, x in vars(settings).items() if name not in own})
-        check_same("weights", self.sha256)
+        check_same("settings or weights", [replace(settings, **dict.fromkeys(own)), self.sha256])
         describe(self.patches, self.names)
 
 def describe(patches, split):

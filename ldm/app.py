@@ -1,7 +1,5 @@
 """Shared by the programs: clear failures, arguments, atomic files, device, processes, signals.
-
-Under torchrun every process runs the whole program on its shard of the images; rank 0 writes what a run has.
-"""
+Under torchrun every process runs the whole program on its shard of images; rank 0 writes what a run has."""
 import argparse
 import csv
 import errno
@@ -38,6 +36,7 @@ class Fail(Exception):
 def run_program(main):
     """Call main() as a program. Exit codes: 2 with one line for what the user can fix, 130, 143, or main's.
     Rank 0 alone prints more than failures, and only failures with --quiet."""
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")      # None where it is closed
     if not RANK0 or "--quiet" in sys.argv:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")        # which `progress` recognises
     for stream in (sys.stdout, sys.stderr):
@@ -50,6 +49,8 @@ def run_program(main):
         for text in sys.argv:
             if text != text.encode(errors="replace").decode():
                 raise Fail(f"the argument {text!r} is not valid UTF-8; rename the file or folder")
+            if re.fullmatch(r"(--[\w-]+=)?", text):
+                raise Fail("an argument is empty, as a variable that is not set; pass a value, or omit it")
         code = main()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -299,7 +300,7 @@ def layout(device, dtype):
     return torch.channels_last if last else torch.preserve_format
 
 def to_device(x, device):
-    """A tensor from the CPU on the device; a GPU copies it while Python and its own queue go on."""
+    """A tensor from the CPU on the device; the copy to a GPU is asynchronous."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 # ---- one process or many -------------------------------------------------------------------------

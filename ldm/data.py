@@ -241,7 +241,7 @@ def _find_files(root, rows, on_disk, case):
     """(name, label, case, part) -> Patch, of each row; a name may be spelled otherwise than `on_disk`."""
     def folded(name):           # lists from Windows and macOS
         return unicodedata.normalize("NFC", name).casefold()
-    similar = defaultdict(set)
+    similar, classes = defaultdict(set), {}
     for name in on_disk:
         similar[folded(name)].add(name)
     for name, label, own, part in rows:
@@ -249,7 +249,9 @@ def _find_files(root, rows, on_disk, case):
         inside = {"", ".."}.isdisjoint(name.split("/"))         # of links and hidden folders too
         found = {name} if inside and (root / name).is_file() else similar[folded(name)]
         if len(found) != 1 or not (root / min(found)).is_file():
-            raise Fail(f"{root}: {name!r} is not there (relative to it), or no file; restore or omit it")
+            raise Fail(f"{root}: {name!r} is not there (relative to it), no file, or has a \\; restore it")
+        if (other := classes.setdefault(safe_name(label), label)) != label:
+            raise Fail(f"{root}: classes {other!r} and {label!r} would share a folder of samples; rename one")
         own = own or _read_name(name, case, listed=True)[0]
         yield Patch(min(found), unicodedata.normalize("NFC", label), own, part)
 
@@ -303,8 +305,8 @@ def _table_rows(path):
     with foreign_file(path, "is no table in UTF-8", "write it again"):
         table = csv_reader(path.read_bytes())
         names = table.fieldnames = [name.strip().lower() for name in table.fieldnames]
-        if not {"file", "label"} <= {*names}:
-            raise Fail(f"{path}: line 1 needs the columns file and label, and has {','.join(names)[:80]}")
+        if [*map(names.count, ("file", "label"))] != [1, 1] or max(map(names.count, ("case", "part"))) > 1:
+            raise Fail(f"{path}: line 1 needs file and label, each column once; has {','.join(names)[:80]}")
         for row in table:
             file, label, case, part = ((row.get(k) or "").strip() for k in ("file", "label", "case", "part"))
             if not file or not label or "/" in label or part.lower() not in {"", *PARTS}:
@@ -357,6 +359,8 @@ def make_split(patches, how):
     how: "paper" (pooled, the paper's proportions), "official" (validation taken from train.json where there
     is no val.json) or the path of a split file."""
     if how == "paper":
+        if any(p.part for p in patches):
+            print("note: the dataset's own parts are pooled, as in the paper; --split official keeps them")
         return split_patches(patches)
     if how != "official":
         return read_split(how, patches)
@@ -390,6 +394,8 @@ def describe_split(split, patches):
     facts["cases_in_several_parts"] = n = sum(k > 1 for k in Counter(chain(*cases.values())).values())
     if n:
         print(f"note: {n} cases are in several parts (split.json): the FID of val and test will be too good")
+    if unused := len(patches) - sum(map(len, split.values())):
+        print(f"note: {unused} patches are in no part of the split (split.json) and not used")
     return json.dumps(facts | split, indent=1, ensure_ascii=False) + "\n"
 
 def note_equal_images(names, hashes, patches):

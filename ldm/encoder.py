@@ -50,7 +50,7 @@ class Recipe:
     licence: str                    # its name on the Hugging Face hub
     model: str                      # timm's name of the architecture
     arguments: dict                 # of timm.create_model; width and depth of a ViT are those of the tensors
-    source: str = ""                # who says so
+    source: str = ""                # reference for these values
     shape: tuple = ()               # (d_e, width, depth) of the published weights
     head_width: int = 64            # 0: width and depth are timm's
     size: int = 224
@@ -220,8 +220,8 @@ def _download_inception():
     path = cached_inception()
     if not path.is_file():
         print(f"downloading {INCEPTION_URL} (96 MB) to {path}", file=sys.stderr)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with foreign_file(path, "cannot be downloaded", "pass it, from elsewhere, with --inception FILE"):
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), path.stem[-8:], sys.stderr.isatty())
     return path
 

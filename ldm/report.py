@@ -5,8 +5,7 @@
     python -m ldm.report runs/x --score a.csv b.csv             # answers that two readers gave to reader.html
 
 Samples are made by sample.py and kept: an interrupted report resumes. Numbers are in Inception's features,
-where available, and in those of --judge; "encoder" marks those of the encoder that conditioned the samples.
-"""
+where available, and in those of --judge; "encoder" marks those of the encoder that conditioned samples."""
 import base64
 import html
 import io

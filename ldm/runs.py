@@ -97,7 +97,7 @@ class Lock:
             self.handle = os.open(folder, os.O_RDONLY)
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Fail(f"another process is using {folder}; wait for it, or pass another --run") from None
+            raise Fail(f"another process is using {folder}; wait for it, or pass another folder") from None
         except (ImportError, OSError):
             pass
 
@@ -254,10 +254,10 @@ def best_epoch(log):
 
 def _describe_best(folder, settings, split, log):
     path, (column, _) = folder / "adapter-best.safetensors", best_epoch(log)
-    if not path.exists():
+    step = path.exists() and TensorFile(path).header["step"]
+    if not (row := next((row for row in log if row["step"] == step), None)):   # or it is of a later state
         return "not yet; it follows the first samples."
-    step, sampled = TensorFile(path).header["step"], settings.val_samples if column != "val_loss" else None
-    row = next(row for row in log if row["step"] == step)
+    sampled = settings.val_samples if column != "val_loss" else None
     n = min(n for n in (len(split["val"]), settings.limit, sampled) if n is not None)
     what = {"val_loss": "noise prediction loss", "fid": "FID (Inception, resize pytorch-fid)",
             "fid_encoder": "Fréchet distance of the encoder's features (no FID, not comparable)"}

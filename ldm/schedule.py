@@ -1,7 +1,5 @@
 """The DDPM noise schedule of Stable Diffusion 1.5, as functions of tensors, in float32 whatever the U-Net is.
-
-In bfloat16 ᾱ rounds to 1 at t = 0 and 1, where no noise is then added; 30 steps of sampling drift by 1 %.
-"""
+In bfloat16 ᾱ rounds to 1 at t = 0 and 1, where no noise is then added; 30 steps of sampling drift by 1 %."""
 from functools import cache
 
 import torch

@@ -1,7 +1,5 @@
 """Stable Diffusion 1.5's U-Net ε_θ(z_t, t, c), with the tensor names of Diffusers.
-
-Shapes: B images, C channels, H x W latent pixels, L = H·W positions, N condition tokens of width d_c.
-"""
+Shapes: B images, C channels, H x W latent pixels, L = H·W positions, N condition tokens of width d_c."""
 import math
 
 import torch

@@ -12,7 +12,7 @@ EPS = 1e-6          # of every GroupNorm here; the U-Net's residual blocks have 
 class VAE(nn.Module):
     """KL autoencoder, 8 x 8 pixels to one latent pixel; as in SD1.5, 83,653,863 parameters in 248 tensors.
     channels: width of each level. layers: blocks per level of the encoder, one more in the decoder. groups of
-    every GroupNorm: where each has one channel, that loses its mean, and an image its tone."""
+    every GroupNorm: where each has one channel, the norm removes its mean, and an image loses its tone."""
     PIXELS = 2 ** 19        # in one pass, two images of 512 px: 1.5 GiB, counted by `tests/bench.py memory`
 
     def __init__(self, channels=(128, 256, 512, 512), layers=2, latent=4, groups=32):

@@ -35,13 +35,16 @@ WRONG = [
     ("sample.py", "--ref"), ("sample.py --ref missing.png --run RUN", "missing.png"),
     ("sample.py --ref RUN/grids --cfg nan", "--cfg"), ("sample.py --ref RUN/log.csv --run RUN", "log.csv"),
     ("sample.py --ref ~nobody-of-this-name", "no run"), ("sample.py --split val --run nowhere", "nowhere"),
+    ("train.py --resume EMPTY", "an argument is empty"), ("train.py --data=", "an argument is empty"),
+    ("sample.py --ref EMPTY", "an argument is empty"), ("fid.py EMPTY RUN/real", "an argument is empty"),
+    ("sample.py --ref RUN --run RUN", "a run's are in real/"),
     ("fid.py nowhere nowhere", "nowhere"), ("fid.py ~real ~fake", "~real")]
 
 @pytest.mark.parametrize("command, culprit", WRONG)
 def test_a_wrong_argument_ends_in_one_line_and_writes_nothing(
         command, culprit, small, trained, dataset, tmp_path):
     name, *words = command.replace("RUN", str(trained)).replace("DATA", str(dataset)).split()
-    words = [word.replace("BYTE", "\udcff") for word in words]
+    words = [word.replace("BYTE", "\udcff").replace("EMPTY", "") for word in words]
     arguments = [a for word in words for a in (small if word == "SMALL" else [word])]
     start = process if command == "fid.py nowhere nowhere" else program     # one of them in its own process
     result = start(name, *arguments, cwd=tmp_path, check=False)

@@ -3,6 +3,7 @@ import json
 import os
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -232,6 +233,8 @@ def test_folders_give_class_and_case(names, expected, tmp_path):
 @pytest.mark.parametrize("names, words", [
     (["train/normal/x.png", "Test/normal/y.png"], "a folder per part"),
     (["train/a/x.png", "val/a/x.png", "preview.jpg"], "a folder per part"),
+    (["trainset/x.png", "testset/x.png"], "a folder per part"),
+    (["dev/x.png", "tst/x.png"], "a folder per part"),
     (["Train_images/x.png", "test-set/x.png"], "a folder per part"),
     (["1.training/x.png", "2.validation/x.png", "3.testing/x.png"], "a folder per part"),
     (["x10/a.png", "x20/b.png", "x40/c.png"], "part or magnification"),
@@ -338,16 +341,18 @@ WRONG_LISTS = [
     ("[", "is no list of"), ('[{"label": 0}]', "is no list of"), ("[" * 100_000, "is no list of"),
     ('[{"name": "x.png", "label": 0}, {"name": "x.png", "label": 0}]', "listed twice"), ("[]", "no images")]
 WRONG_TABLES = [
-    ("", "no table"), ("name,label\nx.png,a", "needs the columns file and label, and has name,label"),
+    ("", "no table"), ("name,label\nx.png,a", "needs file and label, each column once; has name,label"),
+    ("file,label,label\nx.png,a,b", "each column once"), ("file,label,case,case\nx.png,a,1,2", "column once"),
     ("file,label\nx.png,", "line 2 needs"), ("file,label,part\nx.png,a,fold1", "part is train, val or test"),
     ("file,label\n../y.png,a", "y.png. is not there"), ("file,label\nno.png,a", "not there"),
     ("file,label\nx.png,a/b", "a label without /"), ("file,label\nx.png,a\nx.png,b", "listed twice"),
-    ("file,label\nx,y.png,a", "not there")]
+    ("file,label\nx,y.png,a", "not there"),
+    ("file,label\nx.png,<10%\nz.png,>10%", "'<10%' and '>10%' would share a folder")]
 
 @pytest.mark.parametrize("name, text, words", [
     *(("train.json", *row) for row in WRONG_LISTS), *(("patches.csv", *row) for row in WRONG_TABLES)])
 def test_a_wrong_list_is_refused_by_entry_and_a_wrong_table_by_line(name, text, words, tmp_path):
-    touch(tmp_path, "data/x.png", "y.png")
+    touch(tmp_path, "data/x.png", "data/z.png", "y.png")
     os.symlink("loop.png", tmp_path / "data/loop.png")
     (tmp_path / "data" / name).write_text(text)
     with pytest.raises(Fail, match=words):
@@ -448,6 +453,10 @@ def test_what_a_split_lacks_and_what_is_in_it_twice_is_said(capsys):
     shared = [Patch(f"{i}.png", "a", "ABBCC"[i], part) for i, part in enumerate(parts)]
     describe_split(make_split(shared, "official"), shared)
     assert "note: 2 cases are in several parts" in capsys.readouterr().out
+    describe_split({"train": ["0.png"], "val": ["1.png"], "test": []}, shared)
+    assert "note: 3 patches are in no part" in capsys.readouterr().out
+    make_split([replace(p, case=p.name) for p in shared], "paper")
+    assert "own parts are pooled, as in the paper; --split official keeps" in capsys.readouterr().out
     names = {"train": ["a/0.png", "a/1.png"], "val": ["a/2.png"], "test": ["b/0.png"]}
     note_equal_images(names, {"train": "xy", "val": "z", "test": "z"}, patches)
     out = capsys.readouterr().out

@@ -174,12 +174,14 @@ MIDDLE = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
     ("not finite", lambda t: t | {"lora_projector.out.bias": t["lora_projector.out.bias"] * torch.nan}, {}),
     ("not finite", lambda t: t | {f"{MIDDLE}B.weight": t[f"{MIDDLE}B.weight"] / 0}, {}),
     ("an A is 0", lambda t: t | {f"{MIDDLE}A.weight": 0 * t[f"{MIDDLE}A.weight"]}, {}),
+    ("matrix of the projector is 0",
+     lambda t: t | {"lora_projector.out.weight": 0 * t["lora_projector.out.weight"]}, {}),
     ("does not fit this base", lambda t: {n: x for n, x in t.items() if n != f"{MIDDLE}B.weight"}, {}),
     ("does not fit this base", lambda t: {n: x for n, x in t.items() if MIDDLE not in n}, {}),
     ("text_encoder", lambda t: t | {"text_encoder.layers.0.lora_A.weight": torch.zeros(2, 8)}, {}),
     *(("", dict, {key: value}) for key, value in (
         ("hidden", "1" + 19 * "0"), ("tokens", "1" + 20 * "0"), ("step", "9" * 5000), ("alpha", "inf"),
-        ("rank", "0"), ("rank", "5"), ("rank", "1" + 400 * "0")))])
+        ("alpha", "0"), ("alpha", "-2"), ("rank", "0"), ("rank", "5"), ("rank", "1" + 400 * "0")))])
 def test_a_damaged_adapter_or_one_of_another_kind_is_refused(words, tensors, header, adapter, tmp_path):
     """With a number that is none its images would be black; without a tensor the LoRA would be another."""
     file = open_adapter(adapter[0])

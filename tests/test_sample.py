@@ -1,5 +1,7 @@
 """sample.py as a program: stored embeddings, balance, labels.csv, provenance, and where it writes."""
 import csv
+import gc
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -16,6 +18,7 @@ import sample
 from ldm.app import Fail
 from ldm.data import is_generated, load_rgb, save_image
 from ldm.encoder import open_encoder
+from ldm.runs import Lock
 
 TERM = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
@@ -105,6 +108,32 @@ def test_two_models_and_an_adapter_that_is_replaced_meanwhile_are_refused(embedd
     with pytest.raises(Fail, match="was replaced meanwhile"):
         sample.main(["--adapter", str(adapter), "--ref", str(paths[0]), "--steps", "2", "--out", "out"])
     assert not Path("out").exists()
+
+def test_two_calls_into_one_folder_do_not_take_each_others_names(embeddings, tmp_path, monkeypatch):
+    """Both would see no samples there, and name references of equal names alike: one waits or is repeated."""
+    paths, _, arguments, _ = embeddings
+    out, build = tmp_path / "out", sample.load_model
+    arguments = [*map(str, arguments), "--ref", str(paths[0]), "--steps", "1", "--out", str(out)]
+    def meanwhile(*args):
+        (out / "samples.json").parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "samples.json", out)
+        return build(*args)
+    sample.main(arguments)
+    saved = json.loads((out / "samples.json").read_text())
+    saved["references"]["another"] = "0"
+    (tmp_path / "samples.json").write_text(json.dumps(saved))
+    shutil.rmtree(out)
+    monkeypatch.setattr(sample, "load_model", meanwhile)
+    with pytest.raises(Fail, match="added samples meanwhile; repeat the command"):
+        sample.main(arguments)
+    gc.collect()                # the failed call's lock
+    lock = Lock(out)
+    with pytest.raises(Fail, match=f"another process is using {out}"):
+        sample.main(arguments)
+    assert not list(out.rglob("*.png"))
+    del lock
+    sample.main(arguments)
+    assert len(list(out.rglob("cfg*/**/*.png"))) == 1
 
 def test_samples_inside_a_folder_of_patches_are_refused_and_one_that_cannot_be_looked_up_is_ignored(tmp_path):
     """A run's images may lie in a folder that is private or gone; here its name is too long."""

@@ -557,9 +557,24 @@ def test_a_state_whose_log_does_not_fit_its_step_is_refused(tmp_path):
         with pytest.raises(train.Fail, match="is damaged"):
             t.restore(path)
     name = next(name for name in t.named if name.endswith(".A"))
-    train.save_tensors(path, tensors | {name: 0 * tensors[name]}, file.header)
-    with pytest.raises(train.Fail, match="an A is 0 everywhere"):
+    moment = next(name for name in tensors if name.endswith("exp_avg_sq"))
+    for changed in (name, "projector.out.weight", moment):
+        value = tensors[changed] - 1 if changed == moment else 0 * tensors[changed]
+        train.save_tensors(path, tensors | {changed: value}, file.header)
+        with pytest.raises(train.Fail, match="a matrix is 0, or a number is impossible"):
+            t.restore(path)
+    train.save_tensors(path, tensors | {moment: tensors[moment] * math.nan}, file.header)
+    with pytest.raises(train.Fail, match="a number is impossible"):
         t.restore(path)
+
+def test_a_run_whose_state_is_older_than_its_best_adapter_goes_on(trained, tmp_path):
+    """As where the state was restored from a backup: its log has no row yet of the best adapter's step."""
+    copy = shutil.copytree(trained, tmp_path / "x")
+    path = copy / "adapter-best.safetensors"
+    file = train.TensorFile(path)
+    later = file.header | {"step": "99"}
+    train.save_tensors(path, {name: tensor.clone() for name, tensor in file.read(file.names)}, later)
+    assert "not yet" in model_card(copy)
 
 def test_a_resumed_run_has_its_own_settings_to_the_last_digit(small, tmp_path, monkeypatch):
     """Zeros and what is left out among them; what is of one call only is not taken over."""
