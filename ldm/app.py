@@ -50,7 +50,7 @@ def run_program(main):
             if text != text.encode(errors="replace").decode():
                 raise Fail(f"the argument {text!r} is not valid UTF-8; rename the file or folder")
             if re.fullmatch(r"(--[\w-]+=)?", text):
-                raise Fail("an argument is empty, as a variable that is not set; pass a value, or omit it")
+                raise Fail("an argument is empty, as an unset variable leaves it; pass a value, or omit it")
         code = main()
         if dist.is_initialized():
             dist.destroy_process_group()
