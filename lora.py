@@ -4,8 +4,7 @@
 
 on Q, K, V and O of all 32 attentions, self and cross: 128 layers, 199,296 parameters per unit of rank.
 
-    python lora.py ADAPTER --export kohya       # for ComfyUI, A1111 and kohya; or peft, diffusers
-"""
+    python lora.py ADAPTER --export kohya       # for ComfyUI, A1111 and kohya; or peft, diffusers"""
 import json
 import math
 import re

@@ -198,12 +198,11 @@ def main(arguments=None):
     if RANK0:
         real = write_real(out / "real", references if encoder else {}, size)
         write_labels(out, {safe_name(k): k for _, k, _ in found if k}, guard["adapter_sha256"])
-        for s in samplings:
+        for s in samplings[::-1]:
             write_sheet(out / f"sheet-{s.name}.png", real, [job for job in jobs if job.sampling == s])
-        name = samplings[0].name
-        print(f"{len(jobs)} image{'s' * (len(jobs) > 1)} in {out}; contact sheet {out}/sheet-{name}.png.")
+        print(f"{len(jobs)} image{'s' * (len(jobs) > 1)} in {out}; contact sheet {out}/sheet-{s.name}.png.")
         if len(real) > 1:
-            print("To compare:", command_line("fid.py", out / "real", out / name, "--per-class"))
+            print("To compare:", command_line("fid.py", out / "real", out / s.name, "--per-class"))
 
 def find_adapter(run, path):
     """--run and --adapter -> the open adapter: the one named, or the best (else the last) of the run."""

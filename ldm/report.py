@@ -159,13 +159,15 @@ def figure5(ev):
 
 # ---- beyond the paper --------------------------------------------------------------------------------------
 def fidelity_table(ev):
-    """Fidelity: cosine of a test sample's features with its reference's and with other references'; the share
-    whose nearest class centroid (of real training images) is the reference's class, beside the share of the
-    real images. The encoder's own figures are circular: it conditioned the samples"""
+    """Fidelity: cosine of a test sample's features with its reference's and with other references', and the
+    95 % interval of the difference; the share whose nearest class centroid (of real training images) is the
+    reference's class, beside that of the real images. The encoder's are circular: it conditioned them"""
     for space in ev.spaces:
         (real, fake), train = ev.pair(space, "test"), ev.features(space, "real", "train")
         own, others = fid.fidelity(fake, real)
-        row = dict(features=space.kind, n=len(fake), cosine_own=own, cosine_others=others)
+        low, high = fid.bootstrap_interval(lambda x, y: np.subtract(*fid.fidelity(x, y)), fake, real)
+        row = dict(features=space.kind, n=len(fake), cosine_own=own, cosine_others=others,
+                   difference_low=low, difference_high=high)
         for name, x in (("consistency", fake), ("consistency_real", real)):
             row[name] = (fid.nearest_centroid(train, ev.labels("train"), x) == ev.labels("test")).mean()
         yield row

@@ -48,6 +48,15 @@ def test_the_interval_of_a_frechet_distance_is_put_around_it():
     low, high = fid.bootstrap_interval(fid.frechet_distance, x, y)
     assert low < fid.frechet_distance(x, y) < high
 
+def test_the_interval_of_the_cosines_difference_excludes_0_where_the_reference_is_used_alone():
+    def difference(a, b):
+        return float(np.subtract(*fid.fidelity(a, b)))
+    references, noise = RNG(6).normal(size=(40, 16)), RNG(7).normal(size=(40, 16))
+    low, high = fid.bootstrap_interval(difference, references + noise, references)
+    assert 0.5 < low < difference(references + noise, references) < high < 1
+    low, high = fid.bootstrap_interval(difference, noise, references)
+    assert low < 0 < high
+
 def test_separable_classes_are_told_apart_and_inseparable_ones_are_not():
     labels = np.array(["a", "b", "c"]).repeat(200)
     centre = np.eye(3)[np.arange(3).repeat(200)]
@@ -83,6 +92,9 @@ def test_the_report_of_a_run_writes_every_table_and_picture(trained, monkeypatch
     assert [row["guidance"] for row in table["table5"]] == ["1.0", "1.3"]
     for row in table["table7"]:
         assert float(row["fid_low"]) <= float(row["fid"]) <= float(row["fid_high"]) and int(row["n"]) > 1
+    for row in table["fidelity"]:
+        difference = float(row["cosine_own"]) - float(row["cosine_others"])
+        assert float(row["difference_low"]) <= difference <= float(row["difference_high"])
     assert [row["part"] for row in table["table7"]] == ["train", "val", "test"]
     first = table["memorisation"][0]
     assert float(first["closer"]) <= 0.5 and first["images"] == "real val"
