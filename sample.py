@@ -163,11 +163,11 @@ def main(arguments=None):
     settings = read_settings(adapter.path.parent)
     found = find_references(args, settings, adapter)
     unet_file, vae_file, encoder = open_files(args, settings, adapter)
-    kinds = [args.split, args.embedding and "embedding", args.balance and "balance"]
+    how, kinds = samplings[0], [args.split, args.embedding and "embedding", args.balance and "balance"]
     name = "-".join([f"step{int(adapter.header['step']):06d}", *filter(None, kinds)])
     out, size = args.out or adapter.path.parent / "samples" / name, int(adapter.header["resolution"])
     guard = dict(adapter_sha256=file_sha256(adapter.path), base_sha256=unet_file.fingerprint(),
-                 vae_sha256=vae_file.fingerprint(), resolution=size, **asdict(samplings[0]))
+                 vae_sha256=vae_file.fingerprint(), resolution=size, **asdict(how))
     del guard["cfg"]                                        # which is in the names
     before = read_samples(out, guard, [*(args.ref or ()), settings and settings.data])
     digest = file_sha256 if encoder else lambda row: hashlib.sha256(row.numpy()).hexdigest()
@@ -198,11 +198,11 @@ def main(arguments=None):
     if RANK0:
         real = write_real(out / "real", references if encoder else {}, size)
         write_labels(out, {safe_name(k): k for _, k, _ in found if k}, guard["adapter_sha256"])
-        for s in samplings[::-1]:
+        for s in samplings:
             write_sheet(out / f"sheet-{s.name}.png", real, [job for job in jobs if job.sampling == s])
-        print(f"{len(jobs)} image{'s' * (len(jobs) > 1)} in {out}; contact sheet {out}/sheet-{s.name}.png.")
+        print(f"{len(jobs)} image{'s' * (len(jobs) > 1)} in {out}; contact sheet {out}/sheet-{how.name}.png.")
         if len(real) > 1:
-            print("To compare:", command_line("fid.py", out / "real", out / s.name, "--per-class"))
+            print("To compare:", command_line("fid.py", out / "real", out / how.name, "--per-class"))
 
 def find_adapter(run, path):
     """--run and --adapter -> the open adapter: the one named, or the best (else the last) of the run."""

@@ -340,7 +340,7 @@ def broadcast(value):
     return values[0]
 
 def check_same(what, value):
-    """Fail where this process read other content than rank 0 under the same path, as on another node."""
+    """Fail where this process has another value than rank 0, as of other files or arguments on its node."""
     if broadcast(value) != value:
         raise Fail(f"process {RANK} of {WORLD} has other {what} than rank 0; all need its command and files")
 

@@ -161,7 +161,7 @@ def figure5(ev):
 def fidelity_table(ev):
     """Fidelity: cosine of a test sample's features with its reference's and with other references', and the
     95 % interval of the difference; the share whose nearest class centroid (of real training images) is the
-    reference's class, beside that of the real images. The encoder's are circular: it conditioned them"""
+    reference's class, and that of real images. The encoder's are circular: it conditioned the samples"""
     for space in ev.spaces:
         (real, fake), train = ev.pair(space, "test"), ev.features(space, "real", "train")
         own, others = fid.fidelity(fake, real)
